@@ -1,0 +1,1 @@
+"""The retrieval method as a plain torch library; it never imports comfy."""

@@ -1,0 +1,24 @@
+"""Data: annotated pictures, concepts cut from them, augmentation, and the tasks of §3.3."""
+
+from .augment import Augmentation, ColourJitter, RandomView, View
+from .concepts import clothes_reference, face_reference, figure_reference, reference
+from .sample import NEUTRAL, Reference, Sample
+from .tasks import TaskOptions, TrainingItem, compose, same_character
+
+__all__ = [
+    "NEUTRAL",
+    "Augmentation",
+    "ColourJitter",
+    "RandomView",
+    "Reference",
+    "Sample",
+    "TaskOptions",
+    "TrainingItem",
+    "View",
+    "clothes_reference",
+    "compose",
+    "face_reference",
+    "figure_reference",
+    "reference",
+    "same_character",
+]

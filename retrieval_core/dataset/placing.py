@@ -1,0 +1,129 @@
+"""Putting a part of a picture on a square: padded, never squashed (§4.3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .augment import UNCHANGED, View
+from .sample import Box, Colour
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a picture: only pixels inside `content` are shown, all else is padding.
+
+    content: whole pixels of the picture. The square shown is centred on it, with its longer
+    side. blank: box to be filled with the padding colour, or None.
+    """
+
+    content: Box
+    blank: Box | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a region comes to lie on a square of `size` pixels.
+
+    origin, zoom: picture point p comes to lie at (p - origin) * zoom (before mirroring).
+    inside: pixels of the square, half open, that lie wholly in the content (before mirroring).
+    """
+
+    size: int
+    origin: tuple[float, float]
+    zoom: float
+    inside: Box
+    content: Box
+    flip: bool
+
+    def mirrored(self, box: Box) -> Box:
+        """A box on the square as it is after mirroring, if there is any."""
+        x0, y0, x1, y1 = box
+        return (self.size - x1, y0, self.size - x0, y1) if self.flip else box
+
+    def box(self, box: Box) -> Box:
+        """A box of the picture on the square, in whole pixels, cut to `inside`."""
+        (ox, oy), (x0, y0, x1, y1) = self.origin, self.inside
+        left, right = ((edge - ox) * self.zoom for edge in (box[0], box[2]))
+        top, bottom = ((edge - oy) * self.zoom for edge in (box[1], box[3]))
+        left, right = max(round(left), x0), min(round(right), x1)
+        top, bottom = max(round(top), y0), min(round(bottom), y1)
+        return self.mirrored((left, top, max(right, left), max(bottom, top)))
+
+
+def place(region: Region, size: int, view: View = UNCHANGED) -> Placement:
+    """Where `region` lies on a square of `size` pixels under `view`.
+
+    The view is moved back as far as needed for the centre of the square to stay on the content.
+    """
+    x0, y0, x1, y1 = region.content
+    side = max(x1 - x0, y1 - y0)
+    shown = side * view.scale
+    origin, inside = [], []
+    for low, high, shift in ((x0, x1, view.shift[0]), (y0, y1, view.shift[1])):
+        centre = min(max((low + high) / 2 + shift * side, low), high)
+        start = centre - shown / 2
+        # Whole pixels only: a pixel that is partly padding would blend the padding in.
+        first = max(0, math.ceil((low - start) * size / shown - 1e-6))
+        last = min(size, math.floor((high - start) * size / shown + 1e-6))
+        if last <= first:  # thinner than a pixel: a line is still shown
+            first = min(max(0, math.floor((low - start) * size / shown)), size - 1)
+            last = first + 1
+        origin.append(start)
+        inside.append((first, last))
+    (left, right), (top, bottom) = inside
+    box = (left, top, right, bottom)
+    return Placement(size, (origin[0], origin[1]), size / shown, box, region.content, view.flip)
+
+
+def picture_on_square(image: np.ndarray, placement: Placement, fill: Colour) -> np.ndarray:
+    """uint8 [H, W, 3] -> [S, S, 3], Lanczos (area-aware when shrinking), padded with `fill`."""
+    square = np.empty((placement.size, placement.size, 3), np.uint8)
+    square[:] = fill
+    return _put(image, placement, square, Image.Resampling.LANCZOS)
+
+
+def mask_on_square(mask: np.ndarray, placement: Placement) -> np.ndarray:
+    """bool [H, W] -> [S, S]; True where half a pixel or more is; False in the padding."""
+    square = np.zeros((placement.size, placement.size), np.uint8)
+    levels = mask.view(np.uint8) * np.uint8(255)
+    return _put(levels, placement, square, Image.Resampling.BOX) > 127
+
+
+def box_on_square(box: Box, size: int) -> np.ndarray:
+    """bool [S, S], True inside the box."""
+    mask = np.zeros((size, size), np.bool_)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
+def _put(
+    pixels: np.ndarray, placement: Placement, square: np.ndarray, resampling: Image.Resampling
+) -> np.ndarray:
+    """Resample the part of `pixels` that is seen into `square`, and mirror."""
+    left, top, right, bottom = placement.inside
+    (ox, oy), zoom, (x0, y0, x1, y1) = placement.origin, placement.zoom, placement.content
+    # Only a line thinner than a pixel, or rounding, can reach beyond the content.
+    source = (
+        min(max(ox + left / zoom, x0), x1),
+        min(max(oy + top / zoom, y0), y1),
+        min(max(ox + right / zoom, x0), x1),
+        min(max(oy + bottom / zoom, y0), y1),
+    )
+    whole = tuple(round(edge) for edge in source)
+    exact = all(abs(a - b) < 1e-6 for a, b in zip(whole, source))
+    if exact and (whole[2] - whole[0], whole[3] - whole[1]) == (right - left, bottom - top):
+        part = pixels[whole[1] : whole[3], whole[0] : whole[2]]
+    else:
+        # Only the content may be sampled: the filter would reach over its edge otherwise.
+        picture = Image.fromarray(np.ascontiguousarray(pixels[y0:y1, x0:x1]))
+        box = (source[0] - x0, source[1] - y0, source[2] - x0, source[3] - y0)
+        part = np.asarray(picture.resize((right - left, bottom - top), resampling, box))
+    if placement.flip:
+        square[top:bottom, placement.size - right : placement.size - left] = part[:, ::-1]
+    else:
+        square[top:bottom, left:right] = part
+    return square

@@ -1,0 +1,69 @@
+"""What a data set is made of: annotated pictures, and the references cut from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ..errors import RetrievalError
+
+Box = tuple[int, int, int, int]
+Colour = tuple[int, int, int]
+Concept = Literal["figure", "face", "clothes"]
+
+NEUTRAL: Colour = (127, 127, 127)  # padding and background at inference
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture of a character.
+
+    image: uint8 [H, W, 3]. mask: bool [H, W], True on the figure, or None where unknown.
+    head_box: (x0, y0, x1, y1) in pixels, half open, or None; cut to the image.
+    tags: what the text prompt says of it.
+
+    Raises RetrievalError on other shapes or types, or a head box outside the image.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None = None
+    head_box: Box | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        image, mask = self.image, self.mask
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise RetrievalError(
+                f"A sample's image is {image.dtype} {list(image.shape)}; it must be uint8 "
+                "[height, width, 3] with at least one pixel."
+            )
+        height, width = image.shape[:2]
+        if mask is not None and (mask.dtype != np.bool_ or mask.shape != (height, width)):
+            raise RetrievalError(
+                f"A sample's mask is {mask.dtype} {list(mask.shape)}; it must be bool "
+                f"[{height}, {width}] like its image."
+            )
+        if self.head_box is not None:
+            x0, y0, x1, y1 = (int(edge) for edge in self.head_box)
+            box = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
+            if box[0] >= box[2] or box[1] >= box[3]:
+                raise RetrievalError(
+                    f"The head box {(x0, y0, x1, y1)} covers nothing of its {width}x{height} "
+                    "image; give (x0, y0, x1, y1) in pixels, or None."
+                )
+            object.__setattr__(self, "head_box", box)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One reference image as the encoder takes it.
+
+    image: uint8 [S, S, 3]. mask: bool [S, S], True on what may be taken, or None for all of it.
+    concept: what to take.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None
+    concept: Concept

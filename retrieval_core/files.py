@@ -1,0 +1,118 @@
+"""Reading and writing safetensors files so that nothing of the user's is lost or half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import RetrievalError
+
+
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary path)` in the target's folder, then renames it into place.
+
+    Until the rename the old file stays whole; after a failure no temporary file is left.
+
+    Raises:
+        RetrievalError: the folder cannot be made or written.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        # mkstemp makes files only their owner can read; a shared models folder needs the usual.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RetrievalError(
+            f"Could not write '{path}' ({reason}); choose a folder that can be written, with "
+            "enough room."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`atomic_write` of UTF-8 text."""
+    atomic_write(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def save_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes tensors and string metadata atomically (see `atomic_write`)."""
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(contiguous, temporary, dict(metadata))
+        except SafetensorError as error:  # a full disk surfaces as this class, not OSError
+            raise OSError(str(error)) from error
+
+    atomic_write(path, write)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The string metadata of a safetensors file, without reading its tensors."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and metadata of a safetensors file.
+
+    Raises:
+        RetrievalError: missing, a folder, truncated, or not a safetensors file.
+    """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        raise RetrievalError(f"There is no file '{path}'; check the name and the folder.")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise RetrievalError(
+            f"'{path}' is not a whole safetensors file ({error}); download or copy it again."
+        ) from error
+
+
+def parse_json(text: str | None, what: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a metadata field, or one sentence naming the field and the file."""
+    try:
+        value = json.loads(text or "")
+    except json.JSONDecodeError as error:
+        raise RetrievalError(
+            f"The field '{what}' of '{path}' is not JSON ({error}); use a file saved by this pack."
+        ) from error
+    if not isinstance(value, dict):
+        raise RetrievalError(
+            f"The field '{what}' of '{path}' is {type(value).__name__}, not a JSON object; use a "
+            "file saved by this pack."
+        )
+    return value

@@ -1,0 +1,36 @@
+"""Ctrl-C and termination signals, turned into a request to stop after the step at hand."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+
+
+class Interruption:
+    """Context manager; `requested` becomes True on SIGINT or SIGTERM.
+
+    A second SIGINT raises KeyboardInterrupt at once. Signals can be caught in the main thread
+    only; elsewhere this does nothing, and the host decides when to stop.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nStopping after this step and saving ...", file=sys.stderr, flush=True)

@@ -1,0 +1,138 @@
+"""What a retrieval training step computes: references to bank to prediction to eq. 1 (§4)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..bank import Bank, stack
+from ..controlnet import DECODER_PARTS, RetrievalControlNet, decoder_state
+from ..errors import RetrievalError
+from ..injection import Retrieval
+from ..objective import latent_mask, retrieval_loss
+from ..schedule import NoiseSchedule
+from ..unet import UNet
+from .settings import Lock, trained_parts
+
+
+class TrainableRetrieval(nn.Module):
+    """A retrieval network and a copy of the base U-Net, with the parts of `lock` trainable.
+
+    Args:
+        network: the retrieval network to train.
+        unet: the base model; it is copied, its encoder is never trained (§4.2).
+        schedule: the base model's noise schedule and prediction type.
+        lock: "train_both", "lock_decoder" or "lock_both" (§5.4).
+        face_weight: lambda of eq. 1.
+
+    Raises:
+        RetrievalError: an unknown lock setting.
+    """
+
+    def __init__(
+        self,
+        network: RetrievalControlNet,
+        unet: UNet,
+        schedule: NoiseSchedule,
+        lock: Lock = "train_both",
+        face_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        parts = trained_parts(lock)
+        self.network, self.unet = network, copy.deepcopy(unet)
+        self.schedule, self.face_weight = schedule, face_weight
+        self.trains_decoder = "decoder" in parts
+        self.network.encoder.requires_grad_("encoder" in parts)
+        self.network.retrieval.requires_grad_("retrieval" in parts)
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(self.trains_decoder and name.startswith(DECODER_PARTS))
+
+    def bank(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        used: Tensor,
+        masks: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> Bank:
+        """G banks of R references each.
+
+        Args:
+            latents: [G * R, C, H, W] clean latents; context: [G * R, L, D].
+            used: bool [G, R], False for dropped references.
+            masks: bool [G * R, h, w] pixel masks, None for whole references.
+        """
+        groups, count = used.shape
+        keys, values = self.network.project(latents, context, y)
+        factors = self.network.config.site_downsampling()
+        keep = {}
+        for site, k in keys.items():
+            size = [-(-edge // factors[site]) for edge in latents.shape[-2:]]
+            kept = used[:, :, None].expand(groups, count, k.shape[1])
+            if masks is not None:
+                tokens = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
+                kept = kept & tokens.view(groups, count, -1)
+            keep[site] = kept
+        split = (groups, count)
+        return stack(
+            {site: k.unflatten(0, split) for site, k in keys.items()},
+            {site: v.unflatten(0, split) for site, v in values.items()},
+            self.network.null_keys(),
+            keep,
+        )
+
+    def loss(
+        self,
+        bank: Bank,
+        latents: Tensor,
+        context: Tensor,
+        generator: torch.Generator,
+        content: Tensor | None = None,
+        face: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Equation 1 at a random timestep a row.
+
+        Args:
+            bank: G banks; the rows are G runs of equal length.
+            latents: targets [B, C, H, W]; context: [B, L, D].
+            content, face: pixel masks [B, h, w] or None (see `objective`).
+
+        Raises:
+            RetrievalError: the batch does not divide among the banks.
+        """
+        batch, height, width = latents.shape[0], *latents.shape[-2:]
+        groups = next(iter(bank.sites.values())).keys.shape[0]
+        if batch % groups:
+            raise RetrievalError(
+                f"{batch} targets cannot be shared among {groups} banks; give each bank equally "
+                "many."
+            )
+        steps = torch.randint(self.schedule.steps, (batch,), generator=generator)
+        eps = torch.randn(latents.shape, generator=generator).to(latents)
+        noised = self.schedule.noised(latents, eps, steps)
+        target = self.schedule.target(latents, eps, steps)
+        with torch.no_grad():  # the base encoder is never trained
+            emb = self.unet.embed(steps.to(latents.device), y, latents.dtype)
+            features = self.unet.encode(noised, emb, context)
+        hook = Retrieval(self.network.retrieval, bank, guidance="both").hook([0], 0.0)
+        prediction = self.unet.decode(features, emb, context, hook)
+        masks = [None if m is None else latent_mask(m, height, width) for m in (content, face)]
+        return retrieval_loss(prediction, target, masks[0], masks[1], self.face_weight)
+
+    def finished(self, weights: Mapping[str, Tensor]) -> RetrievalControlNet:
+        """The network with (averaged) trained weights put in, by their names in this module."""
+        network, unet = copy.deepcopy(self.network), copy.deepcopy(self.unet)
+        with torch.no_grad():
+            for prefix, module in (("network.", network), ("unet.", unet)):
+                own = dict(module.named_parameters())
+                for name, value in weights.items():
+                    if name.startswith(prefix):
+                        own[name[len(prefix) :]].copy_(value)
+        if self.trains_decoder:
+            network.decoder = {k: v.clone() for k, v in decoder_state(unet).items()}
+        return network.eval().requires_grad_(False)

@@ -1,0 +1,58 @@
+"""What the user sees while training: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Context manager around steps `first` .. `end` - 1. Needs tqdm for the bar only."""
+
+    def __init__(self, label: str, first: int, end: int) -> None:
+        self.label, self.first, self.end = label, first, end
+        self._bar = None
+        self._smooth: float | None = None
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:  # an extra; lines do as well
+                return self
+            self._bar = tqdm(
+                total=self.end, initial=self.first, desc=self.label, unit="step", file=sys.stderr
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, step: int, losses: Mapping[str, float], skipped: int) -> None:
+        """`step` steps are done; `losses` are those of the last."""
+        loss = losses["loss"]
+        if loss == loss:  # a NaN would stay in the average for ever
+            self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
+        text = "loss -" if self._smooth is None else f"loss {self._smooth:.4f}"
+        if skipped:
+            text += f", {skipped} skipped"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._said >= SECONDS_BETWEEN_LINES or step == self.end:
+            self._said = now
+            speed = (step - self.first) / max(now - self._started, 1e-9)
+            left = (self.end - step) / max(speed, 1e-9)
+            print(
+                f"{self.label}: step {step}/{self.end}, {text}, {speed:.2f} steps/s, "
+                f"{left / 60:.1f} min left",
+                file=sys.stderr,
+                flush=True,
+            )

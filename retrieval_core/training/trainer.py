@@ -1,0 +1,295 @@
+"""The training loop: AdamW, clipping, EMA, exact resume, clean interruption (one process)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import RetrievalError
+from .checkpoint import LAST, Checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
+from .ema import ExponentialMovingAverage
+from .interruption import Interruption
+from .prefetch import Prefetcher
+from .progress import Progress
+from .randomness import step_generator, step_seed
+from .report import write_losses
+from .settings import TrainingSettings
+
+MOST_SKIPPED_IN_A_ROW = 20
+
+LossFunction = Callable[[Any, torch.Generator], Mapping[str, torch.Tensor]]
+
+
+class Batches(Protocol):
+    """The data. `batch` must depend on nothing but the step (and the seed it was made with)."""
+
+    def batch(self, step: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """step: steps done. interrupted: stopped by Ctrl-C or a termination signal, state saved.
+    skipped: steps left out because loss or gradient was not finite. history: see Trainer.
+    message: one sentence for the user.
+    """
+
+    step: int
+    interrupted: bool
+    skipped: int
+    history: dict[str, list[float]]
+    message: str
+
+
+class Trainer:
+    """Trains the parameters of `parameters_owner` that require a gradient.
+
+    parameters_owner: module; parameters are told apart by their names in it.
+    loss_fn: (batch, generator) -> scalar tensors by name, with "loss" the one to minimise. All
+        randomness must come from the generator (on `device`; the global torch generator is
+        seeded for each step too, for dropout), so that a resumed run repeats it.
+    batches: see Batches. settings: see TrainingSettings.
+    folder: checkpoints, `losses.csv` and `losses.png`. A checkpoint found there is resumed.
+    device: where owner and optimiser live. All arithmetic is in the parameters' own type.
+    description: JSON values that tell this run from others (lock, task, text drop, ...);
+        a run is resumed only under the same ones.
+    prefetch: batches prepared ahead on a thread (changes no number). 0: none.
+
+    `history`: name -> one value per step done, of every loss and of "learning_rate" and
+    "grad_norm" (before clipping); NaN where a step lacks one.
+    Raises RetrievalError if the folder cannot be used or holds another run.
+    """
+
+    def __init__(
+        self,
+        parameters_owner: nn.Module,
+        loss_fn: LossFunction,
+        batches: Batches,
+        settings: TrainingSettings,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        description: Mapping[str, Any] | None = None,
+        prefetch: int = 0,
+        label: str = "training",
+    ) -> None:
+        self.owner = parameters_owner.to(device)
+        self.loss_fn, self.batches, self.settings = loss_fn, batches, settings
+        self.device, self.prefetch, self.label = torch.device(device), prefetch, label
+        # As JSON gives it back, so that a tuple equals the list it was saved as.
+        self.description = json.loads(json.dumps(dict(description or {})))
+        self.folder = _usable_folder(Path(folder))
+        self.parameters = {n: p for n, p in self.owner.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise RetrievalError("Nothing to train: no parameter requires a gradient.")
+        stored = self.owner.state_dict(keep_vars=True)
+        self.buffers = {n: b for n, b in self.owner.named_buffers() if n in stored}
+        self.optimizer = self._make_optimizer()
+        self.ema = ExponentialMovingAverage(self.parameters, settings.ema_decay)
+        self.step = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.history: dict[str, list[float]] = {}
+        self._consistent = True  # False while a step is half applied
+        checkpoint = load_checkpoint(self.folder)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def run(self, until: int | None = None) -> TrainingResult:
+        """Train to step `until` (the settings' `steps` if None), save, and say how it went.
+
+        Ctrl-C and SIGTERM finish the step at hand, save, and return with `interrupted` set; a
+        second Ctrl-C raises KeyboardInterrupt at once. Any exception of the loss or the data is
+        raised after the last whole step has been saved. RetrievalError after 20 steps in a row
+        without a finite loss and gradient.
+        """
+        end = self.settings.steps if until is None else min(until, self.settings.steps)
+        first = self.step
+        saved_at = first
+        rng_state = torch.get_rng_state()
+        # The save at the end is inside the interruption: a Ctrl-C just then must not prevent it.
+        with Interruption() as interruption:
+            try:
+                with (
+                    Prefetcher(self.batches, first, end, self.prefetch) as data,
+                    Progress(self.label, first, end) as progress,
+                ):
+                    while self.step < end and not interruption.requested:
+                        losses = self._one_step(data.batch(self.step))
+                        progress.update(self.step, losses, self.skipped)
+                        if self.step % self.settings.checkpoint_every == 0 and self.step < end:
+                            self.save()
+                            saved_at = self.step
+                        self._stop_if_hopeless()
+            finally:
+                torch.set_rng_state(rng_state)
+                if self._consistent and self.step > saved_at:
+                    self.save()
+        stopped = interruption.requested and self.step < end
+        total = self.settings.steps
+        if stopped:
+            message = (
+                f"Training was interrupted after step {self.step} of {total}; run the same "
+                f"command again to go on from {self.folder / LAST}."
+            )
+        else:
+            message = f"Training is at step {self.step} of {total}, saved in {self.folder / LAST}."
+        return TrainingResult(self.step, stopped, self.skipped, self.history, message)
+
+    def ema_state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of the averaged parameters by name (trained ones only), on their device."""
+        return {name: average.clone() for name, average in self.ema.averages.items()}
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Within `with trainer.ema_weights():` the owner holds the averages."""
+        return self.ema.swapped_in()
+
+    def save(self) -> None:
+        """Write the checkpoint, `losses.csv` and `losses.png`."""
+        save_checkpoint(self.folder, self._snapshot())
+        write_losses(self.folder, self.history)
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        # Weight decay pulls norms and biases towards a value that means nothing, so it is
+        # customary to leave them out.
+        groups = [
+            {"params": [p for p in self.parameters.values() if p.ndim >= 2]},
+            {"params": [p for p in self.parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        options: dict[str, Any] = {
+            "lr": self.settings.learning_rate,
+            "betas": self.settings.betas,
+            "weight_decay": self.settings.weight_decay,
+        }
+        groups = [group for group in groups if group["params"]]
+        try:
+            return torch.optim.AdamW([dict(g) for g in groups], fused=True, **options)
+        except RuntimeError:  # older torch, or a device without the fused kernel
+            return torch.optim.AdamW(groups, **options)
+
+    def _one_step(self, batch: Any) -> dict[str, float]:
+        settings = self.settings
+        rate = settings.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.buffers:  # a forward pass may change them, as batch norm does
+            self._consistent = False
+        torch.manual_seed(step_seed(settings.seed, self.step))
+        generator = step_generator(settings.seed, self.step, self.device)
+        losses = self.loss_fn(batch, generator)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip_norm)
+        # One read for all values: on an accelerator every read waits for the device.
+        scalars = [*losses.values(), norm]
+        values = torch.stack([value.detach().reshape(()).float() for value in scalars]).tolist()
+        named = dict(zip([*losses, "grad_norm"], values))
+        self._consistent = False
+        if math.isfinite(named["loss"]) and math.isfinite(named["grad_norm"]):
+            self.optimizer.step()
+            self.ema.update()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self._record({**named, "learning_rate": rate})
+        self.step += 1
+        self._consistent = True
+        self.optimizer.zero_grad(set_to_none=True)
+        return named
+
+    def _stop_if_hopeless(self) -> None:
+        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise RetrievalError(
+                f"Training stopped at step {self.step}: the loss or its gradient was not finite "
+                f"{self.skipped_in_a_row} steps in a row; lower the learning rate "
+                f"({self.settings.learning_rate:g}) or check the data."
+            )
+
+    def _record(self, values: dict[str, float]) -> None:
+        for name in values:
+            self.history.setdefault(name, [math.nan] * self.step)
+        for name, series in self.history.items():
+            series.append(values.get(name, math.nan))
+
+    def _snapshot(self) -> Checkpoint:
+        tensors = {f"weights.{name}": p for name, p in self.parameters.items()}
+        tensors |= {f"ema.{name}": average for name, average in self.ema.averages.items()}
+        tensors |= {f"buffers.{name}": buffer for name, buffer in self.buffers.items()}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state.get(parameter)
+            if state:  # none before the parameter's first gradient
+                for key in ("exp_avg", "exp_avg_sq", "step"):
+                    tensors[f"{key}.{name}"] = torch.as_tensor(state[key])
+        state = {
+            "settings": self.settings.as_json(),
+            "description": self.description,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "ema_updates": self.ema.updates,
+        }
+        return Checkpoint(self.step, tensors, state, self.history)
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        self._refuse_other_run(state, tensors)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"weights.{name}"])
+            self.ema.averages[name].copy_(tensors[f"ema.{name}"])
+            if f"step.{name}" in tensors:
+                # Copied into fresh memory of the parameter's own layout: a view into the file
+                # could be aligned differently, and vector code may then round differently.
+                step_device = parameter.device if self.optimizer.defaults["fused"] else "cpu"
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"step.{name}"].clone().to(step_device),
+                    "exp_avg": torch.zeros_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
+                    "exp_avg_sq": torch.zeros_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
+                }
+        for name, buffer in self.buffers.items():
+            buffer.copy_(tensors[f"buffers.{name}"])
+        self.step, self.history = checkpoint.step, checkpoint.history
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.ema.updates = state["ema_updates"]
+
+    def _refuse_other_run(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        names = TrainingSettings.fixed_names()
+        now, then = self.settings.as_json(), state["settings"]
+        pairs = [(name, then.get(name), now.get(name)) for name in names]
+        described = sorted({*state["description"], *self.description})
+        pairs += [(n, state["description"].get(n), self.description.get(n)) for n in described]
+        pairs += [
+            (f"the shape of {name}", list(tensors[f"weights.{name}"].shape), list(p.shape))
+            for name, p in self.parameters.items()
+            if f"weights.{name}" in tensors
+        ]
+        there = {n.removeprefix("weights.") for n in tensors if n.startswith("weights.")}
+        for name in sorted(there ^ set(self.parameters)):
+            words = ("trained", "frozen")
+            pairs.append((name, words[name not in there], words[name not in self.parameters]))
+        for name, before, after in pairs:
+            if before != after:
+                raise RetrievalError(
+                    f"The run in {self.folder} was started with {name} = {before}, not {after}: "
+                    f"use {before} to go on with it, or another folder to start anew."
+                )
+
+
+def _usable_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RetrievalError(
+            f"The training folder {folder} cannot be written ({error}); choose another."
+        ) from error
+    return folder
