@@ -1,0 +1,270 @@
+"""The whole retrieval network: encoder, retrieval sites, optional decoder weights, and its file.
+
+File format (DESIGN, "File format"): one safetensors file, keys `encoder.*`, `retrieval.<site>.*`
+and optionally `decoder.*` in the base model's own names; metadata `format`, `format_version`,
+`base`, `config`, `recommended`, `training`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bank import Bank, EncodedReference, join
+from .encoder import RetrievalEncoder
+from .errors import RetrievalError
+from .files import parse_json, read_safetensors, save_safetensors
+from .references import token_mask
+from .retrieval import RetrievalSite
+from .unet import (
+    AttentionFunction,
+    UNet,
+    UNetConfig,
+    attention,
+    check_weights,
+    config_from_state_dict,
+    load_strictly,
+)
+
+FORMAT = "retrieval_controlnet"
+FORMAT_VERSION = 1
+BASES = ("sd15", "sd21", "sdxl", "paperdoll")
+DECODER_PARTS = ("output_blocks.", "out.")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a file says of itself beside its weights.
+
+    `recommended` holds `strength` (the paper's default for faces is 1.5, §5.2) and `guidance`
+    ("cond" or "both": the rows that retrieve); `training` is free-form provenance.
+    """
+
+    base: str
+    recommended: dict[str, Any] = field(
+        default_factory=lambda: {"strength": 1.0, "guidance": "cond"}
+    )
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class RetrievalControlNet(nn.Module):
+    """Encoder and retrieval sites for a base U-Net of shape `config`.
+
+    Args:
+        config: the base U-Net's shape; sites and their widths follow from it.
+        operations, attend: injected layers and attention function (see `unet`).
+        card: base name, recommended settings and provenance.
+
+    `decoder` maps the base model's own names (`output_blocks.*`, `out.*`) to trained weights, or
+    is empty: they replace the base's while retrieval is on (§5.4).
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        card: Card,
+        operations: Any = nn,
+        attend: AttentionFunction = attention,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.config, self.card = config, card
+        self.encoder = RetrievalEncoder(config, operations, attend, **kw)
+        self.retrieval = nn.ModuleDict(
+            {
+                site: RetrievalSite(channels, config.heads(channels), operations, attend, **kw)
+                for site, channels in config.site_channels().items()
+            }
+        )
+        self.decoder: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_base(
+        cls, base: Mapping[str, Tensor], name: str, seed: int = 0, prefix: str = "", **kw: Any
+    ) -> RetrievalControlNet:
+        """A fresh network for a base checkpoint: encoder copied (§4.1), zero convolutions zero.
+
+        Args:
+            base: the checkpoint's tensors; the U-Net's are found under `prefix`.
+            name: one of `BASES`.
+            seed: of the retrieval layers' initial rotation.
+
+        Raises:
+            RetrievalError: the checkpoint is not a U-Net of this family.
+        """
+        own = {k[len(prefix) :]: v for k, v in base.items() if k.startswith(prefix)}
+        config = kw.pop("config", None) or config_from_state_dict(own)
+        network = cls(config, Card(name), **kw)
+        copied = {k: v for k, v in own.items() if not k.startswith(DECODER_PARTS)}
+        load_strictly(network.encoder, copied, "encoder")
+        generator = torch.Generator().manual_seed(seed)
+        for site in network.retrieval.values():
+            site.initialise(generator)
+        return network
+
+    def null_keys(self) -> dict[str, Tensor]:
+        """site -> [C_s], the keys of the null token."""
+        return {name: site.null() for name, site in self.retrieval.items()}
+
+    def project(
+        self, latents: Tensor, context: Tensor, y: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Keys and values of each reference at each site, site -> [R, H_s * W_s, C_s].
+
+        Args:
+            latents: clean reference latents [R, C, H, W].
+            context: [R, L, D].
+            y: [R, A] where the base has a vector conditioning.
+        """
+        features = self.encoder(latents, context, y)
+        projected = {name: self.retrieval[name].project(f) for name, f in features.items()}
+        return {n: kv[0] for n, kv in projected.items()}, {n: kv[1] for n, kv in projected.items()}
+
+    def encode(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        masks: Sequence[Tensor | None] | None = None,
+        weights: Sequence[float] | None = None,
+        concepts: Sequence[str] | None = None,
+    ) -> list[EncodedReference]:
+        """Encodes references once, dropping tokens that fall wholly outside their masks.
+
+        Args:
+            masks: one [H, W] mask a reference, of any size, above 0 where it counts; None: all.
+            weights: one a reference, 1 by default.
+            concepts: recorded with each reference.
+
+        Raises:
+            RetrievalError: a mask selects nothing.
+        """
+        count = latents.shape[0]
+        keys, values = self.project(latents, context, y)
+        factors = self.config.site_downsampling()
+        encoded = []
+        for i in range(count):
+            mask = masks[i] if masks is not None else None
+            own_keys, own_values = {}, {}
+            for site in keys:
+                k, v = keys[site][i], values[site][i]
+                if mask is not None:
+                    size = tuple(-(-edge // factors[site]) for edge in latents.shape[-2:])
+                    keep = token_mask(mask, *size).flatten().to(k.device)
+                    k, v = k[keep], v[keep]
+                own_keys[site], own_values[site] = k, v
+            encoded.append(
+                EncodedReference(
+                    own_keys,
+                    own_values,
+                    1.0 if weights is None else weights[i],
+                    "figure" if concepts is None else concepts[i],
+                )
+            )
+        return encoded
+
+    def bank(self, references: Sequence[EncodedReference]) -> Bank:
+        """One bank of several references (see `bank.join`)."""
+        return join(references, self.null_keys())
+
+    def apply_decoder(self, unet: UNet) -> UNet:
+        """A U-Net that shares the base's encoder and has the trained decoder, if there is one.
+
+        The base itself is not touched.
+        """
+        if not self.decoder:
+            return unet
+        with torch.device("meta"):
+            patched = UNet(unet.config)
+        weights = {**unet.state_dict(keep_vars=True), **self.decoder}
+        patched.load_state_dict(weights, assign=True)
+        return patched.eval()
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes the network's file atomically, its weights as `dtype` (default: as they are)."""
+        tensors = {k: v for k, v in self.state_dict().items()}
+        tensors |= {f"decoder.{k}": v for k, v in self.decoder.items()}
+        if dtype is not None:
+            tensors = {k: v.to(dtype) for k, v in tensors.items()}
+        save_safetensors(path, tensors, self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """The file's metadata fields."""
+        return {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "base": self.card.base,
+            "config": json.dumps(self.config.to_dict()),
+            "recommended": json.dumps(self.card.recommended),
+            "training": json.dumps(self.card.training),
+        }
+
+
+def check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Refuses a file of another format or of a newer version, in one sentence that names both."""
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format") or "no format field"
+        raise RetrievalError(
+            f"'{path}' is not a retrieval network: its metadata has {found!r} where {FORMAT!r} is "
+            "expected; choose a file of models/retrieval_controlnet."
+        )
+    version = metadata.get("format_version", "")
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise RetrievalError(
+            f"'{path}' has format version {version or 'none'} and this pack reads up to "
+            f"{FORMAT_VERSION}; update the pack."
+        )
+
+
+def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> RetrievalControlNet:
+    """Reads a network's file.
+
+    Args:
+        path: a safetensors file written by `RetrievalControlNet.save`.
+        base: the base model it is wanted for, one of `BASES`; None accepts any.
+        kw: `operations`, `attend`, `device`, `dtype` of the layers.
+
+    Raises:
+        RetrievalError: no such file, truncated, another format, a newer version, another base, or
+            missing, unexpected or misshapen keys.
+    """
+    tensors, metadata = read_safetensors(path)
+    check_metadata(path, metadata)
+    found = metadata.get("base", "")
+    if found not in BASES:
+        raise RetrievalError(
+            f"'{path}' is for base {found!r} and this pack knows {', '.join(BASES)}; update the "
+            "pack or choose another file."
+        )
+    if base is not None and found != base:
+        raise RetrievalError(
+            f"'{path}' was trained for base '{found}' and the model given is '{base}'; choose the "
+            f"file for '{base}' or load a model of '{found}'."
+        )
+    config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
+    recommended = parse_json(metadata.get("recommended"), "recommended", path)
+    training = parse_json(metadata.get("training"), "training", path)
+    network = RetrievalControlNet(config, Card(found, recommended, training), **kw)
+    decoder = {k[len("decoder.") :]: v for k, v in tensors.items() if k.startswith("decoder.")}
+    rest = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
+    load_strictly(network, rest, f"retrieval network '{path}'")
+    if decoder:
+        with torch.device("meta"):
+            expected = decoder_state(UNet(config))
+        check_weights(expected, decoder, f"decoder of '{path}'")
+    like = next(network.parameters())
+    network.decoder = {k: v.to(like) for k, v in decoder.items()}
+    return network
+
+
+def decoder_state(unet: UNet) -> dict[str, Tensor]:
+    """The decoder's weights under the base model's own names."""
+    return {k: v for k, v in unet.state_dict().items() if k.startswith(DECODER_PARTS)}

@@ -1,0 +1,34 @@
+"""The retrieval encoder E (§4.1): the U-Net's encoder half, reading clean reference latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .unet import UNetEncoder
+
+
+class RetrievalEncoder(UNetEncoder):
+    """A copy of the base U-Net's time embedding, encoder and middle block.
+
+    It takes the clean VAE latent of a reference at timestep 0, and a text context of its own that
+    says what to take from it ("face", "clothes", "figure", or tags).
+    """
+
+    def forward(
+        self, latents: Tensor, context: Tensor, y: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Features f_s of every site.
+
+        Args:
+            latents: [R, C, H, W], scaled as the base model's latents are.
+            context: [R, L, D] text context of each reference.
+            y: [R, A] vector conditioning where the base has one (SDXL).
+
+        Returns:
+            site -> [R, C_s, H_s, W_s].
+        """
+        timesteps = torch.zeros(latents.shape[0], device=latents.device)
+        emb = self.embed(timesteps, y, latents.dtype)
+        features = self.encode(latents, emb, context)
+        return dict(zip(self.config.site_channels(), features, strict=True))

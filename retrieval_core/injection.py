@@ -1,0 +1,99 @@
+"""One application of a bank to a U-Net: strength, schedule, region and rows (DESIGN §4, §6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bank import Bank
+from .errors import RetrievalError
+from .retrieval import RetrievalSite
+from .unet import SkipHook
+
+Guidance = Literal["cond", "both"]
+COND = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieval:
+    """What is added to the skip features while sampling; immutable.
+
+    Attributes:
+        sites: the retrieval network's layers by site.
+        bank: what is attended to, on the features' device and of their type.
+        strength: multiplies what was retrieved; 0 switches retrieval off.
+        start, end: the part of sampling in which it acts, fractions 0 (all noise) to 1.
+        guidance: "cond": only conditional rows retrieve; "both": unconditional rows too.
+        region: [H, W] of 0..1 over the image, or None for everywhere.
+    """
+
+    sites: Mapping[str, nn.Module]
+    bank: Bank
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guidance: Guidance = "cond"
+    region: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise RetrievalError(
+                f"Retrieval starts at {self.start:g} and ends at {self.end:g}; both must lie "
+                "between 0 and 1, the start not above the end."
+            )
+        if self.guidance not in ("cond", "both"):
+            raise RetrievalError(
+                f"There is no guidance '{self.guidance}'; choose 'cond' (conditional rows) or "
+                "'both'."
+            )
+
+    def active(self, progress: float) -> bool:
+        """Whether anything is to be done at all at this point of sampling."""
+        return self.strength != 0 and not self.bank.empty and self.start <= progress <= self.end
+
+    def hook(self, cond_or_uncond: Sequence[int], progress: float) -> SkipHook | None:
+        """A U-Net's `skip_hook` for one step, or None if nothing is to be done.
+
+        Args:
+            cond_or_uncond: the batch's chunks in order, 0 for conditional, 1 for unconditional.
+            progress: 0 at the first step's noise, 1 at none.
+        """
+        if not self.active(progress):
+            return None
+
+        def hook(site: str, h: Tensor) -> Tensor:
+            return self.apply(site, h, cond_or_uncond)
+
+        return hook
+
+    def apply(self, site: str, h: Tensor, cond_or_uncond: Sequence[int]) -> Tensor:
+        """h [B, C, H, W] with what the site retrieves added to the rows that retrieve."""
+        if self.guidance == "both" or all(chunk == COND for chunk in cond_or_uncond):
+            return h + self._retrieved(site, h)
+        chunks = list(h.chunk(len(cond_or_uncond)))
+        wanted = [i for i, chunk in enumerate(cond_or_uncond) if chunk == COND]
+        if not wanted:
+            return h
+        added = self._retrieved(site, torch.cat([chunks[i] for i in wanted])).chunk(len(wanted))
+        for i, residual in zip(wanted, added, strict=True):
+            chunks[i] = chunks[i] + residual
+        return torch.cat(chunks)
+
+    def _retrieved(self, site: str, h: Tensor) -> Tensor:
+        layer = self.sites[site]
+        assert isinstance(layer, RetrievalSite)
+        retrieved = layer(h, self.bank.sites[site]) * self.strength
+        if self.region is not None:
+            retrieved = retrieved * _region(self.region, h)
+        return retrieved
+
+
+def _region(region: Tensor, h: Tensor) -> Tensor:
+    """The region at the features' resolution [1, 1, H, W], edges kept soft."""
+    region = region.to(h)[None, None]
+    return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True)

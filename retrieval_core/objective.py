@@ -1,0 +1,53 @@
+"""The masked objective (§4.3, eq. 1): the diffusion loss over real content, and again over the face.
+
+    L = mean over content of |prediction - target|^2 + lambda * mean over the face box of the same
+
+Padding is masked out, so that the model does not learn the padding colour.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def masked_mean(squares: Tensor, mask: Tensor) -> Tensor:
+    """Per-row mean of squares [B, C, H, W] where mask [B, 1, H, W] (0..1) is; 0 for empty rows."""
+    weight = mask.expand_as(squares)
+    total = (squares * weight).flatten(1).sum(1)
+    return total / weight.flatten(1).sum(1).clamp_min(1e-8)
+
+
+def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """A pixel mask [B, H, W] as the share of each latent pixel that it covers, [B, 1, h, w]."""
+    return F.adaptive_avg_pool2d(mask[:, None].float(), (height, width))
+
+
+def retrieval_loss(
+    prediction: Tensor,
+    target: Tensor,
+    content: Tensor | None = None,
+    face: Tensor | None = None,
+    face_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """Equation 1 with its parts.
+
+    Args:
+        prediction, target: [B, C, H, W], eps or v (`NoiseSchedule.target`).
+        content: [B, 1, H, W], 1 where the target image is real, 0 where it is padding.
+        face: [B, 1, H, W], the face box; rows without a face are all 0 and add nothing.
+        face_weight: lambda.
+
+    Returns:
+        Scalars "loss", "content" and, with a face, "face".
+    """
+    squares = (prediction - target).square()
+    whole = squares.mean() if content is None else masked_mean(squares, content).mean()
+    if face is None or face_weight == 0:
+        return {"loss": whole, "content": whole.detach()}
+    part = masked_mean(squares, face).mean()
+    return {
+        "loss": whole + face_weight * part,
+        "content": whole.detach(),
+        "face": part.detach(),
+    }

@@ -1,0 +1,250 @@
+"""Training data of the paper-doll world: rendered characters, and batches as a function of the step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..dataset import Augmentation, RandomView, Sample, TaskOptions, compose, same_character
+from .draw import Rendering, render
+from .text import LENGTH, PAD, Tokenizer
+from .world import (
+    SIZE,
+    Figure,
+    random_identity,
+    random_outfit,
+    random_scene,
+)
+
+# Of each character: pictures of it as it is, of its face in other clothes, and of its clothes on
+# others. The last two only ever serve as references for composition.
+SAME, OTHER_CLOTHES, OTHER_PEOPLE = 8, 3, 3
+EACH = SAME + OTHER_CLOTHES + OTHER_PEOPLE
+REFERENCES = 4
+TARGETS = SAME - REFERENCES
+
+
+def character_figures(seed: int, index: int, held_out: bool) -> list[Figure]:
+    """The `EACH` figures of character number `index`, from its own random stream."""
+    rng = np.random.default_rng([seed, index, int(held_out)])
+    identity, outfit = random_identity(rng, held_out), random_outfit(rng, held_out)
+    pairs = [(identity, outfit)] * SAME
+    pairs += [(identity, random_outfit(rng, held_out)) for _ in range(OTHER_CLOTHES)]
+    pairs += [(random_identity(rng, held_out), outfit) for _ in range(OTHER_PEOPLE)]
+    return [Figure(who, clothes, random_scene(rng)) for who, clothes in pairs]
+
+
+@dataclass(frozen=True, eq=False)
+class Characters:
+    """Rendered characters.
+
+    images: uint8 [N, EACH, 64, 64, 3]. masks: bool [N, EACH, 64, 64]. boxes: int [N, EACH, 4].
+    tags: [N][EACH] lists of tags.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    boxes: np.ndarray
+    tags: list[list[list[str]]]
+
+    def samples(self, index: int) -> list[Sample]:
+        parts = zip(self.images[index], self.masks[index], self.boxes[index], self.tags[index])
+        return [Sample(image, mask, tuple(box), tags) for image, mask, box, tags in parts]
+
+
+def render_characters(seed: int, count: int, held_out: bool = False) -> Characters:
+    """Renders `count` characters on all processors; the same for the same seed anywhere."""
+    chunk = 50
+    starts = range(0, count, chunk)
+    jobs = [(seed, start, min(start + chunk, count), held_out) for start in starts]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(_render_range, jobs))
+    images, masks, boxes, tags = zip(*parts)
+    return Characters(
+        np.concatenate(images), np.concatenate(masks), np.concatenate(boxes), sum(tags, [])
+    )
+
+
+def _render_range(
+    job: tuple[int, int, int, bool],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list[list[str]]]]:
+    seed, start, end, held_out = job
+    figures = [character_figures(seed, index, held_out) for index in range(start, end)]
+    drawn = [[render(figure) for figure in row] for row in figures]
+    return (
+        np.stack([[d.image for d in row] for row in drawn]),
+        np.stack([[d.mask for d in row] for row in drawn]),
+        np.array([[d.head_box for d in row] for row in drawn]),
+        [[figure.scene.tags() for figure in row] for row in figures],
+    )
+
+
+def render_any(seed: int, count: int) -> list[Rendering]:
+    """Renders `count` independent figures of the whole world, held-out characters included."""
+    chunk = 250
+    jobs = [(seed, start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return [drawn for part in pool.map(_render_any, jobs) for drawn in part]
+
+
+def _render_any(job: tuple[int, int, int]) -> list[Rendering]:
+    seed, start, end = job
+    drawn = []
+    for index in range(start, end):
+        rng = np.random.default_rng([seed, index, 2])
+        who, clothes = random_identity(rng, None), random_outfit(rng, None)
+        drawn.append(render(Figure(who, clothes, random_scene(rng))))
+    return drawn
+
+
+def to_images(pixels: np.ndarray) -> Tensor:
+    """uint8 [..., H, W, 3] to float32 [N, 3, H, W] in 0..1, leading dimensions flattened."""
+    flat = torch.from_numpy(np.ascontiguousarray(pixels)).flatten(0, -4)
+    return flat.movedim(-1, 1).float() / 255
+
+
+@dataclass(frozen=True)
+class BaseBatches:
+    """Pictures and tags for the base model; a batch depends on the seed and the step only.
+
+    tag_drop: probability that a single tag is left out; text_drop: that all are.
+    """
+
+    characters: Characters
+    size: int
+    seed: int
+    tag_drop: float = 0.1
+    text_drop: float = 0.1
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, 64, 64] in 0..1 and token ids [B, L]."""
+        rng = np.random.default_rng([self.seed, step])
+        count = len(self.characters.images)
+        who, which = rng.integers(count, size=self.size), rng.integers(EACH, size=self.size)
+        tokenizer = Tokenizer()
+        ids = []
+        for i, j in zip(who, which):
+            tags = [t for t in self.characters.tags[i][j] if rng.random() >= self.tag_drop]
+            ids.append(tokenizer("" if rng.random() < self.text_drop else ", ".join(tags)))
+        return to_images(self.characters.images[who, which]), torch.tensor(ids)
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalBatch:
+    """G characters, each with `TARGETS` targets that share R = `REFERENCES` references.
+
+    targets: [G * T, 3, S, S]; ids: [G * T, L]; face: [G * T, S, S]; references: [G * R, 3, S, S];
+    reference_ids: [G * R, L]; masks: bool [G * R, S, S]; used: bool [G, R].
+    """
+
+    targets: Tensor
+    ids: Tensor
+    face: Tensor
+    references: Tensor
+    reference_ids: Tensor
+    masks: Tensor
+    used: Tensor
+
+
+SOURCE = Augmentation(RandomView(scale=(0.85, 1.25), shift=0.06, flip=0.5))
+
+
+@dataclass(frozen=True)
+class RetrievalBatches:
+    """Both tasks of §3.3, half and half; a batch depends on the seed and the step only.
+
+    References of a character are shared by its targets, so that encoding them pays off. Sources
+    are augmented; targets are not, since the base model never saw a cropped figure.
+    fewer: probability that only 1 to 3 of the references are used.
+    """
+
+    characters: Characters
+    size: int
+    seed: int
+    text_drop: float = 0.5
+    tag_drop: float = 0.1
+    fewer: float = 0.2
+    options: TaskOptions = TaskOptions(text_drop=0.0, reference_drop=0.0, source=SOURCE)
+    reference_drop: float = 0.05
+
+    def batch(self, step: int) -> RetrievalBatch:
+        """One batch of `size` characters."""
+        rng = np.random.default_rng([self.seed, step, 1])
+        tokenizer = Tokenizer()
+        groups = [self._group(int(i), rng, tokenizer) for i in self._characters(rng)]
+        columns = list(zip(*groups))
+        targets, face, references, masks = (np.concatenate(columns[i]) for i in (0, 2, 3, 5))
+        return RetrievalBatch(
+            targets=to_images(targets),
+            ids=torch.tensor(sum(columns[1], [])),
+            face=torch.from_numpy(face),
+            references=to_images(references),
+            reference_ids=torch.tensor(sum(columns[4], [])),
+            masks=torch.from_numpy(masks),
+            used=torch.from_numpy(np.stack(columns[6])),
+        )
+
+    def _characters(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.choice(len(self.characters.images), self.size, replace=False)
+
+    def _group(self, index: int, rng: np.random.Generator, tokenizer: Tokenizer) -> tuple:
+        samples = self.characters.samples(index)
+        order = rng.permutation(SAME).tolist()
+        targets, sources = order[:TARGETS], order[TARGETS:]
+        faces = [*sources, *range(SAME, SAME + OTHER_CLOTHES)]
+        bodies = [*sources, *range(SAME + OTHER_CLOTHES, EACH)]
+        if rng.random() < 0.5:
+            item = same_character(samples, targets[0], rng, self.options, indices=sources)
+        else:
+            item = compose(
+                samples, targets[0], rng, self.options, face_indices=faces, body_indices=bodies
+            )
+        head = np.zeros((TARGETS, SIZE, SIZE), bool)
+        ids = []
+        for row, target in enumerate(targets):
+            x0, y0, x1, y1 = samples[target].head_box or (0, 0, 0, 0)
+            head[row, y0:y1, x0:x1] = True
+            ids.append(tokenizer(self._prompt(samples[target].tags, rng)))
+        everything = np.ones((SIZE, SIZE), bool)
+        return (
+            np.stack([samples[target].image for target in targets]),
+            ids,
+            head,
+            np.stack([r.image for r in item.references]),
+            [tokenizer(r.concept) for r in item.references],
+            np.stack([everything if r.mask is None else r.mask for r in item.references]),
+            self._used(rng),
+        )
+
+    def _prompt(self, tags: Sequence[str], rng: np.random.Generator) -> str:
+        kept = [tag for tag in tags if rng.random() >= self.tag_drop]
+        return "" if rng.random() < self.text_drop else ", ".join(kept)
+
+    def _used(self, rng: np.random.Generator) -> np.ndarray:
+        """Which references count: all, with some probability fewer, rarely none."""
+        used = np.ones(REFERENCES, bool)
+        if rng.random() < self.fewer:
+            used[rng.permutation(REFERENCES)[: rng.integers(1, REFERENCES)]] = False
+        if rng.random() < self.reference_drop:
+            used[:] = False
+        return used
+
+
+__all__ = [
+    "LENGTH",
+    "PAD",
+    "BaseBatches",
+    "Characters",
+    "RetrievalBatch",
+    "RetrievalBatches",
+    "character_figures",
+    "render_any",
+    "render_characters",
+    "to_images",
+]

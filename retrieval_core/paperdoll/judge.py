@@ -1,0 +1,163 @@
+"""The judge: reads the attributes of a figure off its pixels, to measure what was generated.
+
+A small convolutional classifier with one head an attribute, trained on rendered figures with blur,
+noise and the VAE's rounding. It sees neither prompts nor references. Its own error on known truth
+is measured by the tests and printed beside every measurement.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import RetrievalError
+from ..files import read_safetensors, save_safetensors
+from ..unet import load_strictly
+from .world import (
+    BACKGROUNDS,
+    EXPRESSIONS,
+    EYE_COLOURS,
+    GARMENT_COLOURS,
+    HAIR_COLOURS,
+    HAIR_STYLES,
+    LOWER_KINDS,
+    PATTERNS,
+    POSES,
+    SKIN_TONES,
+    UPPER_KINDS,
+    Figure,
+)
+
+FORMAT = "paperdoll_judge"
+
+# attribute -> its values, in the order of the head's outputs (part of the trained weights).
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "hair style": tuple(HAIR_STYLES),
+    "hair colour": tuple(HAIR_COLOURS),
+    "eye colour": tuple(EYE_COLOURS),
+    "skin": tuple(SKIN_TONES),
+    "upper": tuple(UPPER_KINDS),
+    "upper colour": tuple(GARMENT_COLOURS),
+    "upper pattern": tuple(PATTERNS),
+    "lower": tuple(LOWER_KINDS),
+    "lower colour": tuple(GARMENT_COLOURS),
+    "pose": tuple(POSES),
+    "expression": tuple(EXPRESSIONS),
+    "background": tuple(BACKGROUNDS),
+    "mirrored": ("no", "yes"),
+}
+FACE = ("hair style", "hair colour", "eye colour")
+GARMENTS = ("upper", "upper colour", "lower", "lower colour")
+SCENE = ("pose", "expression", "background")
+
+
+def truth(figure: Figure) -> dict[str, str]:
+    """The attributes of a figure, as the judge names them."""
+    who, clothes, scene = figure.identity, figure.outfit, figure.scene
+    return {
+        "hair style": who.hair_style,
+        "hair colour": who.hair_colour,
+        "eye colour": who.eye_colour,
+        "skin": who.skin,
+        "upper": clothes.upper,
+        "upper colour": clothes.upper_colour,
+        "upper pattern": clothes.upper_pattern,
+        "lower": clothes.lower,
+        "lower colour": clothes.lower_colour,
+        "pose": scene.pose,
+        "expression": scene.expression,
+        "background": scene.background,
+        "mirrored": "yes" if scene.mirror else "no",
+    }
+
+
+def truth_ids(figure: Figure) -> list[int]:
+    """`truth` as the index of each value, in the order of `ATTRIBUTES`."""
+    values = truth(figure)
+    return [names.index(values[attribute]) for attribute, names in ATTRIBUTES.items()]
+
+
+class Judge(nn.Module):
+    """Logits of every attribute for images [B, 3, 64, 64] in 0..1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 96, 128)
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(before, after, 3, padding=1, stride=2, bias=False)]
+            layers += [nn.GroupNorm(8, after), nn.SiLU()]
+        self.features = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(widths[-1] * 16, 192), nn.SiLU()
+        )
+        self.heads = nn.ModuleList(nn.Linear(192, len(v)) for v in ATTRIBUTES.values())
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.features(images * 2 - 1)
+        return [head(features) for head in self.heads]
+
+    def loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Mean cross-entropy over the attributes on (images, ids [B, A]), images disturbed."""
+        images, ids = batch
+        logits = self(disturbed(images, generator))
+        losses = [F.cross_entropy(logit, ids[:, i]) for i, logit in enumerate(logits)]
+        return {"loss": torch.stack(losses).mean()}
+
+    @torch.inference_mode()
+    def read(self, images: Tensor, batch: int = 256) -> list[dict[str, str]]:
+        """The most likely value of every attribute, one dict an image."""
+        columns = []
+        for part in images.split(batch):
+            columns.append(torch.stack([logits.argmax(1) for logits in self(part)], 1))
+        named = list(ATTRIBUTES.items())
+        rows = torch.cat(columns).tolist() if columns else []
+        return [
+            {name: values[i] for (name, values), i in zip(named, row, strict=True)} for row in rows
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        tensors = {k: v.half() for k, v in self.state_dict().items()}
+        save_safetensors(path, tensors, {"format": FORMAT})
+
+
+def disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images as a generator might make them: some blurred, all noisy, brightness off a little."""
+    count = images.shape[0]
+    kernel = torch.tensor([0.25, 0.5, 0.25])
+    kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
+    blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+    share = torch.rand(count, 1, 1, 1, generator=generator)
+    images = torch.lerp(images, blurred, share * (share > 0.3))
+    level = 0.08 * torch.rand(count, 1, 1, 1, generator=generator)
+    images = images + level * torch.randn(images.shape, generator=generator)
+    gain = 1 + 0.06 * (2 * torch.rand(count, 1, 1, 1, generator=generator) - 1)
+    return (images * gain).clamp(0, 1)
+
+
+def load_judge(path: str | os.PathLike[str]) -> Judge:
+    """Reads a judge's file; RetrievalError if it is none."""
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise RetrievalError(
+            f"'{path}' has format {metadata.get('format')!r}, not {FORMAT!r}; use the judge "
+            "bundled with the pack."
+        )
+    judge = Judge()
+    load_strictly(judge, {k: v.float() for k, v in tensors.items()}, f"judge '{path}'")
+    return judge.eval().requires_grad_(False)
+
+
+def chance(attribute: str) -> float:
+    """The share of right answers that guessing gets."""
+    return 1 / len(ATTRIBUTES[attribute])
+
+
+def matches(
+    read: Mapping[str, str], wanted: Mapping[str, str], attributes: tuple[str, ...]
+) -> list[bool]:
+    """Attribute by attribute, whether what was read is what was wanted."""
+    return [read[name] == wanted[name] for name in attributes]

@@ -1,0 +1,91 @@
+"""The paper-doll base model: U-Net, text encoder, VAE and noise schedule, in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RetrievalError
+from ..files import parse_json, read_safetensors, save_safetensors
+from ..schedule import NoiseSchedule
+from ..unet import UNet, UNetConfig, load_strictly
+from .text import TextEncoder
+from .vae import PATCH, PatchVAE
+from .world import SIZE
+
+FORMAT = "paperdoll_base"
+CHANNELS = 24
+WIDTH = 64
+CONFIG = UNetConfig(
+    model_channels=64,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=(0, 1, 1),
+    transformer_depth=(0, 1, 0),
+    middle_depth=1,
+    context_dim=WIDTH,
+    in_channels=CHANNELS,
+    out_channels=CHANNELS,
+    num_head_channels=32,
+)
+SCHEDULE = NoiseSchedule(prediction="v")
+UNET_PREFIX = "model.diffusion_model."
+
+
+class PaperdollModel(nn.Module):
+    """U-Net (SD's family and layout), text encoder and VAE of the paper-doll world."""
+
+    def __init__(self, config: UNetConfig = CONFIG) -> None:
+        super().__init__()
+        self.schedule = SCHEDULE
+        self.unet = UNet(config)
+        self.text = TextEncoder(config.context_dim)
+        self.vae = PatchVAE(config.in_channels)
+
+    @property
+    def latent_size(self) -> int:
+        return SIZE // PATCH
+
+    def initialise(self) -> None:
+        """Zero-starts the layers that SD starts at zero: block outputs and the last convolution."""
+        with torch.no_grad():
+            for name, parameter in self.unet.named_parameters():
+                parts = (".out_layers.3.", ".proj_out.", "out.2.")
+                if any(part in f".{name}" for part in parts) or name.startswith("out.2."):
+                    parameter.zero_()
+
+    def noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Unit noise [count, C, 16, 16] from a CPU generator."""
+        shape = (count, self.unet.config.in_channels, self.latent_size, self.latent_size)
+        return torch.randn(shape, generator=generator)
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes `model.diffusion_model.*`, `text.*` and `vae.*` atomically; the VAE in float32."""
+        tensors = {UNET_PREFIX + k: v.to(dtype) for k, v in self.unet.state_dict().items()}
+        tensors |= {f"text.{k}": v.to(dtype) for k, v in self.text.state_dict().items()}
+        tensors |= {f"vae.{k}": v for k, v in self.vae.state_dict().items()}
+        metadata = {"format": FORMAT, "config": json.dumps(self.unet.config.to_dict())}
+        save_safetensors(path, tensors, metadata)
+
+
+def load_base(path: str | os.PathLike[str]) -> PaperdollModel:
+    """Reads a base model's file in float32.
+
+    Raises:
+        RetrievalError: no such file, not whole, another format, or keys that do not fit.
+    """
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise RetrievalError(
+            f"'{path}' has format {metadata.get('format')!r}, not {FORMAT!r}; use the base model "
+            "bundled with the pack or one trained by retrieval_core.paperdoll.train."
+        )
+    config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
+    model = PaperdollModel(config)
+    parts = ((UNET_PREFIX, model.unet), ("text.", model.text), ("vae.", model.vae))
+    for prefix, module in parts:
+        own = {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
+        load_strictly(module, own, f"'{path}' {prefix[:-1]}")
+    return model.eval().requires_grad_(False)

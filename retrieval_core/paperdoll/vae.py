@@ -1,0 +1,60 @@
+"""The paper-doll world's VAE: a fixed linear transform of 4x4-pixel patches, fitted once.
+
+Each patch is projected on the principal components of the world's patches; the components' scales
+are evened out half way (std ** 0.5), so that colours still weigh more than fine edges but neither
+drowns in the diffusion noise. Being orthogonal, it decodes with its transpose.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PATCH = 4
+
+
+class PatchVAE(nn.Module):
+    """Encodes images [B, 3, H, W] in 0..1 to latents [B, C, H / 4, W / 4] and back.
+
+    Buffers: `basis` [C, 48] orthonormal rows, `mean` [48], `scale` [C] (latent = scale * projection).
+    """
+
+    basis: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        values = 3 * PATCH * PATCH
+        self.channels = channels
+        self.register_buffer("basis", torch.zeros(channels, values))
+        self.register_buffer("mean", torch.zeros(values))
+        self.register_buffer("scale", torch.ones(channels))
+
+    @classmethod
+    def fit(cls, images: Tensor, channels: int) -> PatchVAE:
+        """The transform for images [N, 3, H, W] in 0..1; deterministic up to rounding."""
+        vae = cls(channels)
+        patches = F.pixel_unshuffle(images.double(), PATCH).movedim(1, -1).reshape(-1, 48)
+        mean = patches.mean(0)
+        values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        basis = vectors.T.flip(0)[:channels]
+        signs = basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+        stds = values.flip(0)[:channels].clamp_min(1e-8).sqrt()
+        vae.basis.copy_(basis * signs)
+        vae.mean.copy_(mean)
+        # The first component ends with a standard deviation of 2, the rest below it.
+        vae.scale.copy_(2.0 / (stds[0].sqrt() * stds.sqrt()))
+        return vae
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents [B, C, H / 4, W / 4] of images [B, 3, H, W] in 0..1; H, W multiples of 4."""
+        patches = F.pixel_unshuffle(images, PATCH) - self.mean[:, None, None]
+        return F.conv2d(patches, (self.basis * self.scale[:, None])[:, :, None, None])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, 4 h, 4 w] in 0..1 of latents [B, C, h, w]."""
+        weights = (self.basis / self.scale[:, None]).T[:, :, None, None]
+        patches = F.conv2d(latents, weights) + self.mean[:, None, None]
+        return F.pixel_shuffle(patches, PATCH).clamp(0, 1)

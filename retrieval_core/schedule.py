@@ -1,0 +1,63 @@
+"""The noise schedule of Stable Diffusion and the two prediction types, in sigma space.
+
+x = x0 + sigma * eps is the noised latent, sigma^2 = (1 - abar) / abar; the network reads
+x / sqrt(1 + sigma^2), which is sqrt(abar) x0 + sqrt(1 - abar) eps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["eps", "v"]
+
+
+def _per_row(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Scaled-linear betas over `steps` training timesteps (SD 1.x, 2.x and SDXL's values)."""
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction: Prediction = "eps"
+
+    def alphas_cumprod(self) -> Tensor:
+        """abar_t, float64 [steps]."""
+        edges = self.beta_start**0.5, self.beta_end**0.5
+        betas = torch.linspace(*edges, self.steps, dtype=torch.float64) ** 2
+        return torch.cumprod(1.0 - betas, 0)
+
+    def sigmas(self) -> Tensor:
+        """sigma_t, float64 [steps], rising."""
+        abar = self.alphas_cumprod()
+        return ((1 - abar) / abar).sqrt()
+
+    def noised(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """The network's input sqrt(abar) x0 + sqrt(1 - abar) eps at timesteps [B]."""
+        abar = self.alphas_cumprod()[timesteps.cpu()]
+        return _per_row(abar.sqrt(), x0) * x0 + _per_row((1 - abar).sqrt(), x0) * eps
+
+    def target(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network is to predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
+        if self.prediction == "eps":
+            return eps
+        abar = self.alphas_cumprod()[timesteps.cpu()]
+        return _per_row(abar.sqrt(), x0) * eps - _per_row((1 - abar).sqrt(), x0) * x0
+
+    def denoised(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """x0 from the network's prediction at the noised latent x = x0 + sigma eps; sigma [B]."""
+        sigma = _per_row(sigma, x)
+        if self.prediction == "eps":
+            return x - sigma * prediction
+        return x / (1 + sigma**2) - prediction * sigma / (1 + sigma**2).sqrt()
+
+    def timesteps(self, count: int) -> Tensor:
+        """`count` timesteps for sampling, falling from the noisiest, evenly spread (int64)."""
+        return torch.linspace(self.steps - 1, 0, count + 1).round().long()[:-1]
