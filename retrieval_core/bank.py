@@ -32,6 +32,7 @@ class EncodedReference:
     concept: str = "figure"
 
     def with_weight(self, weight: float) -> EncodedReference:
+        """The same reference with another weight; RetrievalError as in `check_weight`."""
         return replace(self, weight=check_weight(weight))
 
 
@@ -120,7 +121,7 @@ def join(references: Sequence[EncodedReference], null_keys: Mapping[str, Tensor]
         owner = _spread([-1, *(i for i, _, _ in kept)], [1, *counts], keys.device)
         bias = None
         if any(w != 1.0 for _, _, w in kept):
-            logs = torch.tensor([0.0, *(math.log(w) for _, _, w in kept)])
+            logs = torch.tensor([0.0, *(math.log(w) for _, _, w in kept)], dtype=torch.float64)
             bias = logs.repeat_interleave(torch.tensor([1, *counts])).to(keys)[None]
         sites[site] = SiteBank(keys[None], values[None], bias, owner)
     return Bank(sites, len(kept))

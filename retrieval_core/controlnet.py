@@ -8,6 +8,7 @@ and optionally `decoder.*` in the base model's own names; metadata `format`, `fo
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ FORMAT = "retrieval_controlnet"
 FORMAT_VERSION = 1
 BASES = ("sd15", "sd21", "sdxl", "paperdoll")
 DECODER_PARTS = ("output_blocks.", "out.")
+GUIDANCE = ("cond", "both")
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ class RetrievalControlNet(nn.Module):
         encoded = []
         for i in range(count):
             mask = masks[i] if masks is not None else None
+            if mask is not None and not bool((mask > 0).any()):
+                raise RetrievalError(
+                    f"The mask of reference {i + 1} of {count} selects nothing; select what is to "
+                    "be taken, or leave the mask out."
+                )
             own_keys, own_values = {}, {}
             for site in keys:
                 k, v = keys[site][i], values[site][i]
@@ -178,19 +185,19 @@ class RetrievalControlNet(nn.Module):
     def apply_decoder(self, unet: UNet) -> UNet:
         """A U-Net that shares the base's encoder and has the trained decoder, if there is one.
 
-        The base itself is not touched.
+        For inference, with torch's own layers and attention; the base itself is not touched.
         """
         if not self.decoder:
             return unet
         with torch.device("meta"):
-            patched = UNet(unet.config)
-        weights = {**unet.state_dict(keep_vars=True), **self.decoder}
-        patched.load_state_dict(weights, assign=True)
+            patched = UNet(unet.config).requires_grad_(False)
+        # Detached: assigning the base's own parameters would set their requires_grad too.
+        patched.load_state_dict({**unet.state_dict(), **self.decoder}, assign=True)
         return patched.eval()
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Writes the network's file atomically, its weights as `dtype` (default: as they are)."""
-        tensors = {k: v for k, v in self.state_dict().items()}
+        tensors = dict(self.state_dict())
         tensors |= {f"decoder.{k}": v for k, v in self.decoder.items()}
         if dtype is not None:
             tensors = {k: v.to(dtype) for k, v in tensors.items()}
@@ -233,8 +240,8 @@ def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> Re
         kw: `operations`, `attend`, `device`, `dtype` of the layers.
 
     Raises:
-        RetrievalError: no such file, truncated, another format, a newer version, another base, or
-            missing, unexpected or misshapen keys.
+        RetrievalError: no such file, truncated, another format, a newer version, another base,
+            metadata that do not make sense, or missing, unexpected or misshapen keys.
     """
     tensors, metadata = read_safetensors(path)
     check_metadata(path, metadata)
@@ -250,7 +257,7 @@ def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> Re
             f"file for '{base}' or load a model of '{found}'."
         )
     config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
-    recommended = parse_json(metadata.get("recommended"), "recommended", path)
+    recommended = _recommended(parse_json(metadata.get("recommended"), "recommended", path), path)
     training = parse_json(metadata.get("training"), "training", path)
     network = RetrievalControlNet(config, Card(found, recommended, training), **kw)
     decoder = {k[len("decoder.") :]: v for k, v in tensors.items() if k.startswith("decoder.")}
@@ -261,8 +268,22 @@ def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> Re
             expected = decoder_state(UNet(config))
         check_weights(expected, decoder, f"decoder of '{path}'")
     like = next(network.parameters())
-    network.decoder = {k: v.to(like) for k, v in decoder.items()}
+    # A copy: what safetensors hands out is a view of the file, which may be overwritten.
+    network.decoder = {k: v.to(like, copy=True) for k, v in decoder.items()}
     return network
+
+
+def _recommended(values: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The file's recommended settings, its gaps filled, or one sentence on what is wrong."""
+    values = {**Card("").recommended, **values}
+    strength, guidance = values["strength"], values["guidance"]
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not number or not math.isfinite(strength) or guidance not in GUIDANCE:
+        raise RetrievalError(
+            f"'{path}' recommends strength {strength!r} and guidance {guidance!r}, where a number "
+            f"and one of {', '.join(GUIDANCE)} belong; use a file saved by this pack."
+        )
+    return values
 
 
 def decoder_state(unet: UNet) -> dict[str, Tensor]:

@@ -87,14 +87,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         RetrievalError: missing, a folder, truncated, or not a safetensors file.
     """
     with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
 
 
 def _opened(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
-    if not path.is_file():
-        raise RetrievalError(f"There is no file '{path}'; check the name and the folder.")
     try:
+        if path.is_dir():
+            raise RetrievalError(f"'{path}' is a folder; name one safetensors file in it.")
+        if not path.is_file():
+            raise RetrievalError(f"There is no file '{path}'; check the name and the folder.")
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise RetrievalError(

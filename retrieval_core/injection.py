@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +31,10 @@ class Retrieval:
         start, end: the part of sampling in which it acts, fractions 0 (all noise) to 1.
         guidance: "cond": only conditional rows retrieve; "both": unconditional rows too.
         region: [H, W] of 0..1 over the image, or None for everywhere.
+
+    Raises:
+        RetrievalError: a strength that is not finite, a schedule outside 0..1, an unknown
+            guidance, or a region of another shape.
     """
 
     sites: Mapping[str, nn.Module]
@@ -45,6 +50,16 @@ class Retrieval:
             raise RetrievalError(
                 f"Retrieval starts at {self.start:g} and ends at {self.end:g}; both must lie "
                 "between 0 and 1, the start not above the end."
+            )
+        if not math.isfinite(self.strength):
+            raise RetrievalError(
+                f"The retrieval strength is {self.strength}; give a finite number (0 switches "
+                "retrieval off)."
+            )
+        if self.region is not None and (self.region.ndim != 2 or not self.region.numel()):
+            raise RetrievalError(
+                f"The region mask has shape {list(self.region.shape)}; give one mask of "
+                "[height, width]."
             )
         if self.guidance not in ("cond", "both"):
             raise RetrievalError(
@@ -72,17 +87,29 @@ class Retrieval:
         return hook
 
     def apply(self, site: str, h: Tensor, cond_or_uncond: Sequence[int]) -> Tensor:
-        """h [B, C, H, W] with what the site retrieves added to the rows that retrieve."""
-        if self.guidance == "both" or all(chunk == COND for chunk in cond_or_uncond):
-            return h + self._retrieved(site, h)
-        chunks = list(h.chunk(len(cond_or_uncond)))
-        wanted = [i for i, chunk in enumerate(cond_or_uncond) if chunk == COND]
+        """h [B, C, H, W] with what the site retrieves added to the rows that retrieve.
+
+        Each chunk of rows is served by all of the bank's G banks, B / chunks / G rows each.
+        """
+        both = self.guidance == "both"
+        wanted = [i for i, kind in enumerate(cond_or_uncond) if both or kind == COND]
         if not wanted:
             return h
-        added = self._retrieved(site, torch.cat([chunks[i] for i in wanted])).chunk(len(wanted))
-        for i, residual in zip(wanted, added, strict=True):
+        if len(wanted) == len(cond_or_uncond) and self._shared(site, wanted):
+            return h + self._retrieved(site, h)
+        chunks = list(h.chunk(len(cond_or_uncond)))
+        if self._shared(site, wanted):
+            joined = torch.cat([chunks[i] for i in wanted])
+            added = self._retrieved(site, joined).chunk(len(wanted))
+        else:
+            added = tuple(self._retrieved(site, chunks[i]) for i in wanted)
+        for i, residual in zip(wanted, added):
             chunks[i] = chunks[i] + residual
         return torch.cat(chunks)
+
+    def _shared(self, site: str, wanted: Sequence[int]) -> bool:
+        """Whether one call can serve all wanted chunks: the bank serves runs of rows in order."""
+        return len(wanted) == 1 or self.bank.sites[site].keys.shape[0] == 1
 
     def _retrieved(self, site: str, h: Tensor) -> Tensor:
         layer = self.sites[site]
@@ -95,5 +122,5 @@ class Retrieval:
 
 def _region(region: Tensor, h: Tensor) -> Tensor:
     """The region at the features' resolution [1, 1, H, W], edges kept soft."""
-    region = region.to(h)[None, None]
-    return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True)
+    region = region.to(h.device, torch.float32)[None, None]  # halves have no antialiasing on CPUs
+    return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True).to(h)

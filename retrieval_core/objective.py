@@ -1,4 +1,4 @@
-"""The masked objective (§4.3, eq. 1): the diffusion loss over real content, and again over the face.
+"""The masked objective (§4.3, eq. 1): the diffusion loss on real content, and again on the face.
 
     L = mean over content of |prediction - target|^2 + lambda * mean over the face box of the same
 

@@ -1,7 +1,7 @@
 """Retrieval at one site: cross-attention from the image to the bank, and a zero convolution (§4.2).
 
-    r = W_o softmax(q K^T / sqrt(d) + log w) V,   q = W_q LN(h),  K = W_k LN(f),  V = W_v LN(f)
-    h <- h + strength * gate(sigma) * region(x, y) * zero_conv(r)
+r = W_o softmax(q K^T / sqrt(d) + log w) V,   q = W_q LN(h),  K = W_k LN(f),  V = W_v LN(f)
+h <- h + strength * gate(sigma) * region(x, y) * zero_conv(r)
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -72,11 +73,12 @@ def sample(
     Euler step; `dpmpp_2m` is DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2).
 
     Raises:
-        RetrievalError: fewer than one step or an unknown sampler.
+        RetrievalError: fewer than one step, as many as the schedule has, or an unknown sampler.
     """
-    if not 1 <= steps <= schedule.steps:
+    if not 1 <= steps < schedule.steps:  # as many as there are would visit one timestep twice
         raise RetrievalError(
-            f"Sampling with {steps} steps is not possible; give between 1 and {schedule.steps}."
+            f"Sampling with {steps} steps is not possible; give between 1 and "
+            f"{schedule.steps - 1}."
         )
     if sampler not in ("dpmpp_2m", "ddim"):
         raise RetrievalError(f"There is no sampler '{sampler}'; choose dpmpp_2m or ddim.")
@@ -92,7 +94,7 @@ def sample(
             direction = x0
         else:
             # h = log(sigma_i / sigma_i+1); r = h_last / h, the ratio of the two step lengths.
-            r = _log(sigmas[i - 1] / sigma) / _log(sigma / following)
+            r = math.log(sigmas[i - 1] / sigma) / math.log(sigma / following)
             direction = (1 + 1 / (2 * r)) * x0 - (1 / (2 * r)) * previous
         x = ratio * x + (1 - ratio) * direction
         previous = x0
@@ -100,6 +102,3 @@ def sample(
             on_step(i + 1, steps)
     return x
 
-
-def _log(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).log())

@@ -174,7 +174,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, time_channels: int, ops: Any, **kw: Any):
+    def __init__(
+        self, in_channels: int, out_channels: int, time_channels: int, ops: Any, **kw: Any
+    ):
         super().__init__()
         self.in_layers = nn.Sequential(
             ops.GroupNorm(32, in_channels, **kw),
@@ -373,9 +375,7 @@ class UNetEncoder(nn.Module):
         width = config.site_channels()[MIDDLE]
         middle: list[nn.Module] = [ResBlock(width, width, time, ops, **kw)]
         if config.middle_depth:
-            middle.append(
-                SpatialTransformer(width, config.middle_depth, config, attend, ops, **kw)
-            )
+            middle.append(SpatialTransformer(width, config.middle_depth, config, attend, ops, **kw))
         middle.append(ResBlock(width, width, time, ops, **kw))
         self.middle_block = Block(*middle)
 
@@ -554,9 +554,7 @@ def load_unet(
     return unet
 
 
-def check_weights(
-    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str
-) -> None:
+def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
     """Raises RetrievalError, in one sentence, unless keys and shapes are exactly as expected."""
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected)
     wrong = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]

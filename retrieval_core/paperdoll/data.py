@@ -1,4 +1,4 @@
-"""Training data of the paper-doll world: rendered characters, and batches as a function of the step."""
+"""Training data of the paper-doll world: rendered characters, batches as a function of the step."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -218,9 +218,7 @@ def _lower(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
         hem = 52.5 if kind == "mini skirt" else 58.0
         hem = min(hem + d, 59.0)
         wide = 10.5 if kind == "mini skirt" else 13.0
-        sketch.polygon(
-            colour, (26, 43 + d), (38, 43 + d), (32 + wide, hem), (32 - wide, hem)
-        )
+        sketch.polygon(colour, (26, 43 + d), (38, 43 + d), (32 + wide, hem), (32 - wide, hem))
         return
     share, width = {"trousers": (0.93, 6.4), "overalls": (0.93, 6.8), "shorts": (0.45, 7.4)}[kind]
     sketch.polygon(colour, (25.6, 43 + d), (38.4, 43 + d), (38.8, 49 + d), (25.2, 49 + d))
@@ -269,7 +267,9 @@ def _pattern(sketch: Sketch, clothes: Outfit, box: tuple[float, float, float, fl
     if kind in ("stripes", "check"):
         for y in np.arange(y0 + 1.5, y1, 4.0 if kind == "stripes" else 4.5).tolist():
             height = 0.9 if kind == "stripes" else 0.55
-            sketch.polygon(tint, (x0, y - height), (x1, y - height), (x1, y + height), (x0, y + height))
+            sketch.polygon(
+                tint, (x0, y - height), (x1, y - height), (x1, y + height), (x0, y + height)
+            )
     if kind == "check":
         for x in np.arange(x0 + 2, x1, 4.5).tolist():
             sketch.polygon(tint, (x - 0.55, y0), (x + 0.55, y0), (x + 0.55, y1), (x - 0.55, y1))
@@ -364,7 +364,7 @@ def _spikes(d: float) -> list[Point]:
     return points
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cap(low: float, fringe: tuple[float, ...]) -> tuple[Point, ...]:
     """The hair on top of the head: a dome down to `low` at the sides, its fringe in points."""
     dome = [

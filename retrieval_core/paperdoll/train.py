@@ -22,6 +22,7 @@ from ..schedule import NoiseSchedule
 from ..training.joint import TrainableRetrieval
 from ..training.settings import LOCKS, TrainingSettings
 from ..training.trainer import Trainer
+from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
 from .data import (
     BaseBatches,
     RetrievalBatch,
@@ -35,8 +36,6 @@ from .model import PaperdollModel, load_base
 from .vae import PatchVAE
 
 CHARACTERS = 3000
-BASE_FILE, RETRIEVAL_FILE = "paperdoll_base.safetensors", "paperdoll_retrieval.safetensors"
-JUDGE_FILE = "paperdoll_judge.safetensors"
 
 
 class BaseTraining(nn.Module):
@@ -235,9 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "retrieval" in stages:
             train_retrieval(
                 options.out,
-                settings(
-                    options.retrieval_steps, options.retrieval_batch, options.retrieval_rate
-                ),
+                settings(options.retrieval_steps, options.retrieval_batch, options.retrieval_rate),
                 options.characters,
                 load_base(options.out / BASE_FILE),
                 options.lock,

@@ -17,7 +17,7 @@ PATCH = 4
 class PatchVAE(nn.Module):
     """Encodes images [B, 3, H, W] in 0..1 to latents [B, C, H / 4, W / 4] and back.
 
-    Buffers: `basis` [C, 48] orthonormal rows, `mean` [48], `scale` [C] (latent = scale * projection).
+    Buffers: `basis` [C, 48] orthonormal rows, `mean` [48], `scale` [C] of the projections.
     """
 
     basis: Tensor

@@ -1,0 +1,119 @@
+"""Generates paper-doll pictures in the core: prompts and references in, pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bank import Bank, stack
+from ..controlnet import RetrievalControlNet
+from ..injection import Guidance, Retrieval
+from ..references import PreparedReference
+from ..retrieval_map import RecordedRetrieval
+from ..sampling import Sampler, guided_denoiser, sample
+from .bundle import Bundle
+from .model import PaperdollModel
+
+MAP_SITE = "input_2"  # 8x8 places: fine enough to tell a face from clothes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made. strength and guidance None: as the network's file recommends."""
+
+    steps: int = 16
+    cfg: float = 2.0
+    sampler: Sampler = "dpmpp_2m"
+    strength: float | None = None
+    guidance: Guidance | None = None
+
+
+def single_bank(
+    base: PaperdollModel, network: RetrievalControlNet, references: Sequence[PreparedReference]
+) -> Bank:
+    """One bank of any number of references with their masks and weights, for a whole batch."""
+    if not references:
+        return Bank()
+    images = torch.stack([reference.image for reference in references])
+    with torch.inference_mode():
+        encoded = network.encode(
+            base.vae.encode(images),
+            base.text.encode([reference.concept for reference in references]),
+            masks=[reference.mask for reference in references],
+            weights=[reference.weight for reference in references],
+            concepts=[reference.concept for reference in references],
+        )
+        return network.bank(encoded)
+
+
+def banks(
+    base: PaperdollModel,
+    network: RetrievalControlNet,
+    references: Sequence[Sequence[PreparedReference]],
+) -> Bank:
+    """G banks side by side, each of equally many references (masks count, weights do not)."""
+    flat = [reference for group in references for reference in group]
+    split = (len(references), len(references[0]))
+    images = torch.stack([reference.image for reference in flat])
+    with torch.inference_mode():
+        latents = base.vae.encode(images)
+        context = base.text.encode([reference.concept for reference in flat])
+        keys, values = network.project(latents, context)
+        whole = torch.ones(images.shape[-2:])
+        masks = torch.stack([whole if r.mask is None else r.mask for r in flat])[:, None]
+        factors = network.config.site_downsampling()
+        keep = {}
+        for site in keys:
+            size = [-(-edge // factors[site]) for edge in latents.shape[-2:]]
+            keep[site] = (F.adaptive_max_pool2d(masks.float(), size) > 0).view(*split, -1)
+        return stack(
+            {site: k.unflatten(0, split) for site, k in keys.items()},
+            {site: v.unflatten(0, split) for site, v in values.items()},
+            network.null_keys(),
+            keep,
+        )
+
+
+def retrieval_of(network: RetrievalControlNet, bank: Bank, how: Sampling) -> RecordedRetrieval:
+    """The bank as it is injected, with the recommended settings where `how` gives none.
+
+    It records where the picture looked, at the site `MAP_SITE`, for the retrieval map.
+    """
+    recommended = network.card.recommended
+    strength = how.strength if how.strength is not None else float(recommended["strength"])
+    guidance = how.guidance or recommended["guidance"]
+    return RecordedRetrieval(
+        network.retrieval, bank, strength=strength, guidance=guidance, site=MAP_SITE
+    )
+
+
+def generate(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    noise: Tensor,
+    retrieval: Retrieval | None = None,
+    how: Sampling | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Pictures [B, 3, 64, 64] in 0..1 for prompts, from unit noise [B, C, 16, 16].
+
+    Args:
+        retrieval: what is injected; None, strength 0 or an empty bank gives the base model's own
+            pictures, bit for bit.
+        how: see `Sampling`.
+        on_step: called with (steps done, steps in all).
+    """
+    how = how or Sampling()
+    base = bundle.base
+    if retrieval is not None and (retrieval.strength == 0 or retrieval.bank.empty):
+        retrieval = None
+    unet = base.unet if retrieval is None else bundle.network.apply_decoder(base.unet)
+    with torch.inference_mode():
+        cond, uncond = base.text.encode(prompts), base.text.encode([""] * len(prompts))
+        denoise = guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, retrieval)
+        latents = sample(denoise, noise, base.schedule, how.steps, how.sampler, on_step)
+        return base.vae.decode(latents)

@@ -1,0 +1,242 @@
+"""Measures the bundled weights on held-out characters: see `main` for the command.
+
+Everything is read off generated pictures by the judge, whose own error on known truth is printed
+too. Numbers are percentages of figures unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..controlnet import RetrievalControlNet
+from ..errors import RetrievalError
+from ..injection import Retrieval
+from .bundle import Bundle, load_bundle
+from .cases import Case, composition_case, groups, same_character_case, unsaid
+from .data import render_any, to_images
+from .generate import Sampling, banks, generate, retrieval_of, single_bank
+from .judge import ATTRIBUTES, SCENE, chance, truth
+
+BATCH = 40
+SEEDS_EACH = 10
+
+# The lines of the measurement: a name and the judge's attributes averaged under it.
+LINES: dict[str, tuple[str, ...]] = {
+    "hair style": ("hair style",),
+    "hair colour": ("hair colour",),
+    "eye colour": ("eye colour",),
+    "garment kind": ("upper", "lower"),
+    "garment colour": ("upper colour", "lower colour"),
+}
+FREE = ("pose", "expression", "background", "mirrored")
+
+Reading = dict[str, str]
+
+
+class Measurement:
+    """Generates and reads; `noise_seed` decides the noise of every figure."""
+
+    def __init__(self, bundle: Bundle, how: Sampling, seed: int) -> None:
+        self.bundle, self.how, self.seed = bundle, how, seed
+
+    def noise(self, start: int, count: int) -> Tensor:
+        base = self.bundle.base
+        rows = [
+            base.noise(1, torch.Generator().manual_seed(self.seed * 1_000_003 + start + i))
+            for i in range(count)
+        ]
+        return torch.cat(rows)
+
+    def _retrieval(self, cases: Sequence[Case]) -> Retrieval:
+        network = self.bundle.network
+        return retrieval_of(network, banks(self.bundle.base, network, groups(cases)), self.how)
+
+    def read(self, cases: Sequence[Case], retrieve: bool, title: str) -> list[Reading]:
+        """What the judge reads off one figure a case."""
+        readings: list[Reading] = []
+        with tqdm(total=len(cases), desc=title, disable=None, leave=False) as bar:
+            for start in range(0, len(cases), BATCH):
+                part = cases[start : start + BATCH]
+                bundle = self.bundle
+                retrieval = self._retrieval(part) if retrieve else None
+                noise = self.noise(start, len(part))
+                pictures = generate(bundle, [c.prompt for c in part], noise, retrieval, self.how)
+                readings += bundle.judge.read(pictures)
+                bar.update(len(part))
+        return readings
+
+
+def percent(hits: Sequence[bool]) -> float:
+    return round(100 * float(np.mean(hits)), 2) if hits else float("nan")
+
+
+def match_rates(cases: Sequence[Case], readings: Sequence[Reading]) -> dict[str, float]:
+    """Share of figures whose attributes are the references', by line, and their mean."""
+    rates = {
+        line: mean(
+            percent([r[name] == c.wanted[name] for c, r in zip(cases, readings)]) for name in names
+        )
+        for line, names in LINES.items()
+    }
+    return {"mean": round(mean(rates.values()), 2), **{k: round(v, 2) for k, v in rates.items()}}
+
+
+def follow_rates(cases: Sequence[Case], readings: Sequence[Reading]) -> dict[str, float]:
+    """Share of figures whose pose, expression and background are what the prompt says."""
+    return {
+        name: percent([r[name] == c.said[name] for c, r in zip(cases, readings)]) for name in SCENE
+    }
+
+
+def leak_rate(cases: Sequence[Case], readings: Sequence[Reading]) -> float:
+    """Share of figures that stand before the references' background."""
+    pairs = zip(cases, readings)
+    return percent([r["background"] == c.reference_background for c, r in pairs])
+
+
+def diversity(readings: Sequence[Reading], each: int) -> dict[str, float]:
+    """Share of pairs of one conditioning's figures (runs of `each`) that differ, by attribute."""
+    runs = [readings[i : i + each] for i in range(0, len(readings), each)]
+    return {
+        name: percent([a[name] != b[name] for run in runs for a, b in combinations(run, 2)])
+        for name in FREE
+    }
+
+
+def chance_levels() -> dict[str, float]:
+    rates = {line: 100 * mean(chance(n) for n in names) for line, names in LINES.items()}
+    return {"mean": round(mean(rates.values()), 2), **{k: round(v, 2) for k, v in rates.items()}}
+
+
+def judge_accuracy(bundle: Bundle, seed: int, count: int) -> dict[str, float]:
+    """The judge's accuracy on rendered figures of known truth, as the VAE gives them back."""
+    drawn = render_any(seed + 90_000, count)
+    images = to_images(np.stack([d.image for d in drawn]))
+    with torch.inference_mode():
+        read = bundle.judge.read(bundle.base.vae.decode(bundle.base.vae.encode(images)))
+    known = [truth(d.figure) for d in drawn]
+    return {name: percent([a[name] == b[name] for a, b in zip(read, known)]) for name in ATTRIBUTES}
+
+
+def exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
+    """Whether what must be the base model's output is that bit for bit (two figures each)."""
+    base, network = bundle.base, bundle.network
+    prompts, noise = ["waving, smile, beach", ""], base.noise(2, torch.Generator().manual_seed(0))
+    plain = generate(bundle, prompts, noise, None, how)
+    case = same_character_case(0, 0)
+    fresh = RetrievalControlNet.from_base(
+        base.unet.state_dict(), "paperdoll", config=base.unet.config
+    ).eval()
+    off = Sampling(how.steps, how.cfg, how.sampler, 0.0, how.guidance)
+    cases = {
+        "strength 0": (bundle, single_bank(base, network, case.references), off),
+        "empty bank": (bundle, single_bank(base, network, []), how),
+        "fresh network": (
+            Bundle(base, fresh, bundle.judge),
+            single_bank(base, fresh, case.references),
+            how,
+        ),
+    }
+    return {
+        name: torch.equal(generate(b, prompts, noise, retrieval_of(b.network, bank, h), h), plain)
+        for name, (b, bank, h) in cases.items()
+    }
+
+
+def measure(bundle: Bundle, count: int, seed: int, how: Sampling | None = None) -> dict:
+    """All lines of the measurement on `count` figures each, as one JSON-able dict.
+
+    Raises:
+        RetrievalError: fewer than one figure.
+    """
+    if count < 1:
+        raise RetrievalError(f"Measuring {count} figures is not possible; give 1 or more.")
+    how = how or Sampling()
+    run = Measurement(bundle, how, seed)
+    same = [same_character_case(seed, i) for i in range(count)]
+    composed = [composition_case(seed, i) for i in range(count)]
+    open_ended = [unsaid(same[i // SEEDS_EACH]) for i in range(count)]
+    plain = run.read(same, False, "without retrieval")
+    with_four = run.read(same, True, "four references")
+    with_parts = run.read(composed, True, "composition")
+    plain_parts = run.read(composed, False, "composition, without")
+    open_plain = run.read(open_ended, False, "empty prompt, without")
+    open_four = run.read(open_ended, True, "empty prompt")
+    followed = {
+        "base": follow_rates(same, plain),
+        "four references": follow_rates(same, with_four),
+        "base, composition's prompts": follow_rates(composed, plain_parts),
+        "composition": follow_rates(composed, with_parts),
+    }
+    pairs = (("four references", "base"), ("composition", "base, composition's prompts"))
+    for ours, base in pairs:
+        followed[f"{ours} minus base, points"] = {
+            name: round(followed[ours][name] - followed[base][name], 2) for name in SCENE
+        }
+    return {
+        "figures": count,
+        "seed": seed,
+        "attribute match with four references": {
+            "with retrieval": match_rates(same, with_four),
+            "without retrieval": match_rates(same, plain),
+            "chance": chance_levels(),
+        },
+        "concept composition": {
+            "with retrieval": match_rates(composed, with_parts),
+            "without retrieval": match_rates(composed, plain_parts),
+            "chance": chance_levels(),
+        },
+        "pose, expression and background follow the text": followed,
+        "reference background appears": {
+            "chance": round(100 * chance("background"), 2),
+            "four references": leak_rate(same, with_four),
+            "composition": leak_rate(composed, with_parts),
+            "four references, empty prompt": leak_rate(open_ended, open_four),
+            "base, same prompts": leak_rate(same, plain),
+            "base, empty prompt": leak_rate(open_ended, open_plain),
+            "standard error": round(100 * float(np.sqrt(0.125 * 0.875 / count)), 2),
+        },
+        "diversity, pairs of seeds that differ": {
+            "with retrieval": diversity(open_four, SEEDS_EACH),
+            "base": diversity(open_plain, SEEDS_EACH),
+            "world": {name: round(100 * (1 - chance(name)), 2) for name in FREE},
+        },
+        "bit for bit the base model": exactness(bundle, how),
+        "judge on known truth": judge_accuracy(bundle, seed, count),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m retrieval_core.paperdoll.measure")
+    parser.add_argument("--count", type=int, default=500, help="figures a line")
+    parser.add_argument("--seed", type=int, default=1, help="another seed, other characters")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    parser.add_argument("--weights", type=Path, help="folder of the weights, default: bundled")
+    parser.add_argument("--steps", type=int, default=Sampling.steps)
+    parser.add_argument("--cfg", type=float, default=Sampling.cfg)
+    parser.add_argument("--strength", type=float)
+    parser.add_argument("--guidance", choices=("cond", "both"))
+    options = parser.parse_args(arguments)
+    how = Sampling(options.steps, options.cfg, strength=options.strength, guidance=options.guidance)
+    try:
+        result = measure(load_bundle(options.weights), options.count, options.seed, how)
+    except RetrievalError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=None if options.json else 2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
