@@ -1,0 +1,96 @@
+"""Saved references: bit for bit, and only for the network that made them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retrieval_core.bank_file import fingerprint, load_references, save_references
+from retrieval_core.controlnet import Card, RetrievalControlNet
+from retrieval_core.errors import RetrievalError
+from retrieval_core.files import read_safetensors, save_safetensors
+from retrieval_core.injection import Retrieval
+from retrieval_core.unet import UNetConfig
+
+CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
+
+
+def make(seed: int) -> RetrievalControlNet:
+    torch.manual_seed(seed)
+    network = RetrievalControlNet(CONFIG, Card("paperdoll"))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def network():
+    return make(0)
+
+
+@pytest.fixture
+def references(network):
+    torch.manual_seed(1)
+    mask = torch.zeros(8, 8)
+    mask[2:5] = 1
+    return network.encode(
+        torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16), masks=[None, mask],
+        weights=[1.0, 0.4], concepts=["face", "clothes"],
+    )  # fmt: skip
+
+
+def test_saved_then_loaded_retrieves_bit_for_bit(network, references, tmp_path):
+    save_references(tmp_path / "her.safetensors", references, network)
+    loaded = load_references(tmp_path / "her.safetensors", network)
+    assert [(r.weight, r.concept) for r in loaded] == [(1.0, "face"), (0.4, "clothes")]
+    h = torch.randn(1, 32, 8, 8)
+    results = [
+        Retrieval(network.retrieval, network.bank(r)).apply("input_0", h, [0])
+        for r in (references, loaded)
+    ]
+    assert torch.equal(*results)
+    assert [p.name for p in tmp_path.iterdir()] == ["her.safetensors"]
+
+
+def test_fingerprints_tell_networks_apart_but_not_types():
+    one, same, other = make(0), make(0), make(1)
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert fingerprint(one.half()) == fingerprint(make(0).half().float())
+    with torch.no_grad():
+        other = make(0)
+        other.retrieval["middle"].to_v.weight[0, 0] += 0.1
+    assert fingerprint(other) != fingerprint(same)
+
+
+def test_references_of_another_network_are_refused(network, references, tmp_path):
+    save_references(tmp_path / "r.safetensors", references, network)
+    with pytest.raises(RetrievalError, match="another network"):
+        load_references(tmp_path / "r.safetensors", make(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "other"}, "'other'"),
+        ({"format_version": "2"}, "version 2"),
+        ({"references": "["}, "cannot be read"),
+        ({"references": '[{"weight": -1, "concept": "face"}]'}, "-1"),
+        ({"references": '[{"weight": 1, "concept": "face"}]'}, "first wrong key: 1.keys"),
+        ({"references": "[]"}, "0 references"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_sentence(network, references, tmp_path, change, words):
+    path = tmp_path / "r.safetensors"
+    save_references(path, references, network)
+    tensors, metadata = read_safetensors(path)
+    save_safetensors(path, tensors, metadata | change)
+    with pytest.raises(RetrievalError) as caught:
+        load_references(path, network)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_to_save_is_refused(network, tmp_path):
+    with pytest.raises(RetrievalError, match="no references to save"):
+        save_references(tmp_path / "r.safetensors", [], network)
+    assert list(tmp_path.iterdir()) == []
