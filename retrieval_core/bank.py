@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import RetrievalError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedReference:
     """One reference, projected: per site keys and values [N, D] of the tokens that were kept.
 
@@ -36,7 +36,7 @@ class EncodedReference:
         return replace(self, weight=check_weight(weight))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SiteBank:
     """Keys and values [G, N, D] of one site for G banks side by side, the null token first.
 
@@ -58,7 +58,7 @@ class SiteBank:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bank:
     """All sites of one or more banks; see `SiteBank`.
 

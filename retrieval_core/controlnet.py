@@ -21,6 +21,7 @@ from .bank import Bank, EncodedReference, join
 from .encoder import RetrievalEncoder
 from .errors import RetrievalError
 from .files import parse_json, read_safetensors, save_safetensors
+from .injection import GUIDANCES
 from .references import token_mask
 from .retrieval import RetrievalSite
 from .unet import (
@@ -37,7 +38,6 @@ FORMAT = "retrieval_controlnet"
 FORMAT_VERSION = 1
 BASES = ("sd15", "sd21", "sdxl", "paperdoll")
 DECODER_PARTS = ("output_blocks.", "out.")
-GUIDANCE = ("cond", "both")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class RetrievalControlNet(nn.Module):
             base: the checkpoint's tensors; the U-Net's are found under `prefix`.
             name: one of `BASES`.
             seed: of the retrieval layers' initial rotation.
+            kw: `config`, read off the checkpoint's shapes by default, and what the class takes.
 
         Raises:
             RetrievalError: the checkpoint is not a U-Net of this family.
@@ -278,10 +279,10 @@ def _recommended(values: dict[str, Any], path: str | os.PathLike[str]) -> dict[s
     values = {**Card("").recommended, **values}
     strength, guidance = values["strength"], values["guidance"]
     number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not number or not math.isfinite(strength) or guidance not in GUIDANCE:
+    if not number or not math.isfinite(strength) or guidance not in GUIDANCES:
         raise RetrievalError(
             f"'{path}' recommends strength {strength!r} and guidance {guidance!r}, where a number "
-            f"and one of {', '.join(GUIDANCE)} belong; use a file saved by this pack."
+            f"and one of {', '.join(GUIDANCES)} belong; use a file saved by this pack."
         )
     return values
 

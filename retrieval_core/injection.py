@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from .retrieval import RetrievalSite
 from .unet import SkipHook
 
 Guidance = Literal["cond", "both"]
+GUIDANCES: tuple[str, ...] = get_args(Guidance)
 COND = 0
 
 
@@ -61,7 +62,7 @@ class Retrieval:
                 f"The region mask has shape {list(self.region.shape)}; give one mask of "
                 "[height, width]."
             )
-        if self.guidance not in ("cond", "both"):
+        if self.guidance not in GUIDANCES:
             raise RetrievalError(
                 f"There is no guidance '{self.guidance}'; choose 'cond' (conditional rows) or "
                 "'both'."

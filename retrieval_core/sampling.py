@@ -77,8 +77,7 @@ def sample(
     """
     if not 1 <= steps < schedule.steps:  # as many as there are would visit one timestep twice
         raise RetrievalError(
-            f"Sampling with {steps} steps is not possible; give between 1 and "
-            f"{schedule.steps - 1}."
+            f"Sampling with {steps} steps is not possible; give between 1 and {schedule.steps - 1}."
         )
     if sampler not in ("dpmpp_2m", "ddim"):
         raise RetrievalError(f"There is no sampler '{sampler}'; choose dpmpp_2m or ddim.")
@@ -101,4 +100,3 @@ def sample(
         if on_step is not None:
             on_step(i + 1, steps)
     return x
-

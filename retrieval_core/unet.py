@@ -63,7 +63,7 @@ class UNetConfig:
     def __post_init__(self) -> None:
         levels = len(self.channel_mult)
         for name in ("channel_mult", "num_res_blocks", "transformer_depth"):
-            object.__setattr__(self, name, tuple(int(x) for x in getattr(self, name)))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != levels:
                 raise RetrievalError(
                     f"The U-Net configuration has {levels} levels in channel_mult but "
@@ -74,6 +74,27 @@ class UNetConfig:
                 f"The U-Net configuration sets num_heads={self.num_heads} and num_head_channels="
                 f"{self.num_head_channels}; set exactly one of them."
             )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Refuses what no U-Net can be built from; group norms have 32 groups in this family."""
+        least = {"model_channels": 1, "context_dim": 1, "in_channels": 1, "out_channels": 1}
+        least |= {"middle_depth": 0, "num_res_blocks": 0, "transformer_depth": 0}
+        least |= {"channel_mult": 1, "num_heads": 1, "num_head_channels": 1, "adm_in_channels": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(type(number) is int and number >= low for number in numbers):
+                raise RetrievalError(
+                    f"The U-Net configuration has {name}={value}; it must be whole and {low} or "
+                    "more."
+                )
+        for width in (self.model_channels, *(self.model_channels * m for m in self.channel_mult)):
+            if width % 32 or width % self.heads(width):
+                raise RetrievalError(
+                    f"The U-Net configuration has a width of {width} channels and "
+                    f"{self.heads(width)} heads; both 32 and the number of heads must divide it."
+                )
 
     def heads(self, channels: int) -> int:
         """Number of attention heads at a width of `channels`."""
@@ -84,6 +105,7 @@ class UNetConfig:
 
     @property
     def time_channels(self) -> int:
+        """Width of the time embedding."""
         return self.model_channels * 4
 
     def encoder_plan(self) -> list[tuple[str, int, int, int]]:
@@ -121,11 +143,12 @@ class UNetConfig:
         return sites
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values of all fields."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """The inverse of `to_dict`; RetrievalError names fields that are missing or unknown."""
+        """The inverse of `to_dict`; RetrievalError names what is missing, unknown or impossible."""
         known = set(cls.__dataclass_fields__)
         unknown = sorted(set(values) - known)
         if unknown:
@@ -137,7 +160,8 @@ class UNetConfig:
             return cls(**values)
         except TypeError as error:
             raise RetrievalError(
-                f"The U-Net configuration is incomplete ({error}); use a file saved by this pack."
+                f"The U-Net configuration does not make sense ({error}); use a file saved by this "
+                "pack."
             ) from error
 
 
@@ -174,6 +198,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 class ResBlock(nn.Module):
+    """x [B, C, H, W] and the time embedding [B, T] to [B, C', H, W], with a residual path."""
+
     def __init__(
         self, in_channels: int, out_channels: int, time_channels: int, ops: Any, **kw: Any
     ):
@@ -200,6 +226,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
+    """x [B, N, C] attends to the context [B, L, D], or to itself without one."""
+
     def __init__(self, dim: int, context_dim: int, heads: int, attend: Any, ops: Any, **kw: Any):
         super().__init__()
         self.heads, self.attend = heads, attend
@@ -215,6 +243,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """[..., C] to [..., inner]: one half of a projection gated by the GELU of the other."""
+
     def __init__(self, dim: int, inner: int, ops: Any, **kw: Any):
         super().__init__()
         self.proj = ops.Linear(dim, inner * 2, **kw)
@@ -225,6 +255,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The transformer's feed-forward part, four times as wide inside."""
+
     def __init__(self, dim: int, ops: Any, **kw: Any):
         super().__init__()
         last = ops.Linear(dim * 4, dim, **kw)
@@ -235,6 +267,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward, on tokens [B, N, C]."""
+
     def __init__(self, dim: int, context_dim: int, heads: int, attend: Any, ops: Any, **kw: Any):
         super().__init__()
         self.attn1 = Attention(dim, dim, heads, attend, ops, **kw)
@@ -251,6 +285,8 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
+    """Transformer blocks over the places of x [B, C, H, W], between two projections."""
+
     def __init__(
         self, channels: int, depth: int, config: UNetConfig, attend: Any, ops: Any, **kw: Any
     ):
@@ -292,6 +328,8 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
+    """[B, C, H, W] to half the edges, rounded up."""
+
     def __init__(self, channels: int, ops: Any, **kw: Any):
         super().__init__()
         self.op = ops.Conv2d(channels, channels, 3, stride=2, padding=1, **kw)
@@ -301,6 +339,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """[B, C, H, W] to `size`, or to twice the edges."""
+
     def __init__(self, channels: int, ops: Any, **kw: Any):
         super().__init__()
         self.conv = ops.Conv2d(channels, channels, 3, padding=1, **kw)
@@ -462,6 +502,7 @@ class UNet(UNetEncoder):
         y: Tensor | None = None,
         skip_hook: SkipHook | None = None,
     ) -> Tensor:
+        """See the class; y: [B, A] where there is a vector conditioning, else RetrievalError."""
         emb = self.embed(timesteps, y, x.dtype)
         return self.decode(self.encode(x, emb, context), emb, context, skip_hook)
 
@@ -489,7 +530,7 @@ def config_from_state_dict(weights: Mapping[str, Tensor], prefix: str = "") -> U
         )
     base = first[0]
     mults, blocks, depths = [], [], []
-    count, level_blocks, width, depth, index = 0, 0, base, 0, 1
+    level_blocks, width, depth, index = 0, base, 0, 1
 
     def transformer_depth(stem: str) -> int:
         n = 0
@@ -507,7 +548,7 @@ def config_from_state_dict(weights: Mapping[str, Tensor], prefix: str = "") -> U
             mults.append(width // base)
             blocks.append(level_blocks)
             depths.append(depth)
-            level_blocks, depth, count = 0, 0, count + 1
+            level_blocks, depth = 0, 0
             if shape(f"{stem}.op.weight") is None:
                 break
         index += 1
@@ -521,7 +562,8 @@ def config_from_state_dict(weights: Mapping[str, Tensor], prefix: str = "") -> U
     projections = (
         k for k in weights if k.startswith(prefix + "input") and k.endswith("proj_in.weight")
     )
-    linear = weights[next(projections)].ndim == 2
+    projection = next(projections, None)
+    linear = projection is not None and weights[projection].ndim == 2
     adm = shape("label_emb.0.0.weight")
     old_heads = cross[1] == 768
     return UNetConfig(
@@ -557,7 +599,8 @@ def load_unet(
 def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
     """Raises RetrievalError, in one sentence, unless keys and shapes are exactly as expected."""
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected)
-    wrong = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
+    common = sorted(expected.keys() & weights.keys())
+    wrong = [k for k in common if expected[k].shape != weights[k].shape]
     if missing or extra or wrong:
         parts = [
             f"{len(keys)} {kind} (first: {keys[0]})"

@@ -85,6 +85,13 @@ def load_base(path: str | os.PathLike[str]) -> PaperdollModel:
     config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
     model = PaperdollModel(config)
     parts = ((UNET_PREFIX, model.unet), ("text.", model.text), ("vae.", model.vae))
+    known = tuple(prefix for prefix, _ in parts)
+    extra = sorted(key for key in tensors if not key.startswith(known))
+    if extra:
+        raise RetrievalError(
+            f"'{path}' has {len(extra)} unexpected keys (first: {extra[0]}); use the base model "
+            "bundled with the pack or one trained by retrieval_core.paperdoll.train."
+        )
     for prefix, module in parts:
         own = {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
         load_strictly(module, own, f"'{path}' {prefix[:-1]}")

@@ -112,8 +112,9 @@ class TrainableRetrieval(nn.Module):
                 f"{batch} targets cannot be shared among {groups} banks; give each bank equally "
                 "many."
             )
-        steps = torch.randint(self.schedule.steps, (batch,), generator=generator)
-        eps = torch.randn(latents.shape, generator=generator).to(latents)
+        device = generator.device  # numbers can only be drawn where the generator lives
+        steps = torch.randint(self.schedule.steps, (batch,), generator=generator, device=device)
+        eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)
         with torch.no_grad():  # the base encoder is never trained

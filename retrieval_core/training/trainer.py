@@ -181,6 +181,7 @@ class Trainer:
             group["lr"] = rate
         if self.buffers:  # a forward pass may change them, as batch norm does
             self._consistent = False
+        self.optimizer.zero_grad(set_to_none=True)  # a step broken off may have left some
         torch.manual_seed(step_seed(settings.seed, self.step))
         generator = step_generator(settings.seed, self.step, self.device)
         losses = self.loss_fn(batch, generator)

@@ -36,7 +36,12 @@ def test_the_demo_writes_both_sheets_and_prints_the_rates(tmp_path, capsys):
 
 
 def test_own_references(own, tmp_path, capsys):
-    arguments = ["--reference", f"{own}/face.png:face", "--reference", f"{own}/outfit.png:clothes:0.5"]
+    arguments = [
+        "--reference",
+        f"{own}/face.png:face",
+        "--reference",
+        f"{own}/outfit.png:clothes:0.5",
+    ]
     arguments += ["--prompt", "waving, smile, beach", "--out", str(tmp_path), "--steps", "2"]
     assert demo.main(arguments) == 0
     assert (tmp_path / "own_references.png").is_file()

@@ -157,9 +157,7 @@ def test_retrieval_changes_the_picture_and_is_deterministic(bundle):
 
     def run(how: Sampling = QUICK) -> torch.Tensor:
         bank = single_bank(bundle.base, bundle.network, case.references)
-        return generate(
-            bundle, [case.prompt], noise, retrieval_of(bundle.network, bank, how), how
-        )
+        return generate(bundle, [case.prompt], noise, retrieval_of(bundle.network, bank, how), how)
 
     assert torch.equal(run(), run())
     assert not torch.equal(run(), generate(bundle, [case.prompt], noise, None, QUICK))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
+from refusal import sentence
 
-from retrieval_core.errors import RetrievalError
 from retrieval_core.references import (
     check_reference_weights,
     fill_background,
@@ -24,15 +24,6 @@ from retrieval_core.references import (
 )
 
 GREY = (127, 127, 127)
-
-
-def sentence(call, *arguments, **named):
-    """The message of the refusal, after checking that it is one sentence."""
-    with pytest.raises(RetrievalError) as caught:
-        call(*arguments, **named)
-    message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message and ". " not in message, message
-    return message
 
 
 def picture(height=5, width=7):

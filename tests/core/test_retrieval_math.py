@@ -1,4 +1,4 @@
-"""The method against plain formulations in float64, written from the paper and DESIGN, not the code."""
+"""The method against plain formulations in float64, written from the paper, not from the code."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_masked_tokens_are_not_in_the_bank(network):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_schedule_round_trip_and_loss_against_plain_float64(prediction):
+def test_schedule_and_loss_against_plain_float64(prediction):
     schedule = NoiseSchedule(prediction=prediction)
     x0, eps = rand(3, 2, 4, 4, dtype=torch.float64), rand(3, 2, 4, 4, seed=1, dtype=torch.float64)
     steps = torch.tensor([0, 500, 999])
@@ -240,11 +240,6 @@ def test_schedule_round_trip_and_loss_against_plain_float64(prediction):
         target = eps[row]
         if prediction == "v":
             target = math.sqrt(abar) * eps[row] - math.sqrt(1 - abar) * x0[row]
-        sigma = math.sqrt((1 - abar) / abar)
-        recovered = schedule.denoised(
-            schedule.target(x0, eps, steps), x0 + sigma * eps, schedule.sigmas()[steps]
-        )
-        torch.testing.assert_close(recovered, x0) if row == 0 else None
         squares = (predicted[row] - target) ** 2
         for mask, factor in ((content, 1.0), (face, 2.5)):
             inside = mask[row].expand_as(squares) > 0
