@@ -1,0 +1,10 @@
+"""The pack's own types on ComfyUI's wires."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+CATEGORY = "retrieval"
+
+RetrievalControlNetType = io.Custom("RETRIEVAL_CONTROLNET")
+ReferencesType = io.Custom("REFERENCES")

@@ -1,0 +1,51 @@
+"""Puts ComfyUI on the path, on the CPU, and the pack into it as the host would (any folder name).
+
+This folder is only collected where a host was found (see tests/conftest.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parents[2]
+NAME = "retrieval_pack"
+
+
+def _find_comfyui() -> Path:
+    spec = importlib.util.spec_from_file_location(
+        "retrieval_tests_root", PACK / "tests/conftest.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.find_comfyui()
+
+
+def _start_host() -> None:
+    sys.path.insert(0, str(_find_comfyui()))
+    from comfy.cli_args import args
+
+    args.cpu = True
+    # ComfyUI has a top-level module `nodes`; the pack's is only ever imported inside the pack.
+    spec = importlib.util.spec_from_file_location(
+        NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+    )
+    sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[NAME])
+
+
+_start_host()
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """Nodes run in inference mode; nothing encoded stays for the next test."""
+    import torch
+    from retrieval_pack.nodes.references import memory
+
+    memory.clear()
+    with torch.inference_mode():
+        yield

@@ -1,0 +1,128 @@
+"""The pack as the host finds it: node ids, inputs, folder, and the nodes run one after another."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+import folder_paths
+import pytest
+import torch
+from making import (
+    TINY_SD15,
+    FakeCLIP,
+    FakeVAE,
+    checkpoint,
+    core_network,
+    images,
+    model_from,
+    sample,
+)
+from retrieval_pack.nodes import RetrievalExtension, host
+from retrieval_pack.nodes.apply import RetrievalApplyReferences
+from retrieval_pack.nodes.encode import RetrievalEncodeReferences
+from retrieval_pack.nodes.load import DEMO, RetrievalLoadControlNet
+
+PACK = Path(__file__).resolve().parents[2]
+
+
+def test_the_host_loads_the_pack_and_its_nodes(tmp_path):
+    import nodes
+
+    place = tmp_path / "any folder.name"
+    place.symlink_to(PACK, target_is_directory=True)
+    started = time.perf_counter()
+    heavy = {"transformers", "accelerate", "huggingface_hub", "matplotlib"} - set(sys.modules)
+    assert asyncio.run(nodes.load_custom_node(str(place)))
+    elapsed = time.perf_counter() - started
+    print(f"\nimport of the pack: {elapsed:.3f} s")
+    assert elapsed < 0.5
+    assert not heavy & set(sys.modules)
+    for name in ("LoadControlNet", "EncodeReferences", "ApplyReferences"):
+        assert f"Retrieval{name}" in nodes.NODE_CLASS_MAPPINGS
+    assert (
+        nodes.NODE_DISPLAY_NAME_MAPPINGS["RetrievalApplyReferences"] == "Apply Reference Retrieval"
+    )
+
+
+def test_every_node_has_its_words():
+    for node in asyncio.run(RetrievalExtension().get_node_list()):
+        schema = node.GET_SCHEMA()
+        assert schema.node_id.startswith("Retrieval") and schema.description and schema.display_name
+        assert schema.category.split("/")[0] == "retrieval"
+        for given in schema.inputs:
+            assert given.tooltip and given.tooltip.endswith("."), (schema.node_id, given.id)
+
+
+def test_the_folder_keeps_extra_paths(monkeypatch, tmp_path):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, host.FOLDER, ([str(tmp_path)], set()))
+    host.register_folder()
+    paths, extensions = folder_paths.folder_names_and_paths[host.FOLDER]
+    assert paths == [str(tmp_path), str(Path(folder_paths.models_dir) / host.FOLDER)]
+    host.register_folder()
+    assert folder_paths.folder_names_and_paths[host.FOLDER] == (paths, extensions)
+    for name in ("a.safetensors", "b.pt", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    folder_paths.filename_list_cache.pop(host.FOLDER, None)
+    assert host.network_files() == ["a.safetensors"]
+    assert RetrievalLoadControlNet.GET_SCHEMA().inputs[1].options[0] == DEMO
+
+
+@pytest.fixture
+def in_folder(monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, host.FOLDER, ([str(tmp_path)], {".safetensors"})
+    )
+    folder_paths.filename_list_cache.pop(host.FOLDER, None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop(host.FOLDER, None)
+
+
+def test_load_encode_apply(in_folder):
+    path = in_folder / "mine.safetensors"
+    core_network(TINY_SD15, "sd15").save(path)
+    model = model_from(checkpoint(TINY_SD15))
+    before = RetrievalLoadControlNet.fingerprint_inputs(file="mine.safetensors")
+    (net,) = RetrievalLoadControlNet.execute(model, "mine.safetensors").args
+    (again,) = RetrievalLoadControlNet.execute(model.clone(), "mine.safetensors").args
+    assert again is net  # a LoRA before the loader changes the model, not the network
+    vae, clip = FakeVAE(), FakeCLIP()
+    (face,) = RetrievalEncodeReferences.execute(net, images(1), vae, clip, "face", 1.2, 64).args
+    (both,) = RetrievalEncodeReferences.execute(
+        net, images(2, seed=8), vae, clip, "clothes", 1.0, 64, torch.ones(1, 20, 20), face
+    ).args
+    assert [(r.concept, r.weight) for r in both.encoded] == [
+        ("face", 1.2),
+        ("clothes", 1.0),
+        ("clothes", 1.0),
+    ]
+    assert len(face.encoded) == 1
+    (patched,) = RetrievalApplyReferences.execute(model, both, 1.5, 0.0, 1.0, "recommended").args
+    assert not torch.equal(sample(patched), sample(model))
+    (off,) = RetrievalApplyReferences.execute(model, both, 0.0, 0.0, 1.0, "both").args
+    assert torch.equal(sample(off), sample(model))
+    core_network(TINY_SD15, "sd15", seed=4).save(path)
+    assert RetrievalLoadControlNet.fingerprint_inputs(file="mine.safetensors") != before
+    (replaced,) = RetrievalLoadControlNet.execute(model, "mine.safetensors").args
+    assert replaced.fingerprint != net.fingerprint
+
+
+def test_a_file_from_the_hub_goes_through_the_folder(in_folder, monkeypatch):
+    from retrieval_pack.nodes import hub
+
+    asked = []
+
+    def download(repo_id, filename, revision, folder, progress=None):
+        asked.append((repo_id, filename, revision, Path(folder)))
+        progress(1, 2)
+        path = Path(folder) / "fetched.safetensors"
+        core_network(TINY_SD15, "sd15").save(path)
+        return path
+
+    monkeypatch.setattr(hub, "download", download)
+    model = model_from(checkpoint(TINY_SD15))
+    out = RetrievalLoadControlNet.execute(model, DEMO, " owner/name ", "net.safetensors", "")
+    assert out.args[0].name == "fetched.safetensors"
+    assert asked == [("owner/name", "net.safetensors", None, in_folder)]

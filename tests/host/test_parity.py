@@ -1,0 +1,131 @@
+"""The same weights, noise and conditioning in the core and in the host: the same picture."""
+
+from __future__ import annotations
+
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from making import noise, randomised
+from retrieval_pack.nodes import patch, references
+from retrieval_pack.nodes.network import load_network
+from retrieval_pack.nodes.paperdoll_model import host_clip, host_model, host_vae
+from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet, decoder_state, load
+from retrieval_pack.retrieval_core.injection import Retrieval
+from retrieval_pack.retrieval_core.paperdoll.model import PaperdollModel, load_base
+from retrieval_pack.retrieval_core.references import prepare
+from retrieval_pack.retrieval_core.sampling import guided_denoiser, sample
+from retrieval_pack.retrieval_core.unet import UNet
+
+STEPS, CFG = 4, 2.0
+CASES = {
+    "one": dict(count=1),
+    "two": dict(count=2),
+    "four": dict(count=4),
+    "masks and weights": dict(count=4, masks=True, weights=(0.3, 1.7, 0.0, 1.0)),
+    "both rows, part of sampling": dict(count=2, guidance="both", start=0.25, end=0.8),
+    "region": dict(count=2, region=True),
+    "decoder": dict(count=2, decoder=True, masks=True),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    made = PaperdollModel()
+    randomised(made, 0)
+    for name, buffer in made.vae.named_buffers():
+        if name == "basis":
+            buffer.copy_(torch.linalg.qr(noise(48, 48))[0][: buffer.shape[0]])
+    made.save(path)
+    return load_base(path)
+
+
+def network_file(base, folder, decoder: bool):
+    made = randomised(RetrievalControlNet(base.unet.config, Card("paperdoll")), 1)
+    if decoder:
+        made.decoder = decoder_state(randomised(UNet(base.unet.config), 2))
+    path = folder / "network.safetensors"
+    made.save(path)
+    return path
+
+
+def pictures(count: int):
+    generator = torch.Generator().manual_seed(4)
+    images = torch.rand(count, 80, 48, 3, generator=generator)
+    masks = torch.zeros(count, 40, 24)
+    for i in range(count):
+        masks[i, 4 + i : 30, 3 : 18 + i] = 1
+    return images, masks
+
+
+def in_the_core(base, path, count, masks, weights, decoder, sampler, strength=1.5, **kw):
+    net = load(path).eval().requires_grad_(False)
+    images, drawn = pictures(count)
+    prepared = [
+        prepare(images[i], drawn[i] if masks else None, "face", weights[i]) for i in range(count)
+    ]
+    encoded = net.encode(
+        base.vae.encode(torch.stack([p.image for p in prepared])),
+        base.text.encode(["face"] * count),
+        masks=[p.mask for p in prepared],
+        weights=weights,
+    )
+    retrieval = Retrieval(net.retrieval, net.bank(encoded), strength, **kw)
+    cond, uncond = base.text.encode(["standing, smile"] * 2), base.text.encode([""] * 2)
+    denoise = guided_denoiser(
+        net.apply_decoder(base.unet), base.schedule, cond, uncond, CFG, retrieval
+    )
+    latents = sample(denoise, noise(2, 24, 16, 16), base.schedule, STEPS, sampler)
+    return base.vae.decode(latents).movedim(1, -1)
+
+
+def in_the_host(base, path, count, masks, weights, decoder, sampler, **kw):
+    model, clip, vae = host_model(base), host_clip(base), host_vae(base)
+    net = load_network(path, model)
+    images, drawn = pictures(count)
+    refs = references.References(net)
+    for i in range(count):  # one batch each, chained, as a user would for weights of their own
+        mask = drawn[i : i + 1] if masks else None
+        more = references.encode_references(
+            net, images[i : i + 1], vae, clip, "face", weights[i], mask
+        )
+        refs = references.References(net, (*refs.encoded, *more))
+    start, end = kw.pop("start", 0.0), kw.pop("end", 1.0)
+    patched = patch.apply(model, refs, 1.5, start, end, **kw)
+    sigmas = torch.cat([base.schedule.sigmas()[base.schedule.timesteps(STEPS)], torch.zeros(1)])
+    cond, uncond = (
+        [[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("standing, smile", "")
+    )
+    latents = comfy.sample.sample_custom(
+        patched,
+        noise(2, 24, 16, 16),
+        CFG,
+        comfy.samplers.sampler_object({"ddim": "euler", "dpmpp_2m": "dpmpp_2m"}[sampler]),
+        sigmas.float(),
+        cond,
+        uncond,
+        torch.zeros(2, 24, 16, 16),
+        disable_pbar=True,
+    )
+    return vae.decode(latents)
+
+
+@pytest.mark.parametrize(
+    ("case", "sampler"), [*((case, "ddim") for case in CASES), ("two", "dpmpp_2m")]
+)
+def test_host_equals_core(base, tmp_path, case, sampler, record_property):
+    chosen = {"masks": False, "weights": (1.0,) * 4, "decoder": False, **CASES[case]}
+    if chosen.pop("region", False):
+        chosen["region"] = torch.zeros(16, 16)
+        chosen["region"][:, 5:] = 1
+    path = network_file(base, tmp_path, chosen["decoder"])
+    chosen["weights"] = chosen["weights"][: chosen["count"]]
+    core = in_the_core(base, path, sampler=sampler, **chosen)
+    host = in_the_host(base, path, sampler=sampler, **chosen)
+    largest = float((core - host).abs().max())
+    record_property("largest_difference", largest)
+    print(f"\nparity, {case}, {sampler}: largest difference {largest:.2e} of {core.std():.2f}")
+    torch.testing.assert_close(core, host, rtol=0, atol=1e-4)
+    plain = in_the_core(base, path, sampler=sampler, **{**chosen, "strength": 0.0})
+    assert (core - plain).abs().max() > 0.01

@@ -1,0 +1,460 @@
+"""The patch on SD 1.5's real architecture, beside everything else that patches a model."""
+
+from __future__ import annotations
+
+import gc
+
+import comfy.controlnet
+import comfy.lora
+import comfy.model_management as management
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from making import (
+    SD15,
+    checkpoint,
+    conditioning,
+    encoded,
+    images,
+    loaded,
+    model_from,
+    noise,
+    same_weights,
+    sample,
+    weights_of,
+)
+from retrieval_pack.nodes import patch, step
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return checkpoint(SD15)
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return model_from(weights)
+
+
+@pytest.fixture(scope="module")
+def net(model, tmp_path_factory):
+    return loaded(tmp_path_factory.mktemp("net"), model, SD15, "sd15")
+
+
+@pytest.fixture(scope="module")
+def refs(net):
+    with torch.inference_mode():
+        return encoded(net, 2)
+
+
+def close(a, b, tolerance=1e-4):
+    """Equal but for float32 rounding, relative to the latent's size."""
+    assert (a - b).abs().max() <= tolerance * b.abs().max(), float((a - b).abs().max())
+
+
+def test_strength_0_no_references_and_unpatching_are_bit_identical(model, net, refs):
+    before, plain = weights_of(model), sample(model)
+    patched = patch.apply(model, refs, 1.0)
+    assert not torch.equal(sample(patched), plain)
+    for nothing in (patch.apply(model, refs, 0.0), patch.apply(model, type(refs)(net), 1.0)):
+        assert torch.equal(sample(nothing), plain)
+        assert "patches" not in nothing.model_options["transformer_options"]
+    assert torch.equal(sample(model), plain)
+    assert same_weights(model, before)
+    assert "patches" not in model.model_options["transformer_options"]
+    assert not model.wrappers and not model.callbacks
+
+
+def test_the_trained_decoder_is_applied_and_undone(model, tmp_path):
+    net = loaded(tmp_path, model, SD15, "sd15", decoder=True)
+    refs = encoded(net)
+    before, plain = weights_of(model), sample(model)
+    patched = patch.apply(model, refs, 1.0)
+    out = sample(patched)
+    assert not same_weights(model, before)  # while it is loaded
+    assert torch.equal(sample(model), plain)
+    assert same_weights(model, before)
+    assert torch.equal(sample(patched), out)
+    key = next(iter(net.network.decoder))
+    assert torch.equal(
+        patched.model.state_dict()["diffusion_model." + key], net.network.decoder[key]
+    )
+    model.detach()
+    patched.detach()
+    assert same_weights(model, before)
+    assert torch.equal(sample(patch.apply(model, refs, 0.0)), plain)
+    twice = patch.apply(patched, refs, 0.5)
+    assert len(twice.patches["diffusion_model." + key]) == 1
+
+
+def test_two_trained_decoders_are_refused(model, tmp_path):
+    first = loaded(tmp_path, model, SD15, "sd15", decoder=True)
+    second = loaded(tmp_path, model, SD15, "sd15", decoder=True, seed=8)
+    patched = patch.apply(model, encoded(first), 1.0)
+    with pytest.raises(ValueError, match="already has the trained decoder"):
+        patch.apply(patched, encoded(second), 1.0)
+
+
+def test_a_lora_stacks_on_the_decoder_before_or_after(model, tmp_path):
+    net = loaded(tmp_path, model, SD15, "sd15", decoder=True)
+    refs = encoded(net)
+    key = "diffusion_model.output_blocks.0.0.in_layers.2.weight"
+    shape = model.model.state_dict()[key].shape
+    lora = {key: ("diff", (0.05 * noise(*shape, seed=9),))}
+    before = model.clone()
+    before.add_patches(lora, 0.7)
+    first = sample(patch.apply(before, refs, 1.0))
+    after = patch.apply(model, refs, 1.0)
+    after.add_patches(lora, 0.7)
+    assert torch.equal(sample(after), first)
+    assert not torch.equal(sample(patch.apply(model, refs, 1.0)), first)
+
+
+def test_a_clone_shares_the_patch_and_nothing_else(model, refs):
+    patched = patch.apply(model, refs, 1.0)
+    clone = patched.clone()
+    ours = patched.model_options["transformer_options"]["patches"]["output_block_patch"]
+    theirs = clone.model_options["transformer_options"]["patches"]["output_block_patch"]
+    assert ours is not theirs and ours[0] is theirs[0]
+    assert torch.equal(sample(clone), sample(patched))
+    assert clone.model_patches_models() == [refs.network.sites]
+
+
+def test_the_networks_are_loaded_by_the_host_and_the_bank_is_dropped(model, refs):
+    patched = patch.apply(model, refs, 1.0)
+    mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
+    seen = []
+
+    def look(h, hsp, to):
+        seen.append((len(mine._device), refs.network.sites in management.loaded_models()))
+        return h, hsp
+
+    patched.set_model_output_block_patch(look)
+    sample(patched)
+    assert all(count and loaded for count, loaded in seen) and seen
+    assert not mine._device
+
+
+@pytest.mark.parametrize("guidance", ["cond", "both"])
+def test_split_and_reversed_batches_give_the_same(model, refs, guidance, monkeypatch):
+    patched = patch.apply(model, refs, 1.0, guidance=guidance)
+    whole = sample(patched)
+    with monkeypatch.context() as m:  # too little memory for both prompts at once
+        m.setattr(type(model.model), "memory_required", lambda *_, **__: 1e30)
+        split = sample(patched)
+    close(split, whole)
+    orders = []
+    original = comfy.samplers.can_concat_cond
+
+    def spy(h, hsp, to):
+        orders.append(tuple(to["cond_or_uncond"]))
+        return h, hsp
+
+    watched = patched.clone()
+    watched.set_model_output_block_patch(spy)
+    sample(watched)
+    with monkeypatch.context() as m:
+        m.setattr(comfy.samplers, "can_concat_cond", lambda a, b: a is b and original(a, b))
+        sample(watched)
+    assert {(1, 0), (0,), (1,)} <= set(orders)
+
+
+def test_only_the_positive_prompt_retrieves_in_every_guider(model, refs):
+    """Rows by what the guider calls them: DualCFGGuider puts the negative prompt at index 0."""
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    rows = []
+    patched = patch.apply(model, refs, 1.0, guidance="cond")
+    mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
+    apply = type(mine.retrieval).apply
+
+    def spy(self, site, h, kinds):
+        rows.append(tuple(kinds))
+        return apply(self, site, h, kinds)
+
+    guider = Guider_DualCFG(patched)
+    guider.set_conds(conditioning(1), conditioning(2), conditioning(3))
+    guider.set_cfg(2.0, 1.5)
+    latent = torch.zeros(1, 4, 8, 8)
+    sigmas = torch.tensor([10.0, 0.0])
+    orders = []
+    patched.set_model_output_block_patch(
+        lambda h, hsp, to: (orders.append(tuple(to["cond_or_uncond"])), (h, hsp))[1]
+    )
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(type(mine.retrieval), "apply", spy)
+        guider.sample(
+            noise(1, 4, 8, 8), latent, comfy.samplers.sampler_object("euler"), sigmas, seed=0
+        )
+    assert rows
+    for order, kinds in zip(orders[:1], rows[:1]):
+        assert [kind == 1 for kind in kinds] == [index == 0 for index in order]
+
+
+def test_cfg_1_and_batches(model, refs):
+    patched = patch.apply(model, refs, 1.0)
+    one = sample(patched, cfg=1.0)
+    assert not torch.equal(one, sample(model, cfg=1.0))
+    latent = torch.zeros(3, 4, 8, 8)
+    three = sample(patched, latent)
+    assert three.shape == latent.shape and not torch.equal(three[0], three[1])
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (7, 9), (16, 6)])
+def test_latents_of_other_sizes_than_the_references(model, refs, shape):
+    latent = torch.zeros(1, 4, *shape)
+    assert sample(patch.apply(model, refs, 1.0), latent).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "sampler", ["euler", "euler_ancestral", "heun", "dpmpp_2m_sde", "uni_pc", "lcm", "ddim"]
+)
+def test_samplers(model, refs, sampler):
+    out = sample(patch.apply(model, refs, 1.0), sampler=sampler)
+    assert out.isfinite().all() and not torch.equal(out, sample(model, sampler=sampler))
+
+
+def left_half(size: int = 64) -> torch.Tensor:
+    mask = torch.zeros(1, size, size)
+    mask[..., : size // 2] = 1
+    return mask
+
+
+def attended(model, refs_and_regions, **kw):
+    patched = model
+    for refs, region in refs_and_regions:
+        patched = patch.apply(patched, refs, 1.0, region=region)
+    return sample(patched, **kw)
+
+
+def test_several_applies_add_up(model, net, refs):
+    """At one site and step, two patches add what each adds alone."""
+    other = encoded(net, 1, seed=21)
+    patches = []
+    for r, region in ((refs, left_half()), (other, 1 - left_half())):
+        patched = patch.apply(model, r, 1.0, region=region)
+        patches += patched.model_options["transformer_options"]["patches"]["output_block_patch"]
+    h, hsp = noise(2, 640, 4, 4), noise(2, 640, 4, 4, seed=1)
+    noted = step.Step(model.model.model_sampling, torch.ones(1), (8, 8), {}, frozenset({1}))
+    to = {"block": ("output", 0), "cond_or_uncond": [1, 0], step.STEP: noted}
+    alone = [p(h, hsp, to) for p in patches]
+    both = patches[1](*patches[0](h, hsp, to), to)
+    # The second query sees the first's result, so equality holds where the first added nothing.
+    right = (..., slice(2, 4))
+    assert torch.equal(alone[0][1][right], hsp[right])
+    assert torch.equal(both[1][right], alone[1][1][right])
+    assert torch.equal(alone[1][1][..., :2], hsp[..., :2])
+    left = (..., slice(0, 2))
+    assert torch.equal(both[1][left], alone[0][1][left])
+    assert not torch.equal(both[1], hsp)
+    assert torch.equal(both[1][0], hsp[0])  # row 0 is the negative prompt
+    whole = attended(model, [(refs, left_half()), (other, 1 - left_half())])
+    assert not torch.equal(whole, attended(model, [(refs, left_half())]))
+    assert not torch.equal(whole, attended(model, [(other, 1 - left_half())]))
+
+
+def test_a_region_elsewhere_than_the_area_changes_nothing_and_the_crop_is_right(model, refs):
+    """An area conditioning on the right half and a region on the left half never meet."""
+    area = conditioning(10, area=(8, 4, 0, 4))
+    patched = patch.apply(model, refs, 1.0, region=left_half(), guidance="cond")
+    assert torch.equal(sample(patched, positive=area), sample(model, positive=area))
+    inside = patch.apply(model, refs, 1.0, region=1 - left_half(), guidance="cond")
+    everywhere = patch.apply(model, refs, 1.0, guidance="cond")
+    close(sample(inside, positive=area), sample(everywhere, positive=area))
+    assert not torch.equal(sample(inside, positive=area), sample(model, positive=area))
+
+
+def test_two_areas_in_one_batch_are_cropped_each_for_itself(model, refs):
+    areas = conditioning(10, area=(8, 4, 0, 0)) + conditioning(12, area=(8, 4, 0, 4))
+    orders = []
+    patched = patch.apply(model, refs, 1.0, region=left_half(), guidance="cond")
+    patched.set_model_output_block_patch(
+        lambda h, hsp, to: (orders.append(len(to["cond_or_uncond"])), (h, hsp))[1]
+    )
+    out = sample(patched, positive=areas)
+    assert max(orders) >= 4  # both crops, positive and negative, in one batch
+    only_left = patch.apply(model, refs, 1.0, guidance="cond")
+    assert not torch.equal(out, sample(model, positive=areas))
+    assert not torch.equal(out, sample(only_left, positive=areas))
+
+
+def test_start_and_end_follow_the_hosts_percentages(model, refs):
+    plain = sample(model, steps=4)
+    late = patch.apply(model, refs, 1.0, start=0.999, end=1.0)
+    assert torch.equal(sample(late, steps=4), plain)
+    sigmas = []
+
+    def spy(h, hsp, to):
+        sigmas.append(float(to["sigmas"][0]))
+        return h, hsp
+
+    half = patch.apply(model, refs, 1.0, end=0.5)
+    mine = half.model_options["transformer_options"]["patches"]["output_block_patch"][0]
+    added = []
+    original = patch.RetrievalPatch._add
+
+    def noting(self, site, h, to, noted):
+        added.append(float(to["sigmas"][0]))
+        return original(self, site, h, to, noted)
+
+    half.set_model_output_block_patch(spy)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(patch.RetrievalPatch, "_add", noting)
+        sample(half, steps=4)
+    limit = model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    assert set(added) == {s for s in sigmas if s >= limit}
+    assert 0 < len(set(added)) < len(set(sigmas))
+    assert mine.retrieval.end == 0.5
+
+
+def test_beside_other_patches_of_the_same_model(model, refs):
+    """IP-Adapter-like attn2 patches, hypernetworks and output patches neither lose nor gain."""
+    calls = {"attn2": 0, "attn1": 0, "output": 0}
+
+    def attn2(q, k, v, extra):  # as an IP-Adapter of the older kind: more tokens to look at
+        calls["attn2"] += 1
+        return q, torch.cat([k, 0.5 * k], 1), torch.cat([v, 0.5 * v], 1)
+
+    class Hypernetwork:
+        def __call__(self, q, k, v, extra):
+            calls["attn1"] += 1
+            return q, k * 1.1, v * 0.9
+
+        def to(self, device):
+            return self
+
+    def output(h, hsp, to):
+        calls["output"] += 1
+        return h * 1.02, hsp * 0.98
+
+    def others(m):
+        m = m.clone()
+        m.set_model_attn2_patch(attn2)
+        m.set_model_attn1_patch(Hypernetwork())
+        m.set_model_output_block_patch(output)
+        return m
+
+    both = sample(patch.apply(others(model), refs, 1.0))
+    assert all(calls.values())
+    assert not torch.equal(both, sample(others(model)))
+    assert not torch.equal(both, sample(patch.apply(model, refs, 1.0)))
+    assert torch.equal(sample(patch.apply(others(model), refs, 0.0)), sample(others(model)))
+    assert both.isfinite().all()
+
+
+def test_beside_a_controlnet(model, refs, weights):
+    class Control:
+        """A ControlNet's residuals at every skip and in the middle."""
+
+        def __init__(self, scale):
+            self.scale, self.extra_hooks, self.previous_controlnet = scale, None, None
+
+        def get_control(self, x, t, cond, batched, to):
+            rows, edge = x.shape[0], x.shape[-1]
+            shapes = [(320, edge), (320, edge), (320, edge // 2), (640, edge // 2)]
+            output = [self.scale * noise(rows, c, e, e, seed=i) for i, (c, e) in enumerate(shapes)]
+            middle = self.scale * noise(rows, 640, edge // 2, edge // 2)
+            return {"output": output, "middle": [middle]}
+
+        def get_models(self):
+            return []
+
+        def inference_memory_requirements(self, dtype):
+            return 0
+
+        def pre_run(self, *_):
+            pass
+
+        def cleanup(self):
+            pass
+
+        def get_extra_hooks(self):
+            return []
+
+    patched = patch.apply(model, refs, 1.0)
+    with_control = conditioning(10, control=Control(0.5))
+    out = sample(patched, positive=with_control)
+    assert not torch.equal(out, sample(patched))
+    assert not torch.equal(out, sample(model, positive=with_control))
+    silent = conditioning(10, control=Control(0.0))
+    close(sample(patched, positive=silent), sample(patched))
+
+
+def test_a_lora_loaded_by_the_host(model, refs):
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    lora = {f"{name}.lora_up.weight": noise(320, 4), f"{name}.lora_down.weight": noise(4, 320)}
+    before = weights_of(model)
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    assert keys.get(name, key) == key
+    with_lora, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.8, 0)
+    assert with_lora.patches
+    out = sample(patch.apply(with_lora, refs, 1.0))
+    later, _ = comfy.sd.load_lora_for_models(patch.apply(model, refs, 1.0), None, lora, 0.8, 0)
+    assert torch.equal(sample(later), out)
+    assert not torch.equal(out, sample(patch.apply(model, refs, 1.0)))
+    sample(model)
+    assert same_weights(model, before)
+
+
+def test_the_estimate_grows_by_bank_and_activations(model, refs, monkeypatch):
+    asked = []
+    original = management.load_models_gpu
+
+    def spy(models, memory_required=0, **kw):
+        asked.append(memory_required)
+        return original(models, memory_required=memory_required, **kw)
+
+    monkeypatch.setattr(management, "load_models_gpu", spy)
+    sample(model)
+    patched = patch.apply(model, refs, 1.0)
+    sample(patched)
+    mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
+    bank = mine.retrieval.bank.nbytes()
+    assert asked[1] - asked[0] >= mine.nbytes((1, 4, 8, 8), torch.float32) > bank > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_every_type(model, tmp_path, monkeypatch, dtype):
+    from making import core_network
+    from retrieval_pack.nodes import host
+    from retrieval_pack.nodes.network import load_network
+
+    path = tmp_path / "small.safetensors"
+    core_network(SD15, "sd15").save(path, dtype)
+    full = load_network(path, model)
+    expected = encoded(full)
+    monkeypatch.setattr(host.management, "unet_dtype", lambda *_, **__: dtype)
+    again = tmp_path / "again.safetensors"
+    path.rename(again)
+    net = load_network(again, model)
+    assert next(net.network.parameters()).dtype == dtype
+    refs = encoded(net)
+    assert refs.encoded[0].keys["middle"].dtype == net.compute_dtype
+    close(refs.encoded[0].keys["middle"].float(), expected.encoded[0].keys["middle"], 2e-2)
+    assert sample(patch.apply(model, refs, 1.0)).isfinite().all()
+
+
+def test_only_what_changed_is_encoded_again(model, net):
+    from making import FakeCLIP, FakeVAE
+    from retrieval_pack.nodes.references import encode_references
+
+    vae, clip = FakeVAE(), FakeCLIP()
+
+    def encode(batch, weight=1.0, concept="figure", mask=None):
+        return encode_references(net, batch, vae, clip, concept, weight, mask, 64)
+
+    first = encode(images(2))
+    assert vae.calls == 1
+    heavier = encode(images(2), weight=2.0)
+    assert vae.calls == 1 and [r.weight for r in heavier] == [2.0, 2.0]
+    assert heavier[0].keys["middle"] is first[0].keys["middle"]
+    encode(torch.cat([images(2), images(1, seed=9)]))
+    assert vae.calls == 2
+    encode(images(2), concept="face")
+    encode(images(2), mask=left_half())
+    assert vae.calls == 4
+    same = images(1).repeat(3, 1, 1, 1)
+    assert len(encode(same)) == 3
+    gc.collect()
