@@ -29,6 +29,7 @@ def retrieval_loss(
     content: Tensor | None = None,
     face: Tensor | None = None,
     face_weight: float = 1.0,
+    channel_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Equation 1 with its parts.
 
@@ -37,11 +38,14 @@ def retrieval_loss(
         content: [B, 1, H, W], 1 where the target image is real, 0 where it is padding.
         face: [B, 1, H, W], the face box; rows without a face are all 0 and add nothing.
         face_weight: lambda.
+        channel_weights: [C], what an error in each latent channel counts; None: the same in all.
 
     Returns:
         Scalars "loss", "content" and, with a face, "face".
     """
     squares = (prediction - target).square()
+    if channel_weights is not None:
+        squares = squares * channel_weights.to(squares).view(1, -1, 1, 1)
     whole = squares.mean() if content is None else masked_mean(squares, content).mean()
     if face is None or face_weight == 0:
         return {"loss": whole, "content": whole.detach()}

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import RetrievalError
 from .augment import UNCHANGED, View, recolour
-from .placing import Region, mask_on_square, picture_on_square, place
+from .placing import Region, mask_on_square, parts_on_square, picture_on_square, place
 from .sample import NEUTRAL, Box, Colour, Concept, Reference, Sample
 
 # §3.3 takes the head box's lower border beyond a share of the image's height as the sign of a
@@ -89,7 +89,12 @@ def reference(
         mask = mask_on_square(mask, placement)
         if not mask.any():  # thinner than half a pixel, or out of this view
             mask = None
-    return Reference(square, mask, concept)
+    parts = sample.parts
+    if parts is not None:
+        if region.blank is not None:
+            parts = _blanked(parts, region.blank, 0)
+        parts = parts_on_square(parts, placement)
+    return Reference(square, mask, concept, parts)
 
 
 def figure_reference(sample: Sample, size: int, fill: Colour = NEUTRAL, **options) -> Reference:
@@ -127,7 +132,7 @@ def _part(pixels: np.ndarray, box: Box) -> np.ndarray:
     return pixels[box[1] : box[3], box[0] : box[2]]
 
 
-def _blanked(pixels: np.ndarray, box: Box, value: Colour | bool) -> np.ndarray:
+def _blanked(pixels: np.ndarray, box: Box, value: Colour | bool | int) -> np.ndarray:
     pixels = pixels.copy()
     _part(pixels, box)[:] = value
     return pixels

@@ -93,6 +93,12 @@ def mask_on_square(mask: np.ndarray, placement: Placement) -> np.ndarray:
     return _put(levels, placement, square, Image.Resampling.BOX) > 127
 
 
+def parts_on_square(parts: np.ndarray, placement: Placement) -> np.ndarray:
+    """uint8 [H, W] -> [S, S]; labels are never blended; 0 in the padding."""
+    square = np.zeros((placement.size, placement.size), np.uint8)
+    return _put(parts, placement, square, Image.Resampling.NEAREST)
+
+
 def box_on_square(box: Box, size: int) -> np.ndarray:
     """bool [S, S], True inside the box."""
     mask = np.zeros((size, size), np.bool_)

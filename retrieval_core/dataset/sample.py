@@ -21,6 +21,8 @@ class Sample:
     """One picture of a character.
 
     image: uint8 [H, W, 3]. mask: bool [H, W], True on the figure, or None where unknown.
+    parts: uint8 [H, W], a number for what each pixel shows (hair, upper garment, ...), 0 for what
+    no reference is to give, or None where unknown; see `training.correspondence`.
     head_box: (x0, y0, x1, y1) in pixels, half open, or None; cut to the image.
     tags: what the text prompt says of it.
 
@@ -31,6 +33,7 @@ class Sample:
     mask: np.ndarray | None = None
     head_box: Box | None = None
     tags: list[str] = field(default_factory=list)
+    parts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         image, mask = self.image, self.mask
@@ -43,6 +46,12 @@ class Sample:
         if mask is not None and (mask.dtype != np.bool_ or mask.shape != (height, width)):
             raise RetrievalError(
                 f"A sample's mask is {mask.dtype} {list(mask.shape)}; it must be bool "
+                f"[{height}, {width}] like its image."
+            )
+        parts = self.parts
+        if parts is not None and (parts.dtype != np.uint8 or parts.shape != (height, width)):
+            raise RetrievalError(
+                f"A sample's parts are {parts.dtype} {list(parts.shape)}; they must be uint8 "
                 f"[{height}, {width}] like its image."
             )
         if self.head_box is not None:
@@ -61,9 +70,10 @@ class Reference:
     """One reference image as the encoder takes it.
 
     image: uint8 [S, S, 3]. mask: bool [S, S], True on what may be taken, or None for all of it.
-    concept: what to take.
+    concept: what to take. parts: uint8 [S, S] as in `Sample`, 0 in the padding, or None.
     """
 
     image: np.ndarray
     mask: np.ndarray | None
     concept: Concept
+    parts: np.ndarray | None = None

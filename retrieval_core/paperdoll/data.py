@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..dataset import Augmentation, RandomView, Sample, TaskOptions, compose, same_character
-from .draw import Rendering, render
+from .draw import EYES, HAIR, LOWER, SKIN, UPPER, Rendering, render
+from .judge import ATTRIBUTES, truth_ids
 from .text import LENGTH, PAD, Tokenizer
 from .world import (
     SIZE,
@@ -44,18 +45,24 @@ def character_figures(seed: int, index: int, held_out: bool) -> list[Figure]:
 class Characters:
     """Rendered characters.
 
-    images: uint8 [N, EACH, 64, 64, 3]. masks: bool [N, EACH, 64, 64]. boxes: int [N, EACH, 4].
-    tags: [N][EACH] lists of tags.
+    images: uint8 [N, EACH, 64, 64, 3]. masks: bool [N, EACH, 64, 64]. parts: uint8 [N, EACH, 64,
+    64]. boxes: int [N, EACH, 4]. truths: int64 [N, EACH, A], see `judge.truth_ids`. tags:
+    [N][EACH] lists of tags.
     """
 
     images: np.ndarray
     masks: np.ndarray
+    parts: np.ndarray
     boxes: np.ndarray
+    truths: np.ndarray
     tags: list[list[list[str]]]
 
     def samples(self, index: int) -> list[Sample]:
-        parts = zip(self.images[index], self.masks[index], self.boxes[index], self.tags[index])
-        return [Sample(image, mask, tuple(box), tags) for image, mask, box, tags in parts]
+        columns = (self.images, self.masks, self.boxes, self.tags, self.parts)
+        return [
+            Sample(image, mask, tuple(box), tags, parts)
+            for image, mask, box, tags, parts in zip(*(column[index] for column in columns))
+        ]
 
 
 def render_characters(seed: int, count: int, held_out: bool = False) -> Characters:
@@ -65,22 +72,22 @@ def render_characters(seed: int, count: int, held_out: bool = False) -> Characte
     jobs = [(seed, start, min(start + chunk, count), held_out) for start in starts]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(_render_range, jobs))
-    images, masks, boxes, tags = zip(*parts)
-    return Characters(
-        np.concatenate(images), np.concatenate(masks), np.concatenate(boxes), sum(tags, [])
-    )
+    *arrays, tags = zip(*parts)
+    return Characters(*(np.concatenate(array) for array in arrays), sum(tags, []))
 
 
 def _render_range(
     job: tuple[int, int, int, bool],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list[list[str]]]]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[list[list[str]]]]:
     seed, start, end, held_out = job
     figures = [character_figures(seed, index, held_out) for index in range(start, end)]
     drawn = [[render(figure) for figure in row] for row in figures]
     return (
         np.stack([[d.image for d in row] for row in drawn]),
         np.stack([[d.mask for d in row] for row in drawn]),
+        np.stack([[d.parts for d in row] for row in drawn]),
         np.array([[d.head_box for d in row] for row in drawn]),
+        np.array([[truth_ids(figure) for figure in row] for row in figures]),
         [[figure.scene.tags() for figure in row] for row in figures],
     )
 
@@ -140,7 +147,9 @@ class RetrievalBatch:
     """G characters, each with `TARGETS` targets that share R = `REFERENCES` references.
 
     targets: [G * T, 3, S, S]; ids: [G * T, L]; face: [G * T, S, S]; references: [G * R, 3, S, S];
-    reference_ids: [G * R, L]; masks: bool [G * R, S, S]; used: bool [G, R].
+    reference_ids: [G * R, L]; masks: bool [G * R, S, S]; used: bool [G, R]; target_parts,
+    reference_parts: uint8 [G * T, S, S] and [G * R, S, S], see `training.correspondence`; truths:
+    [G * T, A] the attributes of `READ`.
     """
 
     targets: Tensor
@@ -150,8 +159,30 @@ class RetrievalBatch:
     reference_ids: Tensor
     masks: Tensor
     used: Tensor
+    target_parts: Tensor
+    reference_parts: Tensor
+    truths: Tensor
 
 
+# What a reference of a concept is to give; the clothes seen under a face are not asked for.
+PARTS_OF = {
+    "figure": (HAIR, SKIN, EYES, UPPER, LOWER),
+    "face": (HAIR, SKIN, EYES),
+    "clothes": (UPPER, LOWER),
+}
+# Attributes that come from references, and the part that shows each.
+READ = {
+    "hair style": HAIR,
+    "hair colour": HAIR,
+    "eye colour": EYES,
+    "skin": SKIN,
+    "upper": UPPER,
+    "upper colour": UPPER,
+    "upper pattern": UPPER,
+    "lower": LOWER,
+    "lower colour": LOWER,
+}
+_READ_COLUMNS = [list(ATTRIBUTES).index(name) for name in READ]
 SOURCE = Augmentation(RandomView(scale=(0.85, 1.25), shift=0.06, flip=0.5))
 
 
@@ -179,7 +210,9 @@ class RetrievalBatches:
         tokenizer = Tokenizer()
         groups = [self._group(int(i), rng, tokenizer) for i in self._characters(rng)]
         columns = list(zip(*groups))
-        targets, face, references, masks = (np.concatenate(columns[i]) for i in (0, 2, 3, 5))
+        targets, face, references, masks, target_parts, reference_parts = (
+            np.concatenate(columns[i]) for i in (0, 2, 3, 5, 7, 8)
+        )
         return RetrievalBatch(
             targets=to_images(targets),
             ids=torch.tensor(sum(columns[1], [])),
@@ -188,6 +221,9 @@ class RetrievalBatches:
             reference_ids=torch.tensor(sum(columns[4], [])),
             masks=torch.from_numpy(masks),
             used=torch.from_numpy(np.stack(columns[6])),
+            target_parts=torch.from_numpy(target_parts),
+            reference_parts=torch.from_numpy(reference_parts),
+            truths=torch.from_numpy(np.concatenate(columns[9])),
         )
 
     def _characters(self, rng: np.random.Generator) -> np.ndarray:
@@ -220,6 +256,14 @@ class RetrievalBatches:
             [tokenizer(r.concept) for r in item.references],
             np.stack([everything if r.mask is None else r.mask for r in item.references]),
             self._used(rng),
+            np.stack([samples[target].parts for target in targets]),
+            np.stack(
+                [
+                    np.where(np.isin(r.parts, PARTS_OF[r.concept]), r.parts, 0)
+                    for r in item.references
+                ]
+            ),
+            self.characters.truths[index][targets][:, _READ_COLUMNS],
         )
 
     def _prompt(self, tags: Sequence[str], rng: np.random.Generator) -> str:

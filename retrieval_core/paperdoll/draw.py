@@ -32,17 +32,23 @@ SCALE = 3
 OUTLINE: Colour = (30, 24, 34)
 SHOE: Colour = (84, 56, 52)
 
+# What a pixel of the figure shows; 0 is all else: the background, outlines, shoes, the mouth.
+NOTHING, HAIR, SKIN, EYES, UPPER, LOWER = range(6)
+PARTS = 6
+
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
     """image: uint8 [64, 64, 3]. mask: bool [64, 64], True where the figure covers half a pixel or
-    more. head_box: (x0, y0, x1, y1), half open: face and hair cap, without what hangs down.
+    more. parts: uint8 [64, 64], what each pixel's middle shows (HAIR, ...). head_box: (x0, y0, x1,
+    y1), half open: face and hair cap, without what hangs down.
     """
 
     image: np.ndarray
     mask: np.ndarray
+    parts: np.ndarray
     head_box: tuple[int, int, int, int]
     figure: Figure
 
@@ -85,18 +91,20 @@ STANCES: dict[str, Stance] = {
 
 @dataclass
 class Sketch:
-    """Shapes back to front: (kind, points, width, colour)."""
+    """Shapes back to front: (kind, points, width, colour, part); `part` is that of what follows."""
 
-    shapes: list[tuple[str, Sequence[Point], float, Colour]] = field(default_factory=list)
+    shapes: list[tuple[str, Sequence[Point], float, Colour, int]] = field(default_factory=list)
+    part: int = NOTHING
 
     def polygon(self, colour: Colour, *points: Point) -> None:
-        self.shapes.append(("polygon", points, 0.0, colour))
+        self.shapes.append(("polygon", points, 0.0, colour, self.part))
 
     def line(self, colour: Colour, width: float, *points: Point) -> None:
-        self.shapes.append(("line", points, width, colour))
+        self.shapes.append(("line", points, width, colour, self.part))
 
     def ellipse(self, colour: Colour, x: float, y: float, rx: float, ry: float) -> None:
-        self.shapes.append(("ellipse", ((x - rx, y - ry), (x + rx, y + ry)), 0.0, colour))
+        box = ((x - rx, y - ry), (x + rx, y + ry))
+        self.shapes.append(("ellipse", box, 0.0, colour, self.part))
 
 
 def render(figure: Figure) -> Rendering:
@@ -111,32 +119,44 @@ def render(figure: Figure) -> Rendering:
     pen = ImageDraw.Draw(picture)
     cover = Image.new("L", picture.size)
     stencil = ImageDraw.Draw(cover)
-    for kind, points, width, _ in scaled:
+    labels = Image.new("L", picture.size)
+    marker = ImageDraw.Draw(labels)
+    for kind, points, width, _, _ in scaled:
         _stroke(pen, kind, points, width, OUTLINE, 2.0)
         _stroke(stencil, kind, points, width, 255, 2.0)
-    for kind, points, width, colour in scaled:
+    for kind, points, width, colour, part in scaled:
         _stroke(pen, kind, points, width, colour, 0.0)
+        _stroke(marker, kind, points, width, part, 0.0)
     image = np.asarray(picture.reduce(SCALE))
     mask = np.asarray(cover.reduce(SCALE)) >= 128
-    return Rendering(image, mask, _head_box(figure, stance), figure)
+    parts = np.asarray(labels)[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE]
+    return Rendering(image, mask, parts, _head_box(figure, stance), figure)
 
 
 def _draw_figure(sketch: Sketch, figure: Figure, stance: Stance) -> None:
     who, clothes = figure.identity, figure.outfit
     skin, hair = SKIN_TONES[who.skin], HAIR_COLOURS[who.hair_colour]
     down = stance.drop
+    sketch.part = HAIR
     _hair_behind(sketch, who.hair_style, hair, down)
     for foot, knee, hip in zip(stance.feet, stance.knees, ((28.7, 46), (35.3, 46))):
+        sketch.part = SKIN
         sketch.line(skin, 5, (hip[0], hip[1] + down), knee, foot)
+        sketch.part = NOTHING
         sketch.ellipse(SHOE, foot[0], foot[1], 3.4, 2.2)
+    sketch.part = LOWER
     _lower(sketch, clothes, stance)
+    sketch.part = SKIN
     for hand, elbow, shoulder in zip(stance.hands, stance.elbows, ((25.5, 34), (38.5, 34))):
         sketch.line(skin, 4.4, (shoulder[0], shoulder[1] + down), elbow, hand)
     sketch.polygon(skin, (29.5, 29 + down), (34.5, 29 + down), (34.5, 34 + down), (29.5, 34 + down))
+    sketch.part = UPPER
     _upper(sketch, clothes, stance)
     if clothes.lower == "overalls":
+        sketch.part = LOWER
         _bib(sketch, GARMENT_COLOURS[clothes.lower_colour], down)
     _face(sketch, who, figure.scene.expression, down)
+    sketch.part = HAIR
     _hair_front(sketch, who.hair_style, hair, down)
 
 
@@ -144,12 +164,12 @@ def _placed(sketch: Sketch, figure: Figure, stance: Stance) -> list:
     """The sketch in canvas pixels, turned, mirrored and shifted as the scene says."""
     move = _mover(figure, stance)
     placed = []
-    for kind, points, width, colour in sketch.shapes:
+    for kind, points, width, colour, part in sketch.shapes:
         moved = [tuple(SCALE * c for c in move(p)) for p in points]
         if kind == "ellipse":
             (x0, y0), (x1, y1) = moved
             moved = [(min(x0, x1), min(y0, y1)), (max(x0, x1), max(y0, y1))]
-        placed.append((kind, moved, width * SCALE, colour))
+        placed.append((kind, moved, width * SCALE, colour, part))
     return placed
 
 
@@ -287,7 +307,9 @@ def _bib(sketch: Sketch, colour: Colour, d: float) -> None:
 
 def _face(sketch: Sketch, who: Identity, expression: str, d: float) -> None:
     skin = SKIN_TONES[who.skin]
+    sketch.part = SKIN
     sketch.ellipse(skin, 32, 20 + d, 11.2, 10.6)
+    sketch.part = EYES
     iris = EYE_COLOURS[who.eye_colour]
     wide = 0.5 if expression == "surprised" else 0.0
     for x in (27.0, 37.0):
@@ -295,6 +317,7 @@ def _face(sketch: Sketch, who: Identity, expression: str, d: float) -> None:
         sketch.ellipse(iris, x, 20.8 + d, 2.9, 3.2 + wide)
         sketch.ellipse((16, 12, 22), x, 21 + d, 1.0, 1.3)
         sketch.ellipse((255, 255, 255), x + 1.1, 19.3 + d, 0.7, 0.7)
+    sketch.part = NOTHING
     _brows(sketch, expression, d)
     _mouth(sketch, expression, d)
 

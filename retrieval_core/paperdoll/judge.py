@@ -2,7 +2,8 @@
 
 A small convolutional classifier with one head an attribute, trained on rendered figures with blur,
 noise and the VAE's rounding. It sees neither prompts nor references. Its own error on known truth
-is measured by the tests and printed beside every measurement.
+is measured by the tests and printed beside every measurement. Of a garment's pattern, one or two
+pixels wide, it is less sure than of the rest; no line of the measurement asks for it.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
     blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
     share = torch.rand(count, 1, 1, 1, generator=generator)
     images = torch.lerp(images, blurred, share * (share > 0.3))
-    level = 0.08 * torch.rand(count, 1, 1, 1, generator=generator)
+    level = 0.05 * torch.rand(count, 1, 1, 1, generator=generator)
     images = images + level * torch.randn(images.shape, generator=generator)
     gain = 1 + 0.06 * (2 * torch.rand(count, 1, 1, 1, generator=generator) - 1)
     return (images * gain).clamp(0, 1)

@@ -1,29 +1,32 @@
 """Trains the bundled paper-doll weights from a seed: `python -m retrieval_core.paperdoll.train`.
 
 Stages, each resumable: `base` (U-Net and text encoder), `retrieval` (the network of the paper on
-that base), `judge` (the attribute measurement). Without --stage all three run in that order.
+that base), `refine` (the same further, told the references' attributes), `judge` (the attribute
+measurement). Without --stage all run in that order.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..controlnet import RetrievalControlNet
+from ..controlnet import RetrievalControlNet, load
 from ..errors import RetrievalError
-from ..schedule import NoiseSchedule
+from ..training.attributes import AttributeReader, deeper_sites
 from ..training.joint import TrainableRetrieval
-from ..training.settings import LOCKS, TrainingSettings
+from ..training.settings import LOCKS, Lock, TrainingSettings
 from ..training.trainer import Trainer
 from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
 from .data import (
+    READ,
     BaseBatches,
     RetrievalBatch,
     RetrievalBatches,
@@ -31,11 +34,21 @@ from .data import (
     render_characters,
     to_images,
 )
-from .judge import Judge, load_judge, truth_ids
+from .draw import PARTS
+from .judge import ATTRIBUTES, Judge, load_judge, truth_ids
 from .model import PaperdollModel, load_base
 from .vae import PatchVAE
 
+STAGES = ("base", "retrieval", "refine", "judge")
 CHARACTERS = 3000
+CORRESPONDENCE = 0.2
+NOISE_POWER = 0.6
+# The network's encoder and the decoder start as copies of trained layers.
+RATE_FACTORS = {"network.encoder.": 0.3, "unet.": 0.3}
+REFINE_RATE_FACTORS = {"network.encoder.": 0.5, "unet.": 0.5}
+READING = 0.3  # weight of the attribute loss while refining
+FIRST_FILE = "paperdoll_retrieval_first.safetensors"
+BACKGROUND = 0.3  # what the loss counts there, beside 1 on the figure
 
 
 class BaseTraining(nn.Module):
@@ -59,10 +72,34 @@ class PaperdollRetrieval(TrainableRetrieval):
     """`TrainableRetrieval` fed with the world's batches through the base's text encoder and VAE."""
 
     def __init__(
-        self, base: PaperdollModel, network: RetrievalControlNet, lock: str, face_weight: float
+        self,
+        base: PaperdollModel,
+        network: RetrievalControlNet,
+        lock: Lock,
+        face_weight: float,
+        correspondence: float,
+        reading: float = 0.0,
     ) -> None:
-        schedule: NoiseSchedule = base.schedule
-        super().__init__(network, base.unet, schedule, lock, face_weight)  # type: ignore[arg-type]
+        reader = None
+        if reading:
+            widths = network.config.site_channels()
+            widths = {site: widths[site] for site in deeper_sites(list(widths))}
+            sizes = {name: (part, len(ATTRIBUTES[name])) for name, part in READ.items()}
+            reader = AttributeReader(widths, sizes)
+        # An error counts by what it changes in pixels, tempered: details are to be learnt, too.
+        weights = 1 / base.vae.scale
+        super().__init__(
+            network,
+            base.unet,
+            base.schedule,
+            lock,
+            face_weight,
+            correspondence,
+            weights / weights.mean(),
+            NOISE_POWER,
+            reader,
+            reading,
+        )
         self.frozen = [base.text, base.vae]
 
     def batch_loss(self, batch: RetrievalBatch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -71,7 +108,18 @@ class PaperdollRetrieval(TrainableRetrieval):
             context, reference_context = text(batch.ids), text(batch.reference_ids)
             latents, references = vae.encode(batch.targets), vae.encode(batch.references)
         bank = self.bank(references, reference_context, batch.used, batch.masks)
-        return self.loss(bank, latents, context, generator, face=batch.face)
+        parts = (batch.target_parts, batch.reference_parts, PARTS)
+        content = torch.where(batch.target_parts > 0, 1.0, BACKGROUND)
+        return self.loss(
+            bank,
+            latents,
+            context,
+            generator,
+            content,
+            batch.face,
+            parts=parts,
+            attributes=batch.truths,
+        )
 
 
 def train_base(out: Path, settings: TrainingSettings, characters: int) -> PaperdollModel:
@@ -98,44 +146,94 @@ def train_base(out: Path, settings: TrainingSettings, characters: int) -> Paperd
     return load_base(out / BASE_FILE)
 
 
+@dataclass(frozen=True)
+class RetrievalOptions:
+    """What `train_retrieval` and `refine` share beside the settings; see `TrainableRetrieval`."""
+
+    characters: int = CHARACTERS
+    lock: Lock = "train_both"
+    text_drop: float = 0.3
+    face_weight: float = 1.0
+    correspondence: float = CORRESPONDENCE
+
+
 def train_retrieval(
     out: Path,
     settings: TrainingSettings,
-    characters: int,
     base: PaperdollModel,
-    lock: str = "train_both",
-    text_drop: float = 0.5,
-    face_weight: float = 1.0,
+    options: RetrievalOptions,
+    until: int | None = None,
 ) -> RetrievalControlNet:
-    """Trains and saves the retrieval network on a trained base; returns it as saved."""
-    data = render_characters(settings.seed, characters)
+    """Trains the retrieval network on a trained base to step `until`; returns it as saved."""
     network = RetrievalControlNet.from_base(
         base.unet.state_dict(), "paperdoll", settings.seed, config=base.unet.config
     )
-    owner = PaperdollRetrieval(base, network, lock, face_weight)
+    return _train_network(out, "retrieval", settings, base, network, options, until)
+
+
+def refine(
+    out: Path, settings: TrainingSettings, base: PaperdollModel, options: RetrievalOptions
+) -> RetrievalControlNet:
+    """Trains the network of `train_retrieval` further, with the attribute loss."""
+    network = load(out / FIRST_FILE, "paperdoll", dtype=torch.float32)
+    return _train_network(out, "refine", settings, base, network, options)
+
+
+def _train_network(
+    out: Path,
+    stage: str,
+    settings: TrainingSettings,
+    base: PaperdollModel,
+    network: RetrievalControlNet,
+    options: RetrievalOptions,
+    until: int | None = None,
+) -> RetrievalControlNet:
+    refining = stage == "refine"
+    data = render_characters(settings.seed, options.characters)
+    torch.manual_seed(settings.seed)
+    owner = PaperdollRetrieval(
+        _with_decoder(base, network),
+        network,
+        options.lock,
+        options.face_weight,
+        options.correspondence,
+        READING if refining else 0.0,
+    )
     owner.to(memory_format=torch.channels_last)  # faster on CPUs
     description = {
-        "stage": "retrieval",
-        "characters": characters,
-        "lock": lock,
-        "text_drop": text_drop,
-        "face_weight": face_weight,
+        "stage": stage,
+        **asdict(options),
+        "noise_power": NOISE_POWER,
+        "background": BACKGROUND,
+        **({"reading": READING} if refining else {}),
     }
+    # Other batches than those that the first stage has seen.
+    seed = settings.seed + 1_000_000 * refining
     trainer = Trainer(
         owner,
         owner.batch_loss,
-        RetrievalBatches(data, settings.batch_size, settings.seed, text_drop=text_drop),
+        RetrievalBatches(data, settings.batch_size, seed, text_drop=options.text_drop),
         settings,
-        out / "retrieval",
+        out / stage,
         description=description,
         prefetch=2,
-        label="retrieval",
+        label=stage,
+        rate_factors=REFINE_RATE_FACTORS if refining else RATE_FACTORS,
     )
-    _finish(trainer)
+    _finish(trainer, until)
     finished = owner.finished(trainer.ema_state_dict())
+    finished.card.training.clear()
     finished.card.training.update(description, **settings.as_json())
-    finished.save(out / RETRIEVAL_FILE, torch.float16)
+    finished.save(out / (RETRIEVAL_FILE if refining else FIRST_FILE), torch.float16)
     return finished
+
+
+def _with_decoder(base: PaperdollModel, network: RetrievalControlNet) -> PaperdollModel:
+    """The base model with the network's trained decoder, if it has one; the base is not touched."""
+    shown = copy.copy(base)
+    shown._modules = dict(base._modules)
+    shown.unet = network.apply_decoder(base.unet)
+    return shown
 
 
 @dataclass(frozen=True)
@@ -180,9 +278,9 @@ def train_judge(out: Path, settings: TrainingSettings, figures: int, vae: PatchV
     return load_judge(out / JUDGE_FILE)
 
 
-def _finish(trainer: Trainer) -> None:
-    """Runs the trainer to its end; an interruption leaves through KeyboardInterrupt."""
-    result = trainer.run()
+def _finish(trainer: Trainer, until: int | None = None) -> None:
+    """Runs the trainer to step `until` or its end; interrupted, it raises KeyboardInterrupt."""
+    result = trainer.run(until)
     print(result.message, flush=True)
     if result.interrupted:
         raise KeyboardInterrupt
@@ -191,24 +289,30 @@ def _finish(trainer: Trainer) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m retrieval_core.paperdoll.train")
     parser.add_argument("--out", type=Path, default=Path("output/paperdoll"))
-    parser.add_argument("--stage", choices=("base", "retrieval", "judge"), action="append")
+    parser.add_argument("--stage", choices=STAGES, action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--characters", type=int, default=CHARACTERS)
     parser.add_argument("--base-steps", type=int, default=3600)
     parser.add_argument("--base-batch", type=int, default=32)
     parser.add_argument("--base-rate", type=float, default=1e-3)
-    parser.add_argument("--retrieval-steps", type=int, default=4000)
-    parser.add_argument("--retrieval-batch", type=int, default=12, help="characters a step")
-    parser.add_argument("--retrieval-rate", type=float, default=6e-4)
-    parser.add_argument("--judge-steps", type=int, default=3000)
-    parser.add_argument("--judge-figures", type=int, default=24000)
+    parser.add_argument("--retrieval-steps", type=int, default=3400)
+    parser.add_argument("--retrieval-batch", type=int, default=8, help="characters a step")
+    parser.add_argument("--retrieval-rate", type=float, default=1.2e-3)
+    parser.add_argument(
+        "--retrieval-until", type=int, default=2500, help="the first stage stops there, unannealed"
+    )
+    parser.add_argument("--refine-steps", type=int, default=1750)
+    parser.add_argument("--refine-rate", type=float, default=1.2e-3)
+    parser.add_argument("--judge-steps", type=int, default=2500)
+    parser.add_argument("--judge-figures", type=int, default=40000)
     parser.add_argument("--lock", choices=LOCKS, default="train_both")
-    parser.add_argument("--text-drop", type=float, default=0.5)
+    parser.add_argument("--text-drop", type=float, default=0.3, help="the paper: 0.5")
     parser.add_argument("--face-weight", type=float, default=1.0)
+    parser.add_argument("--correspondence", type=float, default=CORRESPONDENCE)
     parser.add_argument("--threads", type=int, default=2, help="rounding depends on it")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    stages = options.stage or ["base", "retrieval", "judge"]
+    stages = options.stage or list(STAGES)
 
     def settings(steps: int, batch: int, rate: float) -> TrainingSettings:
         return TrainingSettings(
@@ -231,15 +335,27 @@ def main(arguments: list[str] | None = None) -> int:
                 settings(options.base_steps, options.base_batch, options.base_rate),
                 options.characters,
             )
+        shared = RetrievalOptions(
+            options.characters,
+            options.lock,
+            options.text_drop,
+            options.face_weight,
+            options.correspondence,
+        )
         if "retrieval" in stages:
             train_retrieval(
                 options.out,
                 settings(options.retrieval_steps, options.retrieval_batch, options.retrieval_rate),
-                options.characters,
                 load_base(options.out / BASE_FILE),
-                options.lock,
-                options.text_drop,
-                options.face_weight,
+                shared,
+                min(options.retrieval_until, options.retrieval_steps),
+            )
+        if "refine" in stages:
+            refine(
+                options.out,
+                settings(options.refine_steps, options.retrieval_batch, options.refine_rate),
+                load_base(options.out / BASE_FILE),
+                shared,
             )
         if "judge" in stages:
             train_judge(

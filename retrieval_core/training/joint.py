@@ -16,6 +16,8 @@ from ..injection import Retrieval
 from ..objective import latent_mask, retrieval_loss
 from ..schedule import NoiseSchedule
 from ..unet import UNet
+from .attributes import AttributeReader
+from .correspondence import correspondence_loss
 from .settings import Lock, trained_parts
 
 
@@ -28,6 +30,13 @@ class TrainableRetrieval(nn.Module):
         schedule: the base model's noise schedule and prediction type.
         lock: "train_both", "lock_decoder" or "lock_both" (§5.4).
         face_weight: lambda of eq. 1.
+        correspondence: weight of `correspondence_loss`, where batches name their parts; 0 is the
+            paper's own objective.
+        reader: reads attributes off what was retrieved, trained along; its loss counts with
+            `reading`, where batches name attributes.
+        channel_weights: see `retrieval_loss`.
+        noise_power: timesteps are drawn as steps * u ** noise_power, u uniform: 1 for all alike,
+            less to train more at high noise, where what is drawn is decided.
 
     Raises:
         RetrievalError: an unknown lock setting.
@@ -40,11 +49,19 @@ class TrainableRetrieval(nn.Module):
         schedule: NoiseSchedule,
         lock: Lock = "train_both",
         face_weight: float = 1.0,
+        correspondence: float = 0.0,
+        channel_weights: Tensor | None = None,
+        noise_power: float = 1.0,
+        reader: AttributeReader | None = None,
+        reading: float = 0.0,
     ) -> None:
         super().__init__()
         parts = trained_parts(lock)
         self.network, self.unet = network, copy.deepcopy(unet)
         self.schedule, self.face_weight = schedule, face_weight
+        self.correspondence, self.noise_power = correspondence, noise_power
+        self.channel_weights = channel_weights
+        self.reader, self.reading = reader, reading
         self.trains_decoder = "decoder" in parts
         self.network.encoder.requires_grad_("encoder" in parts)
         self.network.retrieval.requires_grad_("retrieval" in parts)
@@ -94,13 +111,18 @@ class TrainableRetrieval(nn.Module):
         content: Tensor | None = None,
         face: Tensor | None = None,
         y: Tensor | None = None,
+        parts: tuple[Tensor, Tensor, int] | None = None,
+        attributes: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Equation 1 at a random timestep a row.
+        """Equation 1 at a random timestep a row, and the correspondence loss where it is wanted.
 
         Args:
             bank: G banks; the rows are G runs of equal length.
             latents: targets [B, C, H, W]; context: [B, L, D].
             content, face: pixel masks [B, h, w] or None (see `objective`).
+            parts: the targets' and the references' parts, and how many labels there are (see
+                `correspondence_loss`).
+            attributes: [B, A] of the targets, for the `reader`.
 
         Raises:
             RetrievalError: the batch does not divide among the banks.
@@ -113,7 +135,8 @@ class TrainableRetrieval(nn.Module):
                 "many."
             )
         device = generator.device  # numbers can only be drawn where the generator lives
-        steps = torch.randint(self.schedule.steps, (batch,), generator=generator, device=device)
+        drawn = torch.rand(batch, generator=generator, device=device) ** self.noise_power
+        steps = (drawn * self.schedule.steps).long()
         eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)
@@ -123,7 +146,20 @@ class TrainableRetrieval(nn.Module):
         hook = Retrieval(self.network.retrieval, bank, guidance="both").hook([0], 0.0)
         prediction = self.unet.decode(features, emb, context, hook)
         masks = [None if m is None else latent_mask(m, height, width) for m in (content, face)]
-        return retrieval_loss(prediction, target, masks[0], masks[1], self.face_weight)
+        losses = retrieval_loss(
+            prediction, target, masks[0], masks[1], self.face_weight, self.channel_weights
+        )
+        if parts is not None and self.correspondence:
+            sites = self.network.retrieval
+            loss = correspondence_loss(sites, features, bank, *parts, generator)
+            losses["loss"] = losses["loss"] + self.correspondence * loss
+            losses["correspondence"] = loss.detach()
+        if parts is not None and attributes is not None and self.reader is not None:
+            sites = self.network.retrieval
+            loss = self.reader.loss(sites, dict(zip(sites, features)), bank, *parts, attributes)
+            losses["loss"] = losses["loss"] + self.reading * loss
+            losses["attributes"] = loss.detach()
+        return losses
 
     def finished(self, weights: Mapping[str, Tensor]) -> RetrievalControlNet:
         """The network with (averaged) trained weights put in, by their names in this module."""

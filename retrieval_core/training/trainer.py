@@ -61,6 +61,8 @@ class Trainer:
     description: JSON values that tell this run from others (lock, task, text drop, ...);
         a run is resumed only under the same ones.
     prefetch: batches prepared ahead on a thread (changes no number). 0: none.
+    rate_factors: beginning of a parameter's name -> what its learning rate is multiplied with, so
+        that copies of trained layers can learn slower than fresh ones.
 
     `history`: name -> one value per step done, of every loss and of "learning_rate" and
     "grad_norm" (before clipping); NaN where a step lacks one.
@@ -79,12 +81,15 @@ class Trainer:
         description: Mapping[str, Any] | None = None,
         prefetch: int = 0,
         label: str = "training",
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         self.owner = parameters_owner.to(device)
         self.loss_fn, self.batches, self.settings = loss_fn, batches, settings
         self.device, self.prefetch, self.label = torch.device(device), prefetch, label
+        self.rate_factors = dict(rate_factors or {})
         # As JSON gives it back, so that a tuple equals the list it was saved as.
-        self.description = json.loads(json.dumps(dict(description or {})))
+        about = {**(description or {}), "rate_factors": self.rate_factors}
+        self.description = json.loads(json.dumps(about))
         self.folder = _usable_folder(Path(folder))
         self.parameters = {n: p for n, p in self.owner.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -159,16 +164,20 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.AdamW:
         # Weight decay pulls norms and biases towards a value that means nothing, so it is
         # customary to leave them out.
-        groups = [
-            {"params": [p for p in self.parameters.values() if p.ndim >= 2]},
-            {"params": [p for p in self.parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            fits = [f for start, f in self.rate_factors.items() if name.startswith(start)]
+            kind = (fits[0] if fits else 1.0, parameter.ndim >= 2)
+            by_kind.setdefault(kind, []).append(parameter)
+        groups: list[dict[str, Any]] = [
+            {"params": found, "factor": factor, **({} if decays else {"weight_decay": 0.0})}
+            for (factor, decays), found in by_kind.items()
         ]
         options: dict[str, Any] = {
             "lr": self.settings.learning_rate,
             "betas": self.settings.betas,
             "weight_decay": self.settings.weight_decay,
         }
-        groups = [group for group in groups if group["params"]]
         try:
             return torch.optim.AdamW([dict(g) for g in groups], fused=True, **options)
         except RuntimeError:  # older torch, or a device without the fused kernel
@@ -178,7 +187,7 @@ class Trainer:
         settings = self.settings
         rate = settings.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         if self.buffers:  # a forward pass may change them, as batch norm does
             self._consistent = False
         self.optimizer.zero_grad(set_to_none=True)  # a step broken off may have left some
