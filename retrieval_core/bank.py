@@ -24,12 +24,14 @@ class EncodedReference:
         keys, values: site -> [N, D]; tokens wholly outside the reference's mask are not in it.
         weight: >= 0; enters as log(weight) on the attention logits, 0 removes the reference.
         concept: what was to be taken ("face", "clothes", "figure", or tags).
+        thumbnail: a small picture of it, uint8 [h, w, 3], or None.
     """
 
     keys: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
     weight: float = 1.0
     concept: str = "figure"
+    thumbnail: Tensor | None = None
 
     def with_weight(self, weight: float) -> EncodedReference:
         """The same reference with another weight; RetrievalError as in `check_weight`."""
@@ -38,12 +40,13 @@ class EncodedReference:
 
 @dataclass(frozen=True, eq=False)
 class SiteBank:
-    """Keys and values [G, N, D] of one site for G banks side by side, the null token first.
+    """Keys and values [G, N, D] of one site for G banks side by side, a null token first if any.
 
     Attributes:
         bias: additive on the logits, [G, N] (log weights, -inf for what is masked), or None
             where it would be all zero.
-        owner: [N] index of the reference that each token belongs to, -1 for the null token.
+        owner: [N], or [G, N] where they differ, index of the reference that each token belongs
+            to, -1 for the null token.
     """
 
     keys: Tensor
@@ -93,12 +96,13 @@ def check_weight(weight: float) -> float:
     return value
 
 
-def join(references: Sequence[EncodedReference], null_keys: Mapping[str, Tensor]) -> Bank:
+def join(references: Sequence[EncodedReference], null_keys: Mapping[str, Tensor] | None) -> Bank:
     """One bank (G = 1) of several references and the null token.
 
     Args:
         references: in the order that `SiteBank.owner` counts; an empty list gives an empty bank.
-        null_keys: site -> [D], the learned key of "retrieve nothing"; its value is zero.
+        null_keys: site -> [D], the learned key of "retrieve nothing"; its value is zero. None
+            for a bank without null tokens.
 
     Raises:
         RetrievalError: a weight is NaN, infinite or negative, or all of them are 0.
@@ -113,16 +117,16 @@ def join(references: Sequence[EncodedReference], null_keys: Mapping[str, Tensor]
         )
     kept = [(i, r, w) for i, (r, w) in enumerate(zip(references, weights, strict=True)) if w > 0]
     sites = {}
-    for site, null in null_keys.items():
-        null = null[None].to(kept[0][1].keys[site])
+    for site, first in kept[0][1].keys.items():
+        null = _null(null_keys, site, first)
         keys = torch.cat([null, *(r.keys[site] for _, r, _ in kept)])
         values = torch.cat([torch.zeros_like(null), *(r.values[site] for _, r, _ in kept)])
-        counts = [r.keys[site].shape[0] for _, r, _ in kept]
-        owner = _spread([-1, *(i for i, _, _ in kept)], [1, *counts], keys.device)
+        counts = [len(null), *(r.keys[site].shape[0] for _, r, _ in kept)]
+        owner = _spread([-1, *(i for i, _, _ in kept)], counts, keys.device)
         bias = None
         if any(w != 1.0 for _, _, w in kept):
             logs = torch.tensor([0.0, *(math.log(w) for _, _, w in kept)], dtype=torch.float64)
-            bias = logs.repeat_interleave(torch.tensor([1, *counts])).to(keys)[None]
+            bias = logs.repeat_interleave(torch.tensor(counts)).to(keys)[None]
         sites[site] = SiteBank(keys[None], values[None], bias, owner)
     return Bank(sites, len(kept))
 
@@ -130,7 +134,7 @@ def join(references: Sequence[EncodedReference], null_keys: Mapping[str, Tensor]
 def stack(
     keys: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
-    null_keys: Mapping[str, Tensor],
+    null_keys: Mapping[str, Tensor] | None,
     keep: Mapping[str, Tensor] | None = None,
 ) -> Bank:
     """G banks of R references each, side by side, as training uses them.
@@ -143,17 +147,24 @@ def stack(
     """
     sites, count = {}, 0
     for site, k in keys.items():
-        groups, count, tokens, dim = k.shape
-        null = null_keys[site].to(k).expand(groups, 1, dim)
+        groups, count, tokens, _ = k.shape
+        null = _null(null_keys, site, k).expand(groups, -1, -1)
         joined_keys = torch.cat([null, k.flatten(1, 2)], 1)
         joined_values = torch.cat([torch.zeros_like(null), values[site].flatten(1, 2)], 1)
-        owner = _spread([-1, *range(count)], [1] + [tokens] * count, k.device)
+        owner = _spread([-1, *range(count)], [null.shape[1]] + [tokens] * count, k.device)
         bias = None
         if keep is not None and not bool(keep[site].all()):
             bias = torch.zeros(joined_keys.shape[:2], dtype=k.dtype, device=k.device)
-            bias[:, 1:].masked_fill_(~keep[site].flatten(1, 2), float("-inf"))
+            bias[:, null.shape[1] :].masked_fill_(~keep[site].flatten(1, 2), float("-inf"))
         sites[site] = SiteBank(joined_keys, joined_values, bias, owner)
     return Bank(sites, count)
+
+
+def _null(null_keys: Mapping[str, Tensor] | None, site: str, like: Tensor) -> Tensor:
+    """The null token's key [1, D], or none, [0, D]."""
+    if null_keys is None:
+        return like.new_zeros(0, like.shape[-1])
+    return null_keys[site][None].to(like)
 
 
 def _spread(values: Iterable[int], counts: Sequence[int], device: torch.device) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bank import Bank
+from .controls import CONSTANT, StrengthCurve
 from .errors import RetrievalError
+from .regions import region_at
 from .retrieval import RetrievalSite
 from .unet import SkipHook
 
@@ -32,11 +33,17 @@ class Retrieval:
         start, end: the part of sampling in which it acts, fractions 0 (all noise) to 1.
         guidance: "cond": only conditional rows retrieve; "both": unconditional rows too.
         region: [H, W] of 0..1 over the image, or None for everywhere.
+        curve: of the strength, from start to end.
+        site_strength: site -> factor of the strength; 1 for a site that is not in it.
+        outputs: (site, device, type) -> `RetrievalSite.output_matrix`, filled while sampling and
+            shared by `dataclasses.replace`; the weights are not to change meanwhile.
 
     Raises:
         RetrievalError: a strength that is not finite, a schedule outside 0..1, an unknown
             guidance, or a region of another shape.
     """
+
+    hooks: ClassVar[str] = "skip_hook"  # the argument of the U-Net that takes `hook`
 
     sites: Mapping[str, nn.Module]
     bank: Bank
@@ -45,6 +52,9 @@ class Retrieval:
     end: float = 1.0
     guidance: Guidance = "cond"
     region: Tensor | None = None
+    curve: StrengthCurve = CONSTANT
+    site_strength: Mapping[str, float] = field(default_factory=dict)
+    outputs: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.start <= self.end <= 1.0:
@@ -68,9 +78,12 @@ class Retrieval:
                 "'both'."
             )
 
-    def active(self, progress: float) -> bool:
-        """Whether anything is to be done at all at this point of sampling."""
-        return self.strength != 0 and not self.bank.empty and self.start <= progress <= self.end
+    def strength_at(self, progress: float) -> float:
+        """The strength at a point of sampling; 0 where nothing is to be done at all."""
+        if self.bank.empty or not self.start <= progress <= self.end:
+            return 0.0
+        length = self.end - self.start
+        return self.strength * self.curve.at((progress - self.start) / length if length else 0.0)
 
     def hook(self, cond_or_uncond: Sequence[int], progress: float) -> SkipHook | None:
         """A U-Net's `skip_hook` for one step, or None if nothing is to be done.
@@ -79,49 +92,65 @@ class Retrieval:
             cond_or_uncond: the batch's chunks in order, 0 for conditional, 1 for unconditional.
             progress: 0 at the first step's noise, 1 at none.
         """
-        if not self.active(progress):
+        strength = self.strength_at(progress)
+        if strength == 0:
             return None
 
         def hook(site: str, h: Tensor) -> Tensor:
-            return self.apply(site, h, cond_or_uncond)
+            return self.apply(site, h, cond_or_uncond, strength)
 
         return hook
 
-    def apply(self, site: str, h: Tensor, cond_or_uncond: Sequence[int]) -> Tensor:
+    def apply(
+        self, site: str, h: Tensor, cond_or_uncond: Sequence[int], strength: float | None = None
+    ) -> Tensor:
         """h [B, C, H, W] with what the site retrieves added to the rows that retrieve.
 
         Each chunk of rows is served by all of the bank's G banks, B / chunks / G rows each.
+
+        Args:
+            strength: at this step (`strength_at`); by default the constant one.
         """
+        strength = self.strength if strength is None else strength
+        strength *= self.site_strength.get(site, 1.0)
         both = self.guidance == "both"
         wanted = [i for i, kind in enumerate(cond_or_uncond) if both or kind == COND]
-        if not wanted:
+        if not wanted or strength == 0:
             return h
         if len(wanted) == len(cond_or_uncond) and self._shared(site, wanted):
-            return h + self._retrieved(site, h)
+            return self._added(site, h, strength)
         chunks = list(h.chunk(len(cond_or_uncond)))
         if self._shared(site, wanted):
             joined = torch.cat([chunks[i] for i in wanted])
-            added = self._retrieved(site, joined).chunk(len(wanted))
+            served = self._added(site, joined, strength).chunk(len(wanted))
         else:
-            added = tuple(self._retrieved(site, chunks[i]) for i in wanted)
-        for i, residual in zip(wanted, added):
-            chunks[i] = chunks[i] + residual
+            served = tuple(self._added(site, chunks[i], strength) for i in wanted)
+        for i, chunk in zip(wanted, served):
+            chunks[i] = chunk
         return torch.cat(chunks)
 
     def _shared(self, site: str, wanted: Sequence[int]) -> bool:
         """Whether one call can serve all wanted chunks: the bank serves runs of rows in order."""
         return len(wanted) == 1 or self.bank.sites[site].keys.shape[0] == 1
 
-    def _retrieved(self, site: str, h: Tensor) -> Tensor:
+    def _added(self, site: str, h: Tensor, strength: float) -> Tensor:
+        """h + strength * region * zero_conv(W_o attended)."""
         layer = self.sites[site]
         assert isinstance(layer, RetrievalSite)
-        retrieved = layer(h, self.bank.sites[site]) * self.strength
-        if self.region is not None:
-            retrieved = retrieved * _region(self.region, h)
-        return retrieved
+        bank = self.bank.sites[site]
+        region = None if self.region is None else region_at(self.region, h)
+        if torch.is_grad_enabled():  # training: both matrices learn, and change with every step
+            retrieved = layer(h, bank) * strength
+            return h + (retrieved if region is None else retrieved * region)
+        # One product with the two matrices' product, and the sum with h in the same pass.
+        tokens = layer.attended(h, bank).transpose(1, 2)
+        if region is not None:
+            tokens = tokens * region.flatten(2)
+        matrix = self._output(site, layer, h).expand(h.shape[0], -1, -1)
+        return torch.baddbmm(h.flatten(2), matrix, tokens, alpha=strength).view_as(h)
 
-
-def _region(region: Tensor, h: Tensor) -> Tensor:
-    """The region at the features' resolution [1, 1, H, W], edges kept soft."""
-    region = region.to(h.device, torch.float32)[None, None]  # halves have no antialiasing on CPUs
-    return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True).to(h)
+    def _output(self, site: str, layer: RetrievalSite, h: Tensor) -> Tensor:
+        key = (site, h.device, h.dtype)
+        if key not in self.outputs:
+            self.outputs[key] = layer.output_matrix(h)
+        return self.outputs[key]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .bank import SiteBank
 from .unet import AttentionFunction, attention
 
+_LOGITS = 1 << 24  # held at once where shares are read off
+
 
 class RetrievalSite(nn.Module):
     """The layers of one site, for features of `channels` channels and `heads` attention heads.
@@ -78,10 +80,24 @@ class RetrievalSite(nn.Module):
         into one long query, so that keys and values are never repeated.
         """
         batch, channels, height, width = h.shape
+        out = self.to_out(self.attended(h, bank))
+        return self.zero_conv(out.view(batch, height, width, channels).permute(0, 3, 1, 2))
+
+    def attended(self, h: Tensor, bank: SiteBank) -> Tensor:
+        """softmax(q K^T / sqrt(d) + log w) V of the features h [B, C, H, W]: [B, H * W, C]."""
         query = self._query(h, bank)
         out = self.attend(query, bank.keys, bank.values, self.heads, mask=_mask(bank.bias))
-        out = self.to_out(out).view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return self.zero_conv(out)
+        return out.view(h.shape[0], -1, h.shape[1])
+
+    def output_matrix(self, like: Tensor) -> Tensor:
+        """zero_conv W_o as one matrix [C, C]: two linear maps with nothing between them.
+
+        It is found by sending the unit vectors through the layers, so that a host's layers cast
+        and offload as ever. On the device and of the type of `like`.
+        """
+        channels = self.to_out.weight.shape[0]
+        columns = self.to_out(torch.eye(channels, dtype=like.dtype, device=like.device)[None])
+        return self.zero_conv(columns.transpose(1, 2)[..., None])[0, :, :, 0]
 
     def shares(self, h: Tensor, bank: SiteBank, references: int) -> Tensor:
         """Where each place looks: [B, 1 + references, H, W], the null token's share first.
@@ -90,15 +106,31 @@ class RetrievalSite(nn.Module):
         """
         batch, channels, height, width = h.shape
         dim = channels // self.heads
-        query = self._query(h, bank).unflatten(2, (self.heads, dim)).transpose(1, 2)
-        keys = bank.keys.unflatten(2, (self.heads, dim)).transpose(1, 2)
-        logits = query.float() @ keys.float().transpose(2, 3) / dim**0.5
-        if bank.bias is not None:
-            logits = logits + bank.bias[:, None, None].float()
-        weights = logits.softmax(-1).mean(1)
-        shares = weights.new_zeros(*weights.shape[:2], references + 1)
-        shares.index_add_(2, bank.owner + 1, weights)
+        query = self._query(h, bank).unflatten(2, (self.heads, dim)).transpose(1, 2).float()
+        keys = bank.keys.unflatten(2, (self.heads, dim)).transpose(1, 2).float().transpose(2, 3)
+        bias = 0.0 if bank.bias is None else bank.bias[:, None, None].float()
+        owner = bank.owner.expand(len(keys), -1)[:, None] + 1
+        shares = query.new_zeros(len(keys), query.shape[2], references + 1)
+        at_once = max(1, _LOGITS // (len(keys) * self.heads * keys.shape[-1]))
+        for start in range(0, query.shape[2], at_once):
+            part = slice(start, start + at_once)
+            weights = (query[:, :, part] @ keys / dim**0.5 + bias).softmax(-1).mean(1)
+            shares[:, part].scatter_add_(2, owner.expand_as(weights), weights)
         return shares.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    def attention_at(self, h: Tensor, bank: SiteBank, places: Tensor) -> Tensor:
+        """Attention of some places, the mean of the heads: [G, Q, N], each row adding up to 1.
+
+        Args:
+            places: [Q] indices into the B / G * H * W places that each bank serves.
+        """
+        split = (self.heads, h.shape[1] // self.heads)
+        query = self._query(h, bank)[:, places].unflatten(2, split).transpose(1, 2)
+        keys = bank.keys.unflatten(2, split).transpose(1, 2)
+        logits = query @ keys.transpose(2, 3) / split[1] ** 0.5
+        if bank.bias is not None:
+            logits = logits + bank.bias[:, None, None]
+        return logits.softmax(-1).mean(1)
 
     def _query(self, h: Tensor, bank: SiteBank) -> Tensor:
         query = self.to_q(self.norm_query(h.flatten(2).transpose(1, 2)))

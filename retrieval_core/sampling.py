@@ -48,8 +48,10 @@ def guided_denoiser(
         rows = torch.cat([scaled] * chunks)
         steps = torch.full((rows.shape[0],), timestep, device=x.device)
         progress = 1 - timestep / (schedule.steps - 1)
-        hook = None if retrieval is None else retrieval.hook(list(range(chunks)), progress)
-        prediction = unet(rows, steps, context, skip_hook=hook)
+        hooks = {}
+        if retrieval is not None:
+            hooks[retrieval.hooks] = retrieval.hook(list(range(chunks)), progress)
+        prediction = unet(rows, steps, context, **hooks)
         if chunks == 2:
             positive, negative = prediction.chunk(2)
             prediction = negative + cfg * (positive - negative)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .errors import RetrievalError
 
 AttentionFunction = Callable[..., Tensor]
 SkipHook = Callable[[str, Tensor], Tensor]
+# (layer, (height, width), q, k, v, heads) -> attended, in the place of a self-attention's attend.
+SelfAttentionHook = Callable[..., Tensor]
 
 MIDDLE = "middle"
 
@@ -236,10 +239,12 @@ class Attention(nn.Module):
         self.to_v = ops.Linear(context_dim, dim, bias=False, **kw)
         self.to_out = nn.Sequential(ops.Linear(dim, dim, **kw), nn.Dropout(0.0))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, attend: AttentionFunction | None = None
+    ) -> Tensor:
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out(self.attend(q, k, v, self.heads))
+        return self.to_out((attend or self.attend)(q, k, v, self.heads))
 
 
 class GEGLU(nn.Module):
@@ -278,8 +283,10 @@ class TransformerBlock(nn.Module):
         self.norm2 = ops.LayerNorm(dim, **kw)
         self.norm3 = ops.LayerNorm(dim, **kw)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+    def forward(
+        self, x: Tensor, context: Tensor, attend: AttentionFunction | None = None
+    ) -> Tensor:
+        x = x + self.attn1(self.norm1(x), attend=attend)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -309,7 +316,9 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = projection()
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, self_attention: SelfAttentionHook | None = None
+    ) -> Tensor:
         height, width = x.shape[-2:]
         h = self.norm(x)
         if not self.linear:
@@ -318,7 +327,8 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            attend = self_attention and partial(self_attention, block.attn1, (height, width))
+            h = block(h, context, attend)
         if self.linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, (height, width))
@@ -355,13 +365,18 @@ class Block(nn.Sequential):
     """Layers in a row, each given what it takes (openaimodel's TimestepEmbedSequential)."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor,
+        size: tuple[int, int] | None = None,
+        self_attention: SelfAttentionHook | None = None,
     ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, context, self_attention)
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
             else:
@@ -431,13 +446,19 @@ class UNetEncoder(nn.Module):
             emb = emb + self.label_emb(y.to(dtype))
         return emb
 
-    def encode(self, x: Tensor, emb: Tensor, context: Tensor) -> list[Tensor]:
+    def encode(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor,
+        self_attention: SelfAttentionHook | None = None,
+    ) -> list[Tensor]:
         """Skip features of every input block, in order, then the middle block's output."""
         features = []
         for block in self.input_blocks:
-            x = block(x, emb, context)
+            x = block(x, emb, context, self_attention=self_attention)
             features.append(x)
-        features.append(self.middle_block(x, emb, context))
+        features.append(self.middle_block(x, emb, context, self_attention=self_attention))
         return features
 
 
@@ -446,6 +467,9 @@ class UNet(UNetEncoder):
 
     `skip_hook(site, h)` sees each skip feature just before the decoder joins it, and the middle
     block's output before the decoder starts, under the names of `UNetConfig.site_channels`.
+    `self_attention(layer, (height, width), q, k, v, heads)` takes the place of the attention
+    function in every self-attention layer (`attn1`, the `Attention` itself is passed); q, k and v
+    are [B, H * W, heads * d], and so is what it returns.
     """
 
     def __init__(
@@ -480,7 +504,12 @@ class UNet(UNetEncoder):
         )
 
     def decode(
-        self, features: list[Tensor], emb: Tensor, context: Tensor, skip_hook: SkipHook | None
+        self,
+        features: list[Tensor],
+        emb: Tensor,
+        context: Tensor,
+        skip_hook: SkipHook | None,
+        self_attention: SelfAttentionHook | None = None,
     ) -> Tensor:
         """The decoder half, from `encode`'s features to the prediction."""
         *skips, x = features
@@ -491,7 +520,7 @@ class UNet(UNetEncoder):
             if skip_hook is not None:
                 skip = skip_hook(f"input_{len(skips)}", skip)
             size = tuple(skips[-1].shape[-2:]) if skips else None
-            x = block(torch.cat([x, skip], dim=1), emb, context, size)
+            x = block(torch.cat([x, skip], dim=1), emb, context, size, self_attention)
         return self.out(x)
 
     def forward(
@@ -501,10 +530,12 @@ class UNet(UNetEncoder):
         context: Tensor,
         y: Tensor | None = None,
         skip_hook: SkipHook | None = None,
+        self_attention: SelfAttentionHook | None = None,
     ) -> Tensor:
         """See the class; y: [B, A] where there is a vector conditioning, else RetrievalError."""
         emb = self.embed(timesteps, y, x.dtype)
-        return self.decode(self.encode(x, emb, context), emb, context, skip_hook)
+        features = self.encode(x, emb, context, self_attention)
+        return self.decode(features, emb, context, skip_hook, self_attention)
 
 
 def config_from_state_dict(weights: Mapping[str, Tensor], prefix: str = "") -> UNetConfig:

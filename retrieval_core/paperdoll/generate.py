@@ -15,6 +15,7 @@ from ..injection import Guidance, Retrieval
 from ..references import PreparedReference
 from ..retrieval_map import RecordedRetrieval
 from ..sampling import Sampler, guided_denoiser, sample
+from ..token_budget import limit_tokens
 from .bundle import Bundle
 from .model import PaperdollModel
 
@@ -23,13 +24,16 @@ MAP_SITE = "input_2"  # 8x8 places: fine enough to tell a face from clothes
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made. strength and guidance None: as the network's file recommends."""
+    """How pictures are made. strength and guidance None: as the network's file recommends;
+    token_budget None: all tokens of the bank.
+    """
 
     steps: int = 16
     cfg: float = 2.0
     sampler: Sampler = "dpmpp_2m"
     strength: float | None = None
     guidance: Guidance | None = None
+    token_budget: int | None = None
 
 
 def single_bank(
@@ -86,8 +90,16 @@ def retrieval_of(network: RetrievalControlNet, bank: Bank, how: Sampling) -> Rec
     recommended = network.card.recommended
     strength = how.strength if how.strength is not None else float(recommended["strength"])
     guidance = how.guidance or recommended["guidance"]
+    whole = bank
+    if how.token_budget is not None:
+        bank = limit_tokens(bank, how.token_budget)
     return RecordedRetrieval(
-        network.retrieval, bank, strength=strength, guidance=guidance, site=MAP_SITE
+        network.retrieval,
+        bank,
+        strength=strength,
+        guidance=guidance,
+        site=MAP_SITE,
+        seen=whole.sites.get(MAP_SITE),
     )
 
 

@@ -227,8 +227,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cfg", type=float, default=Sampling.cfg)
     parser.add_argument("--strength", type=float)
     parser.add_argument("--guidance", choices=("cond", "both"))
+    parser.add_argument("--token-budget", type=int, help="tokens a site, default: all")
     options = parser.parse_args(arguments)
-    how = Sampling(options.steps, options.cfg, strength=options.strength, guidance=options.guidance)
+    how = Sampling(
+        options.steps,
+        options.cfg,
+        strength=options.strength,
+        guidance=options.guidance,
+        token_budget=options.token_budget,
+    )
     try:
         result = measure(load_bundle(options.weights), options.count, options.seed, how)
     except RetrievalError as error:

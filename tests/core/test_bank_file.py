@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+from PIL import Image
+from refusal import sentence
 
-from retrieval_core.bank_file import fingerprint, load_references, save_references
+from retrieval_core.bank_file import Maker, fingerprint, load_references, save_references
 from retrieval_core.controlnet import Card, RetrievalControlNet
 from retrieval_core.errors import RetrievalError
-from retrieval_core.files import read_safetensors, save_safetensors
+from retrieval_core.files import read_metadata, read_safetensors, save_safetensors
 from retrieval_core.injection import Retrieval
+from retrieval_core.thumbnails import sheet, thumbnail
 from retrieval_core.unet import UNetConfig
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
@@ -88,6 +96,68 @@ def test_wrong_files_are_refused_in_one_sentence(network, references, tmp_path, 
     with pytest.raises(RetrievalError) as caught:
         load_references(path, network)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_thumbnails_are_kept_and_shown_on_the_cover(network, references, tmp_path):
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(40, 30, 3)
+    path = tmp_path / "r.safetensors"
+    save_references(path, [references[0], replace(references[1], thumbnail=red)], network)
+    first, second = load_references(path, network)
+    assert first.thumbnail is None and torch.equal(second.thumbnail, red)
+    (cover,) = json.loads(read_metadata(path)["ssmd_cover_images"])
+    picture = Image.open(io.BytesIO(base64.b64decode(cover))).convert("RGB")
+    assert picture.size == (30, 40) and picture.getpixel((15, 20))[0] > 240
+    save_references(path, references, network)
+    assert "ssmd_cover_images" not in read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("0.thumbnail", torch.zeros(4, 4)),
+        ("0.thumbnail", torch.zeros(4, 4, 1, dtype=torch.uint8)),
+        ("9.thumbnail", torch.zeros(4, 4, 3, dtype=torch.uint8)),
+        ("1.values.middle", torch.zeros(2, 64)),
+        ("1.keys.middle", torch.zeros(16, 64, dtype=torch.int32)),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(network, references, tmp_path, key, value):
+    path = tmp_path / "r.safetensors"
+    save_references(path, references, network)
+    tensors, metadata = read_safetensors(path)
+    save_safetensors(path, {k: v.clone() for k, v in tensors.items()} | {key: value}, metadata)
+    assert key.split(".")[-1] in sentence(load_references, path, network)
+
+
+def test_what_was_loaded_outlives_its_file(network, references, tmp_path):
+    path = tmp_path / "r.safetensors"
+    save_references(path, references, network)
+    loaded = load_references(path, network)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(loaded[0].keys["input_0"], references[0].keys["input_0"])
+
+
+def test_a_maker_stands_for_its_network(network, references, tmp_path):
+    path = tmp_path / "r.safetensors"
+    save_references(path, references, Maker.of(network))
+    assert len(load_references(path, network)) == 2
+    other = replace(Maker.of(network), fingerprint="0")
+    assert "another network" in sentence(load_references, path, other)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(64, 64, (64, 64)), (300, 150, (128, 64))])
+def test_thumbnails_are_small(height, width, size):
+    made = thumbnail(torch.full((3, height, width), 0.5))
+    assert made.shape == (*size, 3) and made.dtype == torch.uint8 and (made == 128).all()
+
+
+def test_a_sheet_holds_each_thumbnail():
+    pictures = [torch.full((10, 10, 3), 10 * i, dtype=torch.uint8) for i in range(5)]
+    made = sheet(pictures)
+    assert made.shape == (20, 30, 3)
+    assert made[5, 5::10, 0].tolist() == [0, 10, 20]
+    assert made[15, 5::10, 0].tolist() == [30, 40, 128]
+    assert sheet([]) is None
 
 
 def test_nothing_to_save_is_refused(network, tmp_path):

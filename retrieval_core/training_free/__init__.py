@@ -1,0 +1,29 @@
+"""Retrieval with nothing but a base checkpoint (DESIGN, "Training-free mode").
+
+The base U-Net reads each reference once at a few noise levels; the keys and values of its own
+self-attention layers are the bank, and while sampling those layers attend to their own tokens and
+to the bank of the nearest level. The idea is known as reference-only control and mutual or shared
+self-attention (MasaCtrl, arXiv 2304.08465; StyleAligned, arXiv 2312.02133).
+"""
+
+from .attention import Source, attend_chunks, attend_to
+from .encode import encode, fixed_noise, record, split
+from .injection import JointRetrieval
+from .layers import LAYER_CHOICES, choose_layers, layer_modules, self_attention_layers
+from .network import TrainingFree
+
+__all__ = [
+    "LAYER_CHOICES",
+    "JointRetrieval",
+    "Source",
+    "TrainingFree",
+    "attend_chunks",
+    "attend_to",
+    "choose_layers",
+    "encode",
+    "fixed_noise",
+    "layer_modules",
+    "record",
+    "self_attention_layers",
+    "split",
+]
