@@ -8,6 +8,7 @@ from . import host
 
 # At import: the host never calls an extension's on_load in 0.8.0.
 host.register_folder()
+host.register_folder(host.REFERENCES_FOLDER)
 
 
 class RetrievalExtension(ComfyExtension):
@@ -15,14 +16,23 @@ class RetrievalExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .apply import RetrievalApplyReferences
+        from .controls import RetrievalControls
         from .encode import RetrievalEncodeReferences
         from .load import RetrievalLoadControlNet
+        from .load_references import RetrievalLoadReferences
         from .paperdoll import RetrievalPaperdollModel, RetrievalPaperdollReference
+        from .retrieval_map import RetrievalMap, RetrievalRecordMap
+        from .save_references import RetrievalSaveReferences
 
         return [
             RetrievalLoadControlNet,
             RetrievalEncodeReferences,
             RetrievalApplyReferences,
+            RetrievalControls,
+            RetrievalSaveReferences,
+            RetrievalLoadReferences,
+            RetrievalRecordMap,
+            RetrievalMap,
             RetrievalPaperdollModel,
             RetrievalPaperdollReference,
         ]

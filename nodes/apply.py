@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .types import CATEGORY, ReferencesType
+from .types import CATEGORY, ReferencesType, RetrievalControlsType
 
 RECOMMENDED = "recommended"
 
@@ -65,6 +65,12 @@ class RetrievalApplyReferences(io.ComfyNode):
                     optional=True,
                     tooltip="White where in the picture the references may appear; of any size.",
                 ),
+                RetrievalControlsType.Input(
+                    "controls",
+                    optional=True,
+                    tooltip="From Retrieval Controls: the strength over the steps and by kind of "
+                    "site, the region's edges, the token budget. Without it, their defaults.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )
@@ -79,9 +85,20 @@ class RetrievalApplyReferences(io.ComfyNode):
         end_percent: float,
         guidance: str,
         region: Any = None,
+        controls: Any = None,
     ) -> io.NodeOutput:
+        from ..retrieval_core.controls import Controls
         from .patch import apply
 
-        chosen = None if guidance == RECOMMENDED else guidance
-        patched = apply(model, references, strength, start_percent, end_percent, chosen, region)
-        return io.NodeOutput(patched)
+        return io.NodeOutput(
+            apply(
+                model,
+                references,
+                strength,
+                start_percent,
+                end_percent,
+                None if guidance == RECOMMENDED else guidance,
+                region,
+                controls or Controls(),
+            )
+        )

@@ -25,6 +25,7 @@ from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.unet import UNetConfig, config_from_state_dict, timestep_embedding
 
 FOLDER = "retrieval_controlnet"
+REFERENCES_FOLDER = "retrieval_references"
 EXTENSIONS = {".safetensors", ".sft"}
 SUPPORTED = "SD 1.5, SD 2.x, SDXL, their inpainting variants and the bundled paper-doll demo"
 
@@ -51,12 +52,12 @@ class Base:
     latent_format: Any
 
 
-def register_folder() -> None:
-    """Makes models/retrieval_controlnet known, with the paths extra_model_paths.yaml added."""
-    paths, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-    default = os.path.join(folder_paths.models_dir, FOLDER)
+def register_folder(name: str = FOLDER) -> None:
+    """Makes models/<name> known, with the paths extra_model_paths.yaml added."""
+    paths, _ = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    default = os.path.join(folder_paths.models_dir, name)
     kept = list(dict.fromkeys([*paths, default]))
-    folder_paths.folder_names_and_paths[FOLDER] = (kept, set(EXTENSIONS))
+    folder_paths.folder_names_and_paths[name] = (kept, set(EXTENSIONS))
 
 
 def network_files() -> list[str]:

@@ -7,10 +7,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..retrieval_core.training_free.layers import LAYER_CHOICES
+from ..retrieval_core.training_free.network import LAYERS, LEVELS, MOST_LEVELS
 from . import host
 from .types import CATEGORY, RetrievalControlNetType
 
 DEMO = "paper-doll demo (bundled)"
+TRAINING_FREE = "training-free (no file)"
 
 
 class RetrievalLoadControlNet(io.ComfyNode):
@@ -30,10 +33,11 @@ class RetrievalLoadControlNet(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model that the network is for."),
                 io.Combo.Input(
                     "file",
-                    options=[DEMO, *host.network_files()],
+                    options=[DEMO, TRAINING_FREE, *host.network_files()],
                     default=DEMO,
-                    tooltip=f"A file of models/{host.FOLDER}, or the demo that comes with the "
-                    "pack (for the paper-doll demo model). Not used if a repository is given.",
+                    tooltip=f"A file of models/{host.FOLDER}; or the demo that comes with the "
+                    "pack (for the paper-doll demo model); or training-free, which needs no file: "
+                    "the model itself reads the images. Not used if a repository is given.",
                 ),
                 io.String.Input(
                     "repository",
@@ -55,6 +59,32 @@ class RetrievalLoadControlNet(io.ComfyNode):
                     tooltip="Branch, tag or commit of the repository; empty for the newest. A "
                     "commit always gives the same file.",
                 ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYER_CHOICES),
+                    default=LAYERS,
+                    optional=True,
+                    tooltip="Training-free only: the self-attention layers that look at the "
+                    "references. Fewer cost less time and memory; on the demo model the decoder's "
+                    "do nearly all of it.",
+                ),
+                io.Int.Input(
+                    "noise_levels",
+                    default=LEVELS,
+                    min=1,
+                    max=MOST_LEVELS,
+                    optional=True,
+                    tooltip="Training-free only: how many noise levels each reference is read at; "
+                    "each step uses the nearest. Memory and encoding time grow with it, and on the "
+                    "demo model 1 did best.",
+                ),
+                io.Boolean.Input(
+                    "match_statistics",
+                    default=False,
+                    optional=True,
+                    tooltip="Training-free only: match the statistics of the picture's features to "
+                    "the references' (AdaIN), which carries over style and palette.",
+                ),
             ],
             outputs=[RetrievalControlNetType.Output(display_name="retrieval_controlnet")],
         )
@@ -64,7 +94,7 @@ class RetrievalLoadControlNet(io.ComfyNode):
         cls, file: str = DEMO, repository: str = "", revision: str = "", **_: Any
     ) -> Any:
         """Changes when the file does, so that a replaced file is read again."""
-        if repository.strip() or file == DEMO:
+        if repository.strip() or file in (DEMO, TRAINING_FREE):
             return ""
         try:
             status = os.stat(host.network_path(file))
@@ -80,12 +110,19 @@ class RetrievalLoadControlNet(io.ComfyNode):
         repository: str = "",
         repository_file: str = "",
         revision: str = "",
+        layers: str = LAYERS,
+        noise_levels: int = LEVELS,
+        match_statistics: bool = False,
     ) -> io.NodeOutput:
         from .network import load_network
 
         host.detect_base(model)  # before anything is downloaded
         if repository.strip():
             path = _downloaded(repository, repository_file, revision)
+        elif file == TRAINING_FREE:
+            from .training_free import training_free
+
+            return io.NodeOutput(training_free(model, layers, noise_levels, match_statistics))
         elif file == DEMO:
             from ..retrieval_core.paperdoll import bundle
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import weakref
 from collections.abc import Mapping
@@ -14,8 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..retrieval_core.bank_file import Maker, fingerprint_of
 from ..retrieval_core.controlnet import RetrievalControlNet, load
-from ..retrieval_core.files import read_metadata
+from ..retrieval_core.files import read_metadata, read_safetensors
 from . import host
 
 _STORED = {
@@ -25,7 +24,6 @@ _STORED = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_SAMPLES = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +38,7 @@ class Network:
         null_keys: site -> [C], on the CPU.
         latent_format: of the base model, which scales its VAE's latents.
         compute_dtype: what the encoder computes in and encoded references are kept in.
-        fingerprint: of the weights; references of equal fingerprints fit together.
+        fingerprint: of the encoder and the sites; references of equal ones fit together.
     """
 
     name: str
@@ -55,6 +53,21 @@ class Network:
     @property
     def base(self) -> str:
         return self.network.card.base
+
+    @property
+    def maker(self) -> Maker:
+        """What saved references are bound to."""
+        return Maker(self.base, self.fingerprint, self.network.config.site_channels())
+
+    @property
+    def identity(self) -> None:
+        """What encoded references depend on beside the fingerprint: nothing."""
+        return None
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the references' latents."""
+        return self.network.config.in_channels
 
     def __deepcopy__(self, memo: dict) -> Network:
         return self
@@ -78,7 +91,7 @@ def load_network(path: str | os.PathLike[str], model: Any) -> Network:
         RetrievalError: the file is missing, damaged, of another format, version or base.
     """
     base = host.detect_base(model)
-    metadata = read_metadata(path)
+    read_metadata(path)  # refuses what is not a whole file
     status = os.stat(path)
     key = (os.path.abspath(path), status.st_mtime_ns, status.st_size)
     kept = _kept.setdefault(model.model, {})
@@ -96,7 +109,7 @@ def load_network(path: str | os.PathLike[str], model: Any) -> Network:
         )
         name = os.path.basename(path)
         host.check_fit(base, network.config, network.card.base, name)
-        found = in_hosts_care(name, network, base.latent_format, compute, metadata)
+        found = in_hosts_care(name, network, base.latent_format, compute, _fingerprint(path))
     kept[key] = found
     while len(kept) > _KEPT:
         kept.pop(next(iter(kept)))
@@ -108,12 +121,16 @@ def in_hosts_care(
     network: RetrievalControlNet,
     latent_format: Any,
     compute: torch.dtype,
-    metadata: Mapping[str, str] | None = None,
+    fingerprint: str | None = None,
 ) -> Network:
-    """Wraps a network made with the host's layers (`host.OPERATIONS`)."""
+    """Wraps a network made with the host's layers (`host.OPERATIONS`).
+
+    Args:
+        fingerprint: of its file, if it has one: the weights' own depends on the type that this
+            machine keeps them in, and saved references are for others too.
+    """
     network.eval().requires_grad_(False)
     nulls = {n: s.null_key.weight[0].to("cpu", compute) for n, s in network.retrieval.items()}
-    print_of = fingerprint(network, metadata or network.metadata())
     return Network(
         name,
         network,
@@ -122,20 +139,14 @@ def in_hosts_care(
         nulls,
         latent_format,
         compute,
-        print_of,
+        fingerprint or fingerprint_of(network.state_dict()),
     )
 
 
-def fingerprint(network: RetrievalControlNet, metadata: Mapping[str, str]) -> str:
-    """A digest of the metadata and of evenly spread samples of every tensor."""
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    decoder = {f"decoder.{k}": v for k, v in network.decoder.items()}
-    for key, tensor in sorted({**network.state_dict(), **decoder}.items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu().contiguous()
-        digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+def _fingerprint(path: str | os.PathLike[str]) -> str:
+    """Of the weights that references are encoded with, as the file has them."""
+    tensors, _ = read_safetensors(path)
+    return fingerprint_of({k: v for k, v in tensors.items() if not k.startswith("decoder.")})
 
 
 def _stored(path: str | os.PathLike[str]) -> tuple[torch.dtype | None, int]:

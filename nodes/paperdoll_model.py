@@ -29,6 +29,8 @@ from ..retrieval_core.paperdoll.vae import PATCH, PatchVAE
 from ..retrieval_core.paperdoll.world import (
     SIZE,
     Figure,
+    Identity,
+    Outfit,
     random_identity,
     random_outfit,
     random_scene,
@@ -193,8 +195,7 @@ class HostVAE(comfy.sd.VAE):
         self.patcher = comfy.model_patcher.ModelPatcher(
             vae, load_device=self.device, offload_device=management.vae_offload_device()
         )
-        self.size = None
-        self.model_size()
+        self.size = management.module_size(vae)
 
 
 def host_vae(base: PaperdollModel) -> HostVAE:
@@ -208,6 +209,11 @@ def empty_latent(base: PaperdollModel, batch_size: int) -> dict[str, Tensor]:
     return {"samples": torch.zeros(shape, device=management.intermediate_device())}
 
 
+def character_of(rng: np.random.Generator) -> tuple[Identity, Outfit]:
+    """A character held out of training."""
+    return random_identity(rng, True), random_outfit(rng, True)
+
+
 def reference_pictures(
     character: int, concept: Concept, pictures: int
 ) -> tuple[Tensor, Tensor, str]:
@@ -218,7 +224,7 @@ def reference_pictures(
         attributes in words.
     """
     rng = np.random.default_rng([character, 30])
-    who, clothes = random_identity(rng, True), random_outfit(rng, True)
+    who, clothes = character_of(rng)
     images, masks = [], []
     for _ in range(pictures):
         drawn = render(Figure(who, clothes, random_scene(rng)))

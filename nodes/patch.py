@@ -12,13 +12,20 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ..retrieval_core.bank import Bank, join
+from ..retrieval_core.bank import Bank
+from ..retrieval_core.bank_file import fingerprint_of
+from ..retrieval_core.controls import CONSTANT, Controls, site_groups
 from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.injection import COND, Guidance, Retrieval
+from ..retrieval_core.regions import soften
+from ..retrieval_core.retrieval_map import map_site, shares_of
 from ..retrieval_core.unet import MIDDLE
 from . import host, step
+from .network import Network
+from .recorder import RECORDERS, Recorder
 from .references import References
 
+Area = tuple[int, int, int, int]  # height, width, y, x in latent pixels
 UNCOND = 1
 _DECODER = "retrieval_decoder"
 # Feature-sized tensors alive at once at a site: normed, query, attended, projected, sum.
@@ -38,7 +45,13 @@ class RetrievalPatch:
         self.sites = network.sites
         self.config = network.network.config
         self.last = len(self.config.site_channels()) - 2
+        self.map_site = map_site(self.config)
         self._device: dict[Any, Any] = {}
+
+    @property
+    def reference_count(self) -> int:
+        """Of all references, also those of weight 0."""
+        return len(self.references.encoded)
 
     def __deepcopy__(self, memo: dict) -> RetrievalPatch:
         return self
@@ -57,41 +70,64 @@ class RetrievalPatch:
         noted: step.Step | None = to.get(step.STEP)
         if kind != "output" or index > self.last:
             return h, hsp
-        if noted is not None and not noted.within(self.retrieval.start, self.retrieval.end):
+        strength = strength_at(self.retrieval, noted)
+        if strength == 0:
             return h, hsp
         if index == 0:
-            h = self._add(MIDDLE, h, to, noted)
-        return h, self._add(f"input_{self.last - index}", hsp, to, noted)
+            h = self._add(MIDDLE, h, to, noted, strength)
+        return h, self._add(f"input_{self.last - index}", hsp, to, noted, strength)
 
-    def _add(self, site: str, h: Tensor, to: dict, noted: step.Step | None) -> Tensor:
+    def _add(
+        self, site: str, h: Tensor, to: dict, noted: step.Step | None, strength: float
+    ) -> Tensor:
         order = to.get("cond_or_uncond") or [COND]
         negative = {UNCOND} if noted is None else noted.unconditional
         rows = [UNCOND if i in negative else COND for i in order]
-        retrieval = self._on_device(h)
-        if retrieval.region is None or noted is None:
-            return retrieval.apply(site, h, rows)
-        uuids = to.get("uuids") or [None] * len(order)
-        areas = [noted.areas.get(uuid) for uuid in uuids]
-        if not any(areas):
-            return self._within(h, noted.shape, None).apply(site, h, rows)
-        parts = []
-        for row, area, part in zip(rows, areas, h.chunk(len(rows))):
-            parts.append(self._within(h, noted.shape, area).apply(site, part, [row]))
-        return torch.cat(parts)
+        areas: list[Area | None] = [None] * len(order)
+        if noted is not None:
+            areas = [noted.areas.get(uuid) for uuid in to.get("uuids") or areas]
+        parts = list(zip(rows, areas, h.chunk(len(rows))))
+        for recorder in to.get(RECORDERS, ()) if site == self.map_site else ():
+            for row, area, part in parts:
+                if row == COND and self.retrieval.site_strength.get(site, 1.0) != 0:
+                    self._record(recorder, part, noted, area)
+        if self.retrieval.region is None or not any(areas):
+            return self._within(h, noted, None).apply(site, h, rows, strength)
+        return torch.cat(
+            [self._within(h, noted, area).apply(site, p, [row], strength) for row, area, p in parts]
+        )
+
+    def _record(
+        self, recorder: Recorder, h: Tensor, noted: step.Step | None, area: Area | None
+    ) -> None:
+        """Where the features h [B, C, H, W] look, in a crop of the picture or all of it."""
+        key = (h.device, h.dtype, RECORDERS)
+        if key not in self._device:
+            self._device[key] = self.references.site_bank(self.map_site).to(h.device, h.dtype)
+        retrieval, bank = self._within(h, noted, area), self._device[key]
+        shares = shares_of(retrieval, self.map_site, h, bank, self.reference_count)
+        if noted is None or area is None:
+            recorder.add(self, shares)
+            return
+        factor = self.config.site_downsampling()[self.map_site]
+        canvas = (-(-noted.shape[0] // factor), -(-noted.shape[1] // factor))
+        recorder.add(self, shares, canvas, (area[2] // factor, area[3] // factor))
 
     def _on_device(self, h: Tensor) -> Retrieval:
         key = (h.device, h.dtype)
         if key not in self._device:
             bank = self.retrieval.bank.to(h.device, h.dtype)
-            self._device[key] = replace(self.retrieval, bank=bank)
+            self._device[key] = replace(self.retrieval, bank=bank, outputs={})
         return self._device[key]
 
-    def _within(self, h: Tensor, shape: tuple[int, int], area: tuple[int, ...] | None) -> Retrieval:
+    def _within(self, h: Tensor, noted: step.Step | None, area: Area | None) -> Retrieval:
         """With the region at the latent's resolution, cut out at the conditioning's area."""
-        key = (h.device, h.dtype, shape, area)
+        region = self.retrieval.region
+        if region is None or noted is None:
+            return self._on_device(h)
+        key = (h.device, h.dtype, noted.shape, area)
         if key not in self._device:
-            assert self.retrieval.region is not None
-            region = comfy.utils.reshape_mask(self.retrieval.region, (1, 1, *shape))[0, 0]
+            region = comfy.utils.reshape_mask(region, (1, 1, *noted.shape))[0, 0]
             if area is not None:
                 height, width, y, x = area
                 region = region[y : y + height, x : x + width]
@@ -126,7 +162,8 @@ class RetrievalPatch:
             width * math.ceil(noise_shape[2] / factors[site]) * noise_shape[3] / factors[site]
             for site, width in self.config.site_channels().items()
         ]
-        values = sum(sizes) + _ALIVE * noise_shape[0] * max(places)
+        outputs = sum(width * width for width in self.config.site_channels().values())
+        values = sum(sizes) + outputs + _ALIVE * noise_shape[0] * max(places)
         return int(values * management.dtype_size(dtype))
 
 
@@ -138,15 +175,17 @@ def apply(
     end: float = 1.0,
     guidance: Guidance | None = None,
     region: Tensor | None = None,
+    controls: Controls | None = None,
 ) -> Any:
     """A clone of a MODEL that retrieves from the references; the input model is left as it was.
 
     Args:
         guidance: rows that retrieve; None for what the network's file recommends.
         region: [H, W] or [1, H, W] in 0..1 of any size, or None for everywhere.
+        controls: None for a constant strength, equal at all sites, and the whole bank.
 
     Raises:
-        RetrievalError: another base, a bad schedule, strength, weight or region.
+        RetrievalError: another base, a bad schedule, strength, weight, region or control.
     """
     network = references.network
     base = host.detect_base(model)
@@ -154,12 +193,25 @@ def apply(
     if not math.isfinite(strength):
         raise RetrievalError(f"The strength is {strength}; give a number, 0 for no retrieval.")
     guidance = guidance or network.network.card.recommended.get("guidance", "cond")
-    region = None if region is None else _check_region(region)
-    retrieval = Retrieval(network.network.retrieval, Bank(), strength, start, end, guidance, region)
+    controls = controls or Controls(token_budget=None)
+    region = None if region is None else soften(_check_region(region), controls.region_blur)
+    if not isinstance(network, Network):
+        return network.apply(model, references, strength, start, end, guidance, region, controls)
+    retrieval = Retrieval(
+        network.network.retrieval,
+        Bank(),
+        strength,
+        start,
+        end,
+        guidance,
+        region,
+        controls.curve,
+        controls.site_strengths(site_groups(base.config)),
+    )
     patched = model.clone()
-    if strength == 0 or not references.encoded:
+    if strength == 0 or not any(controls.groups) or not references.encoded:
         return patched
-    bank = join(references.encoded, network.null_keys)
+    bank = references.bank(controls.token_budget)
     patch = RetrievalPatch(references, replace(retrieval, bank=bank))
     patched.set_model_output_block_patch(patch)
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step.KEY, patch.cleanup)
@@ -167,6 +219,18 @@ def apply(
     step.add_wrappers(patched)
     _replace_decoder(patched, references)
     return patched
+
+
+def strength_at(retrieval: Retrieval, noted: step.Step | None) -> float:
+    """The strength at a step by the host's percentages; whole where the host notes no steps."""
+    if noted is None:
+        return retrieval.strength
+    if not noted.within(retrieval.start, retrieval.end):
+        return 0.0
+    if retrieval.curve == CONSTANT:
+        return retrieval.strength
+    progress = min(max(noted.progress(), retrieval.start), retrieval.end)
+    return retrieval.strength_at(progress)
 
 
 def _check_region(region: Tensor) -> Tensor:
@@ -190,7 +254,10 @@ def _replace_decoder(patched: Any, references: References) -> None:
     network = references.network
     weights = network.network.decoder
     held = patched.get_attachment(_DECODER)
-    if not weights or held == network.fingerprint:
+    if not weights:
+        return
+    fingerprint = fingerprint_of(weights)
+    if held == fingerprint:
         return
     if held is not None:
         raise RetrievalError(
@@ -208,4 +275,4 @@ def _replace_decoder(patched: Any, references: References) -> None:
     for key in taken:
         entries = patched.patches[key]
         entries.insert(0, entries.pop())
-    patched.set_attachments(_DECODER, network.fingerprint)
+    patched.set_attachments(_DECODER, fingerprint)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management as management
@@ -13,9 +14,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..retrieval_core.bank import EncodedReference, check_weight
+from ..retrieval_core.bank import Bank, EncodedReference, SiteBank, check_weight, join
 from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.references import PreparedReference, prepare
+from ..retrieval_core.thumbnails import thumbnail
+from ..retrieval_core.token_budget import limit_tokens
 from . import host
 from .network import Network
 
@@ -28,13 +31,40 @@ class References:
 
     network: Network
     encoded: tuple[EncodedReference, ...] = ()
+    _limited: dict[int, Bank] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict) -> References:
         return self
 
     def get_ram_usage(self) -> int:
         """Bytes, for the host's cache."""
-        return sum(_size(reference) for reference in self.encoded)
+        limited = sum(bank.nbytes() for bank in self._limited.values())
+        return limited + sum(_size(reference) for reference in self.encoded)
+
+    def bank(self, token_budget: int | None = None) -> Bank:
+        """The bank of all references, of at most `token_budget` tokens a site.
+
+        The last limited one is kept for when something else of an application changes.
+
+        Raises:
+            RetrievalError: all weights are 0, or the budget is below 1.
+        """
+        if token_budget is None:
+            return join(self.encoded, self.network.null_keys)
+        if token_budget not in self._limited:
+            bank = _limit(self.bank(), token_budget)
+            self._limited.clear()
+            self._limited[token_budget] = bank
+        return self._limited[token_budget]
+
+    def site_bank(self, site: str) -> SiteBank:
+        """One site of the bank, all tokens of all references."""
+        nulls = self.network.null_keys
+        alone = [
+            replace(r, keys={site: r.keys[site]}, values={site: r.values[site]})
+            for r in self.encoded
+        ]
+        return join(alone, None if nulls is None else {site: nulls[site]}).sites[site]
 
     def check_network(self, network: Network) -> None:
         """RetrievalError unless `network` has the weights that encoded these references."""
@@ -44,6 +74,23 @@ class References:
                 f"'{self.network.base}') and this node encodes with '{network.name}' (base "
                 f"'{network.base}'); encode all of them with the same network."
             )
+
+
+def _limit(bank: Bank, token_budget: int) -> Bank:
+    """`limit_tokens` on the host's device, or on the CPU where that has no room."""
+    device, bar = management.get_torch_device(), comfy.utils.ProgressBar(len(bank.sites))
+
+    def on_site(done: int, count: int) -> None:
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, count)
+
+    large = [site for site in bank.sites.values() if site.keys.shape[1] > token_budget + 1]
+    tokens = max((site.keys.numel() + site.values.numel() for site in large), default=0)
+    management.free_memory(2 * tokens * torch.float32.itemsize, device)
+    try:
+        return limit_tokens(bank, token_budget, device, on_site)
+    except management.OOM_EXCEPTION:
+        return limit_tokens(bank, token_budget, "cpu", on_site)
 
 
 class _Memory:
@@ -102,13 +149,19 @@ def encode_references(
         made_by: tuple = ()
     else:
         made_by = (host.identity(vae.patcher), host.identity(clip.patcher), clip.layer_idx)
-    shared = (network.fingerprint, made_by, concept, size)
+    shared = (network.fingerprint, network.identity, made_by, concept, size)
     keys = [(*shared, _digest(reference)) for reference in prepared]
     results = {key: memory.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if results[key] is None and keys.index(key) == i]
     if missing:
-        encoded = _encode(network, [prepared[i] for i in missing], vae, clip, concept, size)
+        chosen = [prepared[i] for i in missing]
+        with torch.inference_mode():
+            context, pooled, latents = _read(network, chosen, vae, clip, concept)
+            trained = isinstance(network, Network)
+            encode = partial(_encode, network) if trained else network.encode
+            encoded = encode(chosen, context, pooled, latents, concept, size)
         for i, reference in zip(missing, encoded, strict=True):
+            reference = replace(reference, thumbnail=thumbnail(prepared[i].image))
             results[keys[i]] = reference
             memory.put(keys[i], reference)
     found = (results[key] for key in keys)
@@ -135,48 +188,54 @@ def _prepare(
     return [prepare(i[..., :3].float(), m, concept, size=size) for i, m in pairs]
 
 
+def _read(
+    network: Network, prepared: Sequence[PreparedReference], vae: Any, clip: Any, concept: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Context [1, L, D] and pooled output of the concept, clean latents [R, C, h, w]."""
+    width, channels = network.network.config.context_dim, network.latent_channels
+    context, pooled = host.encode_text(clip, concept)
+    if context.shape[-1] != width:
+        raise RetrievalError(
+            f"The CLIP given makes text of width {context.shape[-1]} and '{network.name}' "
+            f"(base '{network.base}') reads {width}; connect the CLIP of the base model."
+        )
+    pixels = torch.stack([reference.image.movedim(0, -1) for reference in prepared])
+    latents = host.encode_pixels(vae, pixels, network.latent_format)
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise RetrievalError(
+            f"The VAE given makes latents of {latents.shape[1]} channels and '{network.name}' "
+            f"(base '{network.base}') reads {channels}; connect the VAE of the base model."
+        )
+    return context, pooled, latents
+
+
 def _encode(
     network: Network,
     prepared: Sequence[PreparedReference],
-    vae: Any,
-    clip: Any,
+    context: Tensor,
+    pooled: Tensor | None,
+    latents: Tensor,
     concept: str,
     size: int,
 ) -> list[EncodedReference]:
     config = network.network.config
-    with torch.inference_mode():
-        context, pooled = host.encode_text(clip, concept)
-        if context.shape[-1] != config.context_dim:
-            raise RetrievalError(
-                f"The CLIP given makes text of width {context.shape[-1]} and '{network.name}' "
-                f"(base '{network.base}') reads {config.context_dim}; connect the CLIP of the base "
-                "model."
-            )
-        vector = None
-        if config.adm_in_channels is not None:
-            vector = host.vector_conditioning(pooled, size, config.adm_in_channels)
-        pixels = torch.stack([reference.image.movedim(0, -1) for reference in prepared])
-        latents = host.encode_pixels(vae, pixels, network.latent_format)
-        if latents.ndim != 4 or latents.shape[1] != config.in_channels:
-            raise RetrievalError(
-                f"The VAE given makes latents of {latents.shape[1]} channels and '{network.name}' "
-                f"(base '{network.base}') reads {config.in_channels}; connect the VAE of the base "
-                "model."
-            )
-        kind = network.compute_dtype
-        needed = latents[0, 0].numel() * management.dtype_size(kind) * 0.01 * (1 << 20)
-        management.load_models_gpu([network.encoder, network.sites], memory_required=needed)
-        device = network.encoder.load_device
-        inputs = [None if t is None else t.to(device, kind) for t in (context, vector)]
-        progress = comfy.utils.ProgressBar(len(prepared))
-        encoded = []
-        for latent, reference in zip(latents, prepared, strict=True):
-            management.throw_exception_if_processing_interrupted()
-            (one,) = network.network.encode(
-                latent[None].to(device, kind), *inputs, masks=[reference.mask], concepts=[concept]
-            )
-            encoded.append(_on_cpu(one))
-            progress.update(1)
+    vector = None
+    if config.adm_in_channels is not None:
+        vector = host.vector_conditioning(pooled, size, config.adm_in_channels)
+    kind = network.compute_dtype
+    needed = latents[0, 0].numel() * management.dtype_size(kind) * 0.01 * (1 << 20)
+    management.load_models_gpu([network.encoder, network.sites], memory_required=needed)
+    device = network.encoder.load_device
+    inputs = [None if t is None else t.to(device, kind) for t in (context, vector)]
+    progress = comfy.utils.ProgressBar(len(prepared))
+    encoded = []
+    for latent, reference in zip(latents, prepared, strict=True):
+        management.throw_exception_if_processing_interrupted()
+        (one,) = network.network.encode(
+            latent[None].to(device, kind), *inputs, masks=[reference.mask], concepts=[concept]
+        )
+        encoded.append(_on_cpu(one))
+        progress.update(1)
     return encoded
 
 

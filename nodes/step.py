@@ -15,6 +15,7 @@ from comfy.patcher_extension import WrappersMP
 KEY = "retrieval"
 STEP = "retrieval_step"
 _CONDS = "retrieval_conds"
+_HALVINGS = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Step:
     shape: tuple[int, int]
     areas: Mapping[Any, tuple[int, int, int, int]]
     unconditional: frozenset[int]
-    _memo: dict[tuple[float, float], bool] = field(default_factory=dict)
+    _memo: dict[Any, Any] = field(default_factory=dict)
 
     def within(self, start: float, end: float) -> bool:
         """Whether sigma lies between two percentages of sampling, by ControlNet's convention."""
@@ -46,6 +47,20 @@ class Step:
             last = float(self.sampling.percent_to_sigma(end))
             self._memo[start, end] = last <= sigma <= first
         return self._memo[start, end]
+
+    def progress(self) -> float:
+        """The percentage of sampling, 0..1, whose sigma this is: `percent_to_sigma` inverted."""
+        if "progress" not in self._memo:
+            sigma = float(self.sigma.flatten()[0])
+            low, high = 0.0, 1.0
+            for _ in range(_HALVINGS):  # sigmas fall as the percentage grows, in every schedule
+                middle = (low + high) / 2
+                if float(self.sampling.percent_to_sigma(middle)) > sigma:
+                    low = middle
+                else:
+                    high = middle
+            self._memo["progress"] = (low + high) / 2
+        return self._memo["progress"]
 
 
 def add_wrappers(model: Any) -> None:

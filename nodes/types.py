@@ -8,3 +8,5 @@ CATEGORY = "retrieval"
 
 RetrievalControlNetType = io.Custom("RETRIEVAL_CONTROLNET")
 ReferencesType = io.Custom("REFERENCES")
+RetrievalControlsType = io.Custom("RETRIEVAL_CONTROLS")
+RetrievalMapType = io.Custom("RETRIEVAL_MAP")

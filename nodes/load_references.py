@@ -1,0 +1,82 @@
+"""Load References."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from . import host
+from .types import CATEGORY, ReferencesType, RetrievalControlNetType
+
+
+class RetrievalLoadReferences(io.ComfyNode):
+    """A character from its file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from .reference_files import names
+
+        return io.Schema(
+            node_id="RetrievalLoadReferences",
+            display_name="Load References",
+            category=CATEGORY,
+            description=(
+                "Loads references that Save References wrote. They sample exactly as the saved "
+                "ones did, and need neither the images nor VAE and CLIP."
+            ),
+            inputs=[
+                RetrievalControlNetType.Input(
+                    "retrieval_controlnet",
+                    tooltip="The network that encoded the references; another's are refused.",
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=names(),
+                    tooltip=f"A file of models/{host.REFERENCES_FOLDER}.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Multiplies the saved weights: how much these references count beside "
+                    "others.",
+                ),
+                ReferencesType.Input(
+                    "references",
+                    optional=True,
+                    tooltip="References to add these to, encoded by the same network.",
+                ),
+            ],
+            outputs=[ReferencesType.Output(display_name="references")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str = "", **_: Any) -> Any:
+        """Changes when the file does, so that a replaced file is read again."""
+        from .reference_files import path_of
+
+        try:
+            status = os.stat(path_of(file))
+        except (ValueError, OSError):
+            return "missing"
+        return f"{status.st_mtime_ns} {status.st_size}"
+
+    @classmethod
+    def execute(
+        cls, retrieval_controlnet: Any, file: str, weight: float, references: Any = None
+    ) -> io.NodeOutput:
+        from .reference_files import load, pictures
+        from .references import References
+
+        before = ()
+        if references is not None:
+            references.check_network(retrieval_controlnet)
+            before = references.encoded
+        loaded = load(file, retrieval_controlnet, weight)
+        shown = pictures(loaded)
+        preview = None if shown is None else ui.PreviewImage(shown, cls=cls)
+        return io.NodeOutput(References(retrieval_controlnet, (*before, *loaded)), ui=preview)

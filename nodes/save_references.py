@@ -1,0 +1,47 @@
+"""Save References."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from . import host
+from .types import CATEGORY, ReferencesType
+
+
+class RetrievalSaveReferences(io.ComfyNode):
+    """A character as one file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RetrievalSaveReferences",
+            display_name="Save References",
+            category=CATEGORY,
+            description=(
+                f"Saves encoded references as one file in models/{host.REFERENCES_FOLDER}, with "
+                "their pictures, weights and concepts, for Load References. It never overwrites."
+            ),
+            inputs=[
+                ReferencesType.Input("references", tooltip="From Encode References."),
+                io.String.Input(
+                    "name",
+                    default="character",
+                    tooltip="Name of the file, to which a number is added; folder/name makes a "
+                    "subfolder.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, references: Any, name: str) -> io.NodeOutput:
+        from .reference_files import pictures, save
+
+        path = save(references, name)
+        shown = pictures(references.encoded)
+        if shown is None:
+            return io.NodeOutput(ui=ui.PreviewText(path.name))
+        return io.NodeOutput(ui=ui.PreviewImage(shown, cls=cls))
