@@ -1,0 +1,1 @@
+"""Benchmarks that print ratios; `python -m tests.benchmarks.step_cost` is the command."""

@@ -1,0 +1,100 @@
+"""Operations counted from shapes: the floor that each addition's time is compared with.
+
+One multiplication with its addition counts as two operations, as in torch's flop counter. Norms,
+activations and softmax are left out on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from retrieval_core.unet import UNet, UNetConfig, UNetEncoder
+
+TEXT_TOKENS = 77
+# (in, out, stride) of the 3x3 convolutions of a ControlNet's hint block, at the picture's size.
+_HINT = ((3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 96, 2), (96, 96, 1), (96, 256, 2))
+
+
+def _inputs(config: UNetConfig, rows: int, height: int, width: int) -> tuple:
+    x = torch.empty(rows, config.in_channels, height, width, device="meta")
+    context = torch.empty(rows, TEXT_TOKENS, config.context_dim, device="meta")
+    y = None
+    if config.adm_in_channels is not None:
+        y = torch.empty(rows, config.adm_in_channels, device="meta")
+    return x, torch.zeros(rows, device="meta"), context, y
+
+
+def base_operations(config: UNetConfig, rows: int, height: int, width: int) -> int:
+    """Operations of one evaluation of the U-Net on `rows` latents of height x width."""
+    x, steps, context, y = _inputs(config, rows, height, width)
+    unet = UNet(config, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        unet(x, steps, context, y)
+    return counter.get_total_flops()
+
+
+def encoder_operations(config: UNetConfig, rows: int, height: int, width: int) -> int:
+    """Operations of the encoder and the middle block alone."""
+    x, steps, context, y = _inputs(config, rows, height, width)
+    encoder = UNetEncoder(config, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        encoder.encode(x, encoder.embed(steps, y, x.dtype), context)
+    return counter.get_total_flops()
+
+
+def places(config: UNetConfig, height: int, width: int) -> dict[str, int]:
+    """site -> number of places of a latent of height x width."""
+    return {
+        site: -(-height // factor) * -(-width // factor)
+        for site, factor in config.site_downsampling().items()
+    }
+
+
+def trained_operations(
+    config: UNetConfig, rows: int, height: int, width: int, tokens: Mapping[str, int]
+) -> int:
+    """The least that retrieval adds to a step: one projection in, attention, one projection out.
+
+    W_o and the zero convolution are one linear map, so they count once.
+
+    Args:
+        rows: the rows that retrieve. tokens: site -> tokens of its bank, the null token included.
+    """
+    sizes, total = places(config, height, width), 0
+    for site, channels in config.site_channels().items():
+        projections = 2 * channels * channels
+        attention = 2 * tokens[site] * channels
+        total += 2 * rows * sizes[site] * (projections + attention)
+    return total
+
+
+def projection_operations(config: UNetConfig, height: int, width: int) -> int:
+    """Keys and values of one reference at every site."""
+    sizes = places(config, height, width)
+    channels = config.site_channels()
+    return sum(2 * 2 * sizes[site] * width**2 for site, width in channels.items())
+
+
+def self_attention_operations(layers: Mapping[str, tuple[int, int, int]], rows: int) -> int:
+    """What tokens appended to self-attention layers add: attention alone.
+
+    Args:
+        layers: layer -> (places of the picture, width, tokens appended).
+    """
+    return sum(2 * rows * count * 2 * added * width for count, width, added in layers.values())
+
+
+def controlnet_operations(config: UNetConfig, rows: int, height: int, width: int) -> int:
+    """What a ControlNet adds to a step: its hint block, its encoder, its zero convolutions."""
+    total = encoder_operations(config, rows, height, width)
+    pixels = 64 * height * width
+    for before, after, stride in (*_HINT, (256, config.model_channels, 1)):
+        pixels //= stride**2
+        total += 2 * rows * pixels * 9 * before * after
+    sizes = places(config, height, width)
+    for site, channels in config.site_channels().items():
+        total += 2 * rows * sizes[site] * channels**2
+    return total

@@ -1,0 +1,275 @@
+"""What is measured: each variant as a MODEL with its conditionings, and the operations it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrieval_core.references import token_mask
+from retrieval_core.training_free.layers import self_attention_layers
+from retrieval_core.training_free.network import site_name
+from retrieval_core.unet import UNetConfig
+
+from . import arithmetic, external
+from .hosting import randomise
+
+MASKED_SHARE = 0.4
+ROWS = {"both": 2, "cond": 1}
+FULL, MASKED, BUDGET = "full", "masked", "budget"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A MODEL and its two conditionings, ready for the host's sampler.
+
+    added: operations that the variant must add to a step of two rows, None where nobody counted.
+    bank_bytes: what it keeps on the device beside weights.
+    """
+
+    model: Any
+    positive: list
+    negative: list
+    added: int | None = 0
+    bank_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """key: what --only matches. make: builds the run, outside of what is timed. external: of
+    another pack."""
+
+    key: str
+    title: str
+    make: Callable[[], Run]
+    external: bool = False
+
+
+def conditioning(seed: int, width: int) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, arithmetic.TEXT_TOKENS, width, generator=generator), {}]]
+
+
+class Workbench:
+    """The base model, both modes of retrieval on it, and all variants of them at one size.
+
+    Args:
+        model: the host's MODEL. config: its U-Net's shape.
+        size: height and width of the picture in pixels.
+    """
+
+    def __init__(self, model: Any, config: UNetConfig, size: int):
+        self.model, self.config, self.size = model, config, size
+        self.latent = size // 8
+        self.positive = conditioning(1, config.context_dim)
+        self.negative = conditioning(2, config.context_dim)
+        self._made: dict[Any, Any] = {}
+
+    def base(self) -> Run:
+        return Run(self.model, self.positive, self.negative)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def network(self) -> Any:
+        """A retrieval network in the host's care, of the types that the host would choose."""
+        return self._once("network", self._network)
+
+    def _network(self) -> Any:
+        from retrieval_pack.nodes import host, network
+        from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet
+
+        count = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
+        weights, compute = host.choose_types("sd15", torch.float16, count)
+        made = RetrievalControlNet(
+            self.config,
+            Card("sd15"),
+            operations=host.OPERATIONS,
+            attend=host.attend,
+            device=host.offload_device(),
+            dtype=weights,
+        )
+        randomise(made.retrieval)
+        latent_format = self.model.get_model_object("latent_format")
+        return network.in_hosts_care("benchmark", made, latent_format, compute)
+
+    def training_free(self) -> Any:
+        """The training-free mode at one noise level: a step reads the nearest level's bank only."""
+        from retrieval_pack.nodes.training_free import training_free
+
+        return self._once("training-free", lambda: training_free(self.model, levels=1))
+
+    def mask(self) -> Tensor:
+        """A centred upright rectangle of `MASKED_SHARE` of the picture, as a figure covers it."""
+        mask = torch.zeros(self.size, self.size)
+        height = round(self.size * 0.8)
+        width = round(self.size * MASKED_SHARE * self.size / height)
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        mask[top : top + height, left : left + width] = 1
+        return mask
+
+    def _references(
+        self, network: Any, sites: Mapping[str, tuple[int, int]], count: int, masked: bool
+    ) -> Any:
+        """References of true shape; noise, for the time does not depend on the values.
+
+        Args:
+            sites: site -> (width, latent pixels that a token spans along an edge).
+        """
+        from retrieval_pack.nodes.references import References
+        from retrieval_pack.retrieval_core.bank import EncodedReference
+
+        generator = torch.Generator().manual_seed(3)
+        keys, values = {}, {}
+        for site, (width, factor) in sites.items():
+            edge = -(-self.latent // factor)
+            tokens = int(token_mask(self.mask(), edge, edge).sum()) if masked else edge**2
+            keys[site], values[site] = (
+                torch.randn(tokens, width, generator=generator) for _ in range(2)
+            )
+        return References(network, (EncodedReference(keys, values),) * count)
+
+    def _controls(self, what: str) -> Any:
+        from retrieval_pack.retrieval_core.controls import Controls
+
+        return Controls() if what == BUDGET else Controls(token_budget=None)
+
+    def trained(self, count: int, what: str, rows: str) -> Run:
+        """The trained mode with `count` references; rows "both" or "cond"."""
+        from retrieval_pack.nodes import patch
+
+        factors, masked = self.config.site_downsampling(), what == MASKED
+        sites = {s: (width, factors[s]) for s, width in self.config.site_channels().items()}
+        references = self._once(
+            ("trained", count, masked),
+            lambda: self._references(self.network(), sites, count, masked),
+        )
+        controls = self._controls(what)
+        model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
+        applied = model.model_options["transformer_options"]["patches"]["output_block_patch"][-1]
+        bank = applied.retrieval.bank
+        tokens = {site: one.keys.shape[1] for site, one in bank.sites.items()}
+        added = arithmetic.trained_operations(
+            self.config, ROWS[rows], self.latent, self.latent, tokens
+        )
+        return Run(model, self.positive, self.negative, added, bank.nbytes())
+
+    def without_training(self, count: int, what: str, rows: str) -> Run:
+        """The training-free mode, as `trained`; all self-attention layers."""
+        from retrieval_pack.nodes import patch
+
+        network, layers = self.training_free(), self_attention_layers(self.config)
+        (level,), names = network.network.timesteps(), network.network.names
+        sites = {
+            site_name(name, level): (layers[name].width, layers[name].downsampling)
+            for name in names
+        }
+        masked = what == MASKED
+        references = self._once(
+            ("training-free", count, masked),
+            lambda: self._references(network, sites, count, masked),
+        )
+        controls = self._controls(what)
+        model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
+        bank = references.bank(controls.token_budget)
+        shapes = {}
+        for name in names:
+            edge = -(-self.latent // layers[name].downsampling)
+            tokens = bank.sites[site_name(name, level)].keys.shape[1]
+            shapes[name] = (edge**2, layers[name].width, tokens)
+        added = arithmetic.self_attention_operations(shapes, ROWS[rows])
+        return Run(model, self.positive, self.negative, added, bank.nbytes())
+
+    def controlnet(self) -> Run:
+        """The host's own ControlNet of the base's architecture, on both rows."""
+        # The host's `nodes` is a module, the pack's a folder inside the pack.
+        import comfy.cldm.cldm
+        import comfy.controlnet
+        import comfy.model_management as management
+        import comfy.ops
+
+        from nodes import ControlNetApplyAdvanced
+
+        left_out = ("out_channels", "disable_unet_model_creation", "dtype", "device")
+        settings = self.model.model.model_config.unet_config.items()
+        dtype = self.model.model.get_dtype()
+        made = comfy.cldm.cldm.ControlNet(
+            **{name: value for name, value in settings if name not in left_out},
+            hint_channels=3,
+            dtype=dtype,
+            operations=comfy.ops.manual_cast,
+            device=management.unet_offload_device(),
+        )
+        randomise(made)
+        net = comfy.controlnet.ControlNet(
+            made, load_device=management.get_torch_device(), manual_cast_dtype=dtype
+        )
+        hint = torch.rand(1, self.size, self.size, 3, generator=torch.Generator().manual_seed(4))
+        positive, negative = ControlNetApplyAdvanced().apply_controlnet(
+            self.positive, self.negative, net, hint, 1.0, 0.0, 1.0
+        )
+        added = arithmetic.controlnet_operations(self.config, 2, self.latent, self.latent)
+        return Run(self.model, positive, negative, added)
+
+    def ip_adapter(self, count: int) -> Run:
+        """IP-Adapter Plus with `count` pictures, in the checkout that the environment names."""
+        model = external.ip_adapter_plus(self.model, count)
+        layers = self_attention_layers(self.config)  # text is attended to in the same places
+        shapes = {
+            name: ((-(-self.latent // layer.downsampling)) ** 2, layer.width, 16 * count)
+            for name, layer in layers.items()
+        }
+        added = arithmetic.self_attention_operations(shapes, 2)
+        return Run(model, self.positive, self.negative, added)
+
+    def reference_mode(self) -> Run:
+        """Advanced-ControlNet's reference attention, in the checkout that the environment names."""
+        positive, negative = external.reference_only(self.positive, self.negative, self.latent)
+        return Run(self.model, positive, negative, None)
+
+
+def variants(bench: Workbench, counts: Sequence[int]) -> list[Variant]:
+    """All variants in the order of the table."""
+    titles = {
+        FULL: "full",
+        MASKED: f"masks of {MASKED_SHARE:.0%}",
+        BUDGET: "default token budget",
+    }
+    found = []
+    for mode, make in (("trained", bench.trained), ("training-free", bench.without_training)):
+        for rows in ROWS:
+            for what, title in titles.items():
+                for count in counts:
+                    found.append(
+                        Variant(
+                            f"{mode}-{count}-{what}-{rows}",
+                            f"{mode}, {count} reference{'s' * (count > 1)}, {title}, {rows} rows",
+                            lambda f=make, c=count, w=what, r=rows: f(c, w, r),
+                        )
+                    )
+    found.append(Variant("controlnet", "ControlNet (the host's own)", bench.controlnet))
+    if external.checkout(external.IP_ADAPTER) is not None:
+        for count in counts:
+            found.append(
+                Variant(
+                    f"ip-adapter-plus-{count}",
+                    f"IP-Adapter Plus, {count} picture{'s' * (count > 1)}, both rows",
+                    lambda c=count: bench.ip_adapter(c),
+                    True,
+                )
+            )
+    if external.checkout(external.ADVANCED_CONTROLNET) is not None:
+        found.append(
+            Variant(
+                "advanced-controlnet",
+                "Advanced-ControlNet, reference attention, 1 picture",
+                bench.reference_mode,
+                True,
+            )
+        )
+    return found
