@@ -1,11 +1,17 @@
-"""Where the host is, for tests/host, and one plain line where there is none."""
+"""Where the host is, for tests/host, and one plain line where they cannot run."""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
+from importlib import metadata
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent
+# Of ComfyUI's requirements, those without which it starts all the same.
+DISPENSABLE = {"torchaudio", "comfyui-embedded-docs", "comfyui-workflow-templates"}
+SHOWN = 5
 
 
 def is_comfyui(folder: Path) -> bool:
@@ -22,19 +28,50 @@ def find_comfyui() -> Path | None:
     return next((place for place in places if is_comfyui(place)), None)
 
 
-def no_host_line() -> str:
-    """Why the host tests were skipped, and how to run them."""
-    named = os.environ.get("COMFYUI_PATH")
-    why = f"COMFYUI_PATH={named} has no main.py and comfy/" if named else "no ComfyUI was found"
-    return (
-        f"Host tests (tests/host) skipped: {why}; to run them, set COMFYUI_PATH to ComfyUI's "
-        "folder and repeat."
-    )
+def missing_requirements(comfyui: Path) -> list[str]:
+    """The packages of ComfyUI's requirements.txt that this Python lacks."""
+    file = comfyui / "requirements.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    missing = []
+    for line in lines:
+        if "non essential" in line:  # ComfyUI's own heading over what it can do without
+            break
+        named = re.match(r"[A-Za-z0-9._-]+", line)
+        if named and named[0].lower() not in DISPENSABLE:
+            try:
+                metadata.distribution(named[0])
+            except metadata.PackageNotFoundError:
+                missing.append(named[0])
+    return missing
 
 
-collect_ignore = [] if find_comfyui() else ["host"]
+def no_host_line() -> str | None:
+    """Why the host tests are skipped, and how to run them; None if they can run."""
+    comfyui = find_comfyui()
+    if comfyui is None:
+        named = os.environ.get("COMFYUI_PATH")
+        why = f"COMFYUI_PATH={named} has no main.py and comfy/" if named else "no ComfyUI was found"
+        how = "set COMFYUI_PATH to ComfyUI's folder and repeat"
+    else:
+        missing = missing_requirements(comfyui)
+        if not missing:
+            return None
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        why = (
+            f"{sys.executable} lacks {', '.join(missing[:SHOWN])}{more} of the requirements of "
+            f"{comfyui}"
+        )
+        how = (
+            "install pytest into the Python that runs ComfyUI, set RETRIEVAL_PYTHON to it and "
+            "repeat"
+        )
+    return f"Host tests (tests/host) skipped: {why}; to run them, {how}."
+
+
+_skipped = no_host_line()
+collect_ignore = ["host"] if _skipped else []
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if find_comfyui() is None:
-        terminalreporter.write_line(no_host_line())
+    if _skipped:
+        terminalreporter.write_line(_skipped)

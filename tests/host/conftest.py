@@ -49,3 +49,18 @@ def inference():
     memory.clear()
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running server, one for all tests."""
+    from serving import running
+
+    with running(_find_comfyui(), tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def node_info(server):
+    """What the server tells its frontend of every node."""
+    return server.json("/object_info")

@@ -11,6 +11,8 @@ import comfy.sd
 import torch
 from retrieval_pack.nodes import network, references
 from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet, decoder_state
+from retrieval_pack.retrieval_core.paperdoll import bundle
+from retrieval_pack.retrieval_core.paperdoll.model import PaperdollModel
 from retrieval_pack.retrieval_core.unet import UNet, UNetConfig
 
 SD15 = UNetConfig(320, (1, 2), (1, 1), (1, 0), 1, 768, num_heads=8)
@@ -154,3 +156,19 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 def same_weights(model, before: dict[str, torch.Tensor]) -> bool:
     now = model.model.state_dict()
     return now.keys() == before.keys() and all(torch.equal(now[k], before[k]) for k in now)
+
+
+def paperdoll_base(path) -> None:
+    """A paper-doll base model's file, of noise."""
+    made = randomised(PaperdollModel(), 0)
+    for name, buffer in made.vae.named_buffers():
+        if name == "basis":
+            buffer.copy_(torch.linalg.qr(noise(48, 48))[0][: buffer.shape[0]])
+    made.save(path)
+
+
+def paperdoll_bundle(folder) -> None:
+    """The files that the demo's nodes read, of noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paperdoll_base(folder / bundle.BASE_FILE)
+    core_network(PaperdollModel().unet.config, "paperdoll").save(folder / bundle.RETRIEVAL_FILE)

@@ -33,10 +33,10 @@ def test_the_host_loads_the_pack_and_its_nodes(tmp_path):
 
     place = tmp_path / "any folder.name"
     place.symlink_to(PACK, target_is_directory=True)
-    started = time.perf_counter()
+    started = time.process_time()  # not of the clock, which others' work on the machine moves
     heavy = {"transformers", "accelerate", "huggingface_hub", "matplotlib"} - set(sys.modules)
     assert asyncio.run(nodes.load_custom_node(str(place)))
-    elapsed = time.perf_counter() - started
+    elapsed = time.process_time() - started
     print(f"\nimport of the pack: {elapsed:.3f} s")
     assert elapsed < 0.5
     assert not heavy & set(sys.modules)

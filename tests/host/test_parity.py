@@ -6,18 +6,20 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from making import noise, randomised
+from making import noise, paperdoll_base, randomised
 from retrieval_pack.nodes import patch, references
 from retrieval_pack.nodes.network import load_network
 from retrieval_pack.nodes.paperdoll_model import host_clip, host_model, host_vae
 from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet, decoder_state, load
+from retrieval_pack.retrieval_core.controls import Controls, parse_curve, site_groups
 from retrieval_pack.retrieval_core.injection import Retrieval
-from retrieval_pack.retrieval_core.paperdoll.model import PaperdollModel, load_base
+from retrieval_pack.retrieval_core.paperdoll.model import load_base
 from retrieval_pack.retrieval_core.references import prepare
 from retrieval_pack.retrieval_core.sampling import guided_denoiser, sample
 from retrieval_pack.retrieval_core.unet import UNet
 
 STEPS, CFG = 4, 2.0
+CONTROLS = Controls(parse_curve("0.5, 1, 0.2"), (0.5, 1.0, 1.5), token_budget=None)
 CASES = {
     "one": dict(count=1),
     "two": dict(count=2),
@@ -26,18 +28,14 @@ CASES = {
     "both rows, part of sampling": dict(count=2, guidance="both", start=0.25, end=0.8),
     "region": dict(count=2, region=True),
     "decoder": dict(count=2, decoder=True, masks=True),
+    "controls": dict(count=4, masks=True, start=0.1, end=0.9, controls=True),
 }
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "base.safetensors"
-    made = PaperdollModel()
-    randomised(made, 0)
-    for name, buffer in made.vae.named_buffers():
-        if name == "basis":
-            buffer.copy_(torch.linalg.qr(noise(48, 48))[0][: buffer.shape[0]])
-    made.save(path)
+    paperdoll_base(path)
     return load_base(path)
 
 
@@ -71,6 +69,9 @@ def in_the_core(base, path, count, masks, weights, decoder, sampler, strength=1.
         masks=[p.mask for p in prepared],
         weights=weights,
     )
+    if kw.pop("controls", False):
+        strengths = CONTROLS.site_strengths(site_groups(base.unet.config))
+        kw |= {"curve": CONTROLS.curve, "site_strength": strengths}
     retrieval = Retrieval(net.retrieval, net.bank(encoded), strength, **kw)
     cond, uncond = base.text.encode(["standing, smile"] * 2), base.text.encode([""] * 2)
     denoise = guided_denoiser(
@@ -92,7 +93,8 @@ def in_the_host(base, path, count, masks, weights, decoder, sampler, **kw):
         )
         refs = references.References(net, (*refs.encoded, *more))
     start, end = kw.pop("start", 0.0), kw.pop("end", 1.0)
-    patched = patch.apply(model, refs, 1.5, start, end, **kw)
+    controls = CONTROLS if kw.pop("controls", False) else None
+    patched = patch.apply(model, refs, 1.5, start, end, controls=controls, **kw)
     sigmas = torch.cat([base.schedule.sigmas()[base.schedule.timesteps(STEPS)], torch.zeros(1)])
     cond, uncond = (
         [[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("standing, smile", "")

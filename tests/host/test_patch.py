@@ -169,9 +169,9 @@ def test_only_the_positive_prompt_retrieves_in_every_guider(model, refs):
     mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
     apply = type(mine.retrieval).apply
 
-    def spy(self, site, h, kinds):
+    def spy(self, site, h, kinds, *strength):
         rows.append(tuple(kinds))
-        return apply(self, site, h, kinds)
+        return apply(self, site, h, kinds, *strength)
 
     guider = Guider_DualCFG(patched)
     guider.set_conds(conditioning(1), conditioning(2), conditioning(3))
@@ -240,12 +240,12 @@ def test_several_applies_add_up(model, net, refs):
     to = {"block": ("output", 0), "cond_or_uncond": [1, 0], step.STEP: noted}
     alone = [p(h, hsp, to) for p in patches]
     both = patches[1](*patches[0](h, hsp, to), to)
-    # The second query sees the first's result, so equality holds where the first added nothing.
-    right = (..., slice(2, 4))
+    # The second query sees the first's result, so equality holds where the first added nothing:
+    # in the outer columns, because the regions meet softly in the two inner ones.
+    right, left = (..., slice(3, 4)), (..., slice(0, 1))
     assert torch.equal(alone[0][1][right], hsp[right])
     assert torch.equal(both[1][right], alone[1][1][right])
-    assert torch.equal(alone[1][1][..., :2], hsp[..., :2])
-    left = (..., slice(0, 2))
+    assert torch.equal(alone[1][1][left], hsp[left])
     assert torch.equal(both[1][left], alone[0][1][left])
     assert not torch.equal(both[1], hsp)
     assert torch.equal(both[1][0], hsp[0])  # row 0 is the negative prompt
@@ -280,32 +280,35 @@ def test_two_areas_in_one_batch_are_cropped_each_for_itself(model, refs):
 
 
 def test_start_and_end_follow_the_hosts_percentages(model, refs):
-    plain = sample(model, steps=4)
-    late = patch.apply(model, refs, 1.0, start=0.999, end=1.0)
-    assert torch.equal(sample(late, steps=4), plain)
-    sigmas = []
-
-    def spy(h, hsp, to):
-        sigmas.append(float(to["sigmas"][0]))
-        return h, hsp
-
-    half = patch.apply(model, refs, 1.0, end=0.5)
-    mine = half.model_options["transformer_options"]["patches"]["output_block_patch"][0]
-    added = []
+    """As ControlNet's: at every step whose sigma lies between those of the two percentages."""
+    to_sigma = model.get_model_object("model_sampling").percent_to_sigma
     original = patch.RetrievalPatch._add
 
-    def noting(self, site, h, to, noted):
-        added.append(float(to["sigmas"][0]))
-        return original(self, site, h, to, noted)
+    def acted(start, end):
+        every, added = set(), set()
 
-    half.set_model_output_block_patch(spy)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(patch.RetrievalPatch, "_add", noting)
-        sample(half, steps=4)
-    limit = model.get_model_object("model_sampling").percent_to_sigma(0.5)
-    assert set(added) == {s for s in sigmas if s >= limit}
-    assert 0 < len(set(added)) < len(set(sigmas))
-    assert mine.retrieval.end == 0.5
+        def spy(h, hsp, to):
+            every.add(float(to["sigmas"][0]))
+            return h, hsp
+
+        def noting(self, site, h, to, *rest):
+            added.add(float(to["sigmas"][0]))
+            return original(self, site, h, to, *rest)
+
+        patched = patch.apply(model, refs, 1.0, start=start, end=end)
+        patched.set_model_output_block_patch(spy)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(patch.RetrievalPatch, "_add", noting)
+            sample(patched, steps=4)
+        assert added == {s for s in every if to_sigma(end) <= s <= to_sigma(start)}
+        return len(added), len(every)
+
+    assert acted(0.0, 1.0) == (4, 4)
+    assert acted(0.0, 0.5) == (2, 4)
+    assert acted(0.5, 1.0) == (2, 4)
+    assert acted(0.4, 0.6) == (0, 4)
+    never = patch.apply(model, refs, 1.0, start=0.4, end=0.6)
+    assert torch.equal(sample(never, steps=4), sample(model, steps=4))
 
 
 def test_beside_other_patches_of_the_same_model(model, refs):

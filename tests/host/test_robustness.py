@@ -22,7 +22,7 @@ from making import (
     weights_of,
 )
 from retrieval_pack.nodes import patch
-from retrieval_pack.nodes.references import References, encode_references
+from retrieval_pack.nodes.references import References, encode_references, memory
 from retrieval_pack.retrieval_core.bank import Bank
 
 
@@ -105,8 +105,10 @@ def test_a_failing_allocation_while_encoding(net, monkeypatch):
 
 
 @pytest.mark.slow
-def test_100_runs_with_changing_references_do_not_grow(model, tmp_path):
+def test_100_runs_with_changing_references_do_not_grow(model, tmp_path, monkeypatch):
     """On a one-level SD 1.5; references, strengths and regions change with every run."""
+    # The memory of encoded references is full after a few runs, not after hundreds.
+    monkeypatch.setattr(memory, "limit", 8 << 20)
     net = loaded(tmp_path, model, TINY_SD15, "sd15")
     process = psutil.Process()
     vae, clip = FakeVAE(), FakeCLIP()

@@ -1,0 +1,49 @@
+"""A paper-doll model of noise in the host: three resolutions, and small enough for many runs."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import torch
+from making import core_network, images, noise, paperdoll_base
+from retrieval_pack.nodes import references
+from retrieval_pack.nodes.network import load_network
+from retrieval_pack.nodes.paperdoll_model import host_clip, host_model, host_vae
+from retrieval_pack.retrieval_core.paperdoll.model import load_base
+
+
+class Dolls:
+    """MODEL, CLIP, VAE and a network for them, with shorthands for what nodes do."""
+
+    def __init__(self, folder):
+        paperdoll_base(folder / "base.safetensors")
+        self.base = load_base(folder / "base.safetensors")
+        self.model, self.clip, self.vae = (
+            make(self.base) for make in (host_model, host_clip, host_vae)
+        )
+        self.path = folder / "network.safetensors"
+        core_network(self.base.unet.config, "paperdoll").save(self.path)
+        self.network = load_network(self.path, self.model)
+
+    def references(self, count: int = 2, seed: int = 3, concept: str = "face", **kw):
+        made = references.encode_references(
+            self.network, images(count, seed=seed), self.vae, self.clip, concept, **kw
+        )
+        return references.References(self.network, made)
+
+    def text(self, words: str, **more):
+        return [[self.clip.encode_from_tokens(self.clip.tokenize(words)), dict(more)]]
+
+    def sample(self, model, rows: int = 1, steps: int = 3, cfg: float = 2.0, positive=None):
+        return comfy.sample.sample(
+            model,
+            noise(rows, 24, 16, 16),
+            steps,
+            cfg,
+            "euler",
+            "normal",
+            positive or self.text("standing, smile"),
+            self.text(""),
+            torch.zeros(rows, 24, 16, 16),
+            disable_pbar=True,
+            seed=5,
+        )

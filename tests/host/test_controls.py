@@ -1,0 +1,202 @@
+"""Retrieval Controls in the host: curve, groups, soft regions and token budget while sampling."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from dolls import Dolls
+from retrieval_pack.nodes import patch, step
+from retrieval_pack.nodes.apply import RetrievalApplyReferences
+from retrieval_pack.nodes.controls import ALL_TOKENS, CUSTOM, LIMITED, NUMBERS, RetrievalControls
+from retrieval_pack.retrieval_core.controls import Controls, parse_curve
+from retrieval_pack.retrieval_core.injection import Retrieval
+from retrieval_pack.retrieval_core.regions import soften
+
+DEFAULTS = {
+    given.id: given.default for given in RetrievalControls.GET_SCHEMA().inputs if given.id != "seed"
+}
+
+
+@pytest.fixture(scope="module")
+def dolls(tmp_path_factory):
+    with torch.inference_mode():
+        return Dolls(tmp_path_factory.mktemp("dolls"))
+
+
+@pytest.fixture(scope="module")
+def refs(dolls):
+    with torch.inference_mode():
+        return dolls.references(3)
+
+
+def controls(**changed):
+    (value,) = RetrievalControls.execute(**{**DEFAULTS, **changed}).args
+    return value
+
+
+def patch_of(model):
+    return model.model_options["transformer_options"]["patches"]["output_block_patch"][0]
+
+
+def test_the_nodes_defaults_are_the_controls_defaults_and_apply_uses_them(dolls, refs):
+    assert controls() == Controls()
+    (bare,) = RetrievalApplyReferences.execute(dolls.model, refs, 1.0, 0.0, 1.0, "cond").args
+    given = RetrievalApplyReferences.execute(
+        dolls.model, refs, 1.0, 0.0, 1.0, "cond", None, controls()
+    )
+    ours, theirs = (patch_of(m).retrieval for m in (bare, given.args[0]))
+    assert ours.bank is theirs.bank  # limited once, for both
+    assert torch.equal(dolls.sample(bare), dolls.sample(given.args[0]))
+
+
+def test_constant_everything_is_bit_for_bit_no_controls(dolls, refs):
+    plain = dolls.sample(patch.apply(dolls.model, refs, 1.3))
+    same = controls(strength_curve=NUMBERS, curve_numbers="1, 1, 1", tokens=ALL_TOKENS)
+    assert torch.equal(dolls.sample(patch.apply(dolls.model, refs, 1.3, controls=same)), plain)
+    half = controls(strength_curve=NUMBERS, curve_numbers="0.5", tokens=ALL_TOKENS)
+    halved = dolls.sample(patch.apply(dolls.model, refs, 1.3, controls=half))
+    torch.testing.assert_close(halved, dolls.sample(patch.apply(dolls.model, refs, 0.65)))
+
+
+@pytest.mark.parametrize("off", ["0", "0, 0"])
+def test_a_curve_or_groups_of_zero_are_bit_for_bit_the_base(dolls, refs, off):
+    base = dolls.sample(dolls.model)
+    flat = controls(strength_curve=NUMBERS, curve_numbers=off)
+    assert torch.equal(dolls.sample(patch.apply(dolls.model, refs, 1.0, controls=flat)), base)
+    none = controls(act_on=CUSTOM, composition=0.0, middle=0.0, detail=0.0)
+    assert torch.equal(dolls.sample(patch.apply(dolls.model, refs, 1.0, controls=none)), base)
+
+
+def test_the_curve_follows_the_hosts_percentages(dolls, refs, monkeypatch):
+    """At each step: strength x curve((percent - start) / (end - start))."""
+    seen = {}
+    original = Retrieval.apply
+
+    def spy(self, site, h, rows, strength=None):
+        seen[float(now["sigma"])] = strength
+        return original(self, site, h, rows, strength)
+
+    now = {}
+    monkeypatch.setattr(Retrieval, "apply", spy)
+    chosen = controls(strength_curve=NUMBERS, curve_numbers="0, 1, 0.2")
+    patched = patch.apply(dolls.model, refs, 2.0, 0.1, 0.9, controls=chosen)
+    mine = patch_of(patched)
+    call = type(mine).__call__
+    monkeypatch.setattr(
+        type(mine),
+        "__call__",
+        lambda self, h, hsp, to: (now.update(sigma=to["sigmas"][0]), call(self, h, hsp, to))[1],
+    )
+    dolls.sample(patched, steps=8)
+    sampling = dolls.model.get_model_object("model_sampling")
+    curve = parse_curve("0, 1, 0.2")
+    assert 3 <= len(seen) < 8
+    for sigma, strength in seen.items():
+        percent = 1 - float(sampling.timestep(torch.tensor([sigma]))) / 999
+        assert 0.1 <= percent <= 0.9
+        # `timestep` rounds to a whole one of the 1000, the curve does not.
+        assert strength == pytest.approx(2 * curve.at((percent - 0.1) / 0.8), abs=0.01)
+
+
+@pytest.mark.parametrize("percent", [0.013, 0.25, 0.5, 0.77, 0.99])
+def test_progress_inverts_percent_to_sigma(dolls, percent):
+    sampling = dolls.model.get_model_object("model_sampling")
+    sigma = torch.tensor([float(sampling.percent_to_sigma(percent))])
+    noted = step.Step(sampling, sigma, (16, 16), {}, frozenset())
+    assert noted.progress() == pytest.approx(percent, abs=1e-4)
+
+
+def test_groups_change_only_their_sites(dolls, refs, monkeypatch):
+    """Sites by depth: the host's sites of 16x16, 8x8 and 4x4 places."""
+    acted = set()
+    original = Retrieval._added
+
+    def spy(self, site, h, strength):
+        acted.add((h.shape[-1], strength))
+        return original(self, site, h, strength)
+
+    monkeypatch.setattr(Retrieval, "_added", spy)
+    for preset, expected in (
+        ("detail only", {(16, 1.0)}),
+        ("middle only", {(8, 1.0)}),
+        ("composition only", {(4, 1.0)}),
+        ("all", {(16, 1.0), (8, 1.0), (4, 1.0)}),
+    ):
+        acted.clear()
+        chosen = controls(act_on=preset)
+        dolls.sample(patch.apply(dolls.model, refs, 1.0, controls=chosen), steps=1)
+        assert acted == expected, preset
+    acted.clear()
+    custom = controls(act_on=CUSTOM, composition=0.25, middle=0.0, detail=2.0)
+    dolls.sample(patch.apply(dolls.model, refs, 2.0, controls=custom), steps=1)
+    assert acted == {(16, 4.0), (4, 0.5)}
+
+
+def test_a_blurred_region_is_the_softened_mask(dolls, refs):
+    region = torch.zeros(1, 32, 32)
+    region[..., 12:] = 1
+    blurred = patch.apply(dolls.model, refs, 1.0, region=region, controls=controls(region_blur=3))
+    by_hand = soften(region[0], 3.0)[None]
+    given = patch.apply(dolls.model, refs, 1.0, region=by_hand, controls=controls())
+    assert torch.equal(dolls.sample(blurred), dolls.sample(given))
+    sharp = patch.apply(dolls.model, refs, 1.0, region=region, controls=controls())
+    assert not torch.equal(dolls.sample(blurred), dolls.sample(sharp))
+
+
+def test_a_budget_bounds_every_site_for_any_number_of_references(dolls):
+    for count in (1, 4):
+        refs = dolls.references(count)
+        chosen = controls(tokens=LIMITED, token_budget=40)
+        mine = patch_of(patch.apply(dolls.model, refs, 1.0, controls=chosen))
+        sizes = {name: s.keys.shape[1] - 1 for name, s in mine.retrieval.bank.sites.items()}
+        assert max(sizes.values()) == 40
+        assert mine.retrieval.bank.references == count
+    # Within the budget nothing is touched, and all tokens means all of them.
+    whole = patch.apply(dolls.model, refs, 1.0)
+    large = patch.apply(dolls.model, refs, 1.0, controls=controls(token_budget=1024))
+    every = patch.apply(dolls.model, refs, 1.0, controls=controls(tokens=ALL_TOKENS))
+    assert torch.equal(dolls.sample(large), dolls.sample(whole))
+    assert torch.equal(dolls.sample(every), dolls.sample(whole))
+
+
+def test_a_budget_of_equal_references_loses_nothing(dolls):
+    one = dolls.references(1)
+    four = type(one)(one.network, one.encoded * 4)
+    limited = patch.apply(dolls.model, four, 1.0, controls=controls(token_budget=256))
+    heavy = type(one)(one.network, (one.encoded[0].with_weight(4.0),))
+    out, expected = (dolls.sample(m) for m in (limited, patch.apply(dolls.model, heavy, 1.0)))
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_limited_bank_is_kept_while_only_the_strength_changes(dolls, refs, monkeypatch):
+    from retrieval_pack.nodes import references
+
+    calls = []
+    original = references.limit_tokens
+    monkeypatch.setattr(
+        references, "limit_tokens", lambda *a: (calls.append(a[1]), original(*a))[1]
+    )
+    again = type(refs)(refs.network, refs.encoded)
+    before = again.get_ram_usage()
+    for strength, budget in ((1.0, 30), (0.5, 30), (0.5, 20)):
+        patch.apply(dolls.model, again, strength, controls=controls(token_budget=budget))
+    assert calls == [30, 20]
+    assert again.get_ram_usage() > before
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"strength_curve": NUMBERS, "curve_numbers": "1, high"}, "'high'"),
+        ({"strength_curve": NUMBERS, "curve_numbers": ""}, "where a number belongs"),
+        ({"token_budget": 0}, "token budget is 0"),
+        ({"act_on": CUSTOM, "detail": math.inf}, "inf"),
+    ],
+)
+def test_bad_controls_are_one_sentence(changed, words):
+    with pytest.raises(ValueError) as caught:
+        controls(**changed)
+    message = str(caught.value)
+    assert words in message and message.endswith(".") and ". " not in message
