@@ -87,7 +87,7 @@ def vqa_diversity(
 def ask(
     images: Images, questions: str | Sequence[str], answerer: Answerer
 ) -> dict[str, tuple[str, ...]]:
-    """question -> one answer an image, without spaces around it; a question asked twice counts once.
+    """question -> one answer an image, spaces stripped; a question asked twice counts once.
 
     Raises:
         RetrievalError: fewer than two images, different sizes, no or an empty question, an answer

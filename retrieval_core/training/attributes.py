@@ -58,7 +58,7 @@ class AttributeReader(nn.Module):
             found = found.repeat_interleave(len(h) // len(found), 0)
             places = part_shares(target_parts, parts, size)  # [B, N, P]
             retrieved = sites[name].attended(h, bank_here)  # [B, N, C]
-            means = torch.einsum("bnp,bnc->bpc", places, retrieved)
+            means = torch.einsum("bnp,bnc->bpc", places.to(retrieved), retrieved)
             filled = places.sum(1)
             means = means / filled.clamp_min(1e-3)[..., None]
             read = head(F.layer_norm(means, means.shape[-1:]))  # [B, P, values of all attributes]

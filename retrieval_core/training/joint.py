@@ -136,7 +136,7 @@ class TrainableRetrieval(nn.Module):
             )
         device = generator.device  # numbers can only be drawn where the generator lives
         drawn = torch.rand(batch, generator=generator, device=device) ** self.noise_power
-        steps = (drawn * self.schedule.steps).long()
+        steps = (drawn * self.schedule.steps).long().clamp_max(self.schedule.steps - 1)
         eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)

@@ -167,7 +167,7 @@ def test_the_loss_is_its_parts_put_together_by_hand(prediction, face_weight):
         found = batch.loss(model, 3)
         generator = torch.Generator().manual_seed(3)
         rows = len(batch.latents)
-        times = torch.randint(1000, (rows,), generator=generator)
+        times = (torch.rand(rows, generator=generator) * 1000).long()
         eps = torch.randn(batch.latents.shape, generator=generator).double()
         total = {"content": 0.0, "face": 0.0}
         for row in range(rows):
@@ -407,3 +407,26 @@ def test_training_uses_the_references():
         emptied = copy.copy(batch)
         emptied.used = torch.zeros(GROUPS, REFERENCES).bool()
         assert with_references < 0.9 * emptied.loss(model, 4)["loss"]
+
+
+def test_a_small_noise_power_draws_more_noise_and_never_too_much():
+    model = trainee(noise_power=0.5)
+    seen = []
+    model.schedule = NoiseSchedule(prediction="v")
+    embed = model.unet.embed
+    model.unet.embed = lambda steps, *rest: seen.append(steps) or embed(steps, *rest)
+    for seed in range(40):
+        Batch().loss(model, seed)
+    steps = torch.cat(seen)
+    assert steps.min() >= 0 and steps.max() <= 999
+    assert steps.double().mean() == pytest.approx(1000 * 2 / 3, abs=60)  # the mean of sqrt(u)
+
+
+def test_channel_weights_count_errors_by_channel():
+    batch = Batch()
+    weights = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    losses = []
+    for chosen in (None, weights, 3 * weights):
+        losses.append(float(batch.loss(trainee(channel_weights=chosen), 3)["content"]))
+    assert losses[1] != pytest.approx(losses[0])
+    assert losses[2] == pytest.approx(3 * losses[1])

@@ -326,7 +326,7 @@ def share_cut_off(figure):
     draw._draw_figure(sketch, figure, stance)
     canvas = Image.new("L", (SIZE * SCALE + 2 * margin,) * 2)
     pen = ImageDraw.Draw(canvas)
-    for kind, points, width, _ in draw._placed(sketch, figure, stance):
+    for kind, points, width, *_ in draw._placed(sketch, figure, stance):
         moved = [(x + margin, y + margin) for x, y in points]
         draw._stroke(pen, kind, moved, width, 255, 2.0)
     covered = np.asarray(canvas) > 0
