@@ -170,9 +170,15 @@ def scorer_of(options: argparse.Namespace) -> Scorer:
             "A folder of characters is scored by CLIP; name one with --clip, such as "
             "openai/clip-vit-large-patch14 or a folder."
         )
-    from ..metrics.encoders import load_clip, load_dino
-    from ..metrics.model_folder import find_model
-    from ..metrics.vqa_models import load_vqa
+    try:
+        from ..metrics.encoders import load_clip, load_dino
+        from ..metrics.model_folder import find_model
+        from ..metrics.vqa_models import load_vqa
+    except ImportError as error:
+        raise RetrievalError(
+            f"CLIP, DINO and VQA models cannot be loaded here ({error}); evaluate paper dolls, "
+            "which the bundled judge scores."
+        ) from error
 
     clip = load_clip(find_model(options.clip))
     dino = load_dino(find_model(options.dino)) if options.dino else None
