@@ -51,6 +51,14 @@ class NoiseSchedule:
         abar = self.alphas_cumprod()[timesteps.cpu()]
         return _per_row(abar.sqrt(), x0) * eps - _per_row((1 - abar).sqrt(), x0) * x0
 
+    def clean(self, prediction: Tensor, noised: Tensor, timesteps: Tensor) -> Tensor:
+        """x0 from the network's prediction at `noised`, its input, at timesteps [B]."""
+        abar = self.alphas_cumprod()[timesteps.cpu()]
+        signal, noise = _per_row(abar.sqrt(), noised), _per_row((1 - abar).sqrt(), noised)
+        if self.prediction == "eps":
+            return (noised - noise * prediction) / signal
+        return signal * noised - noise * prediction
+
     def denoised(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """x0 from the network's prediction at the noised latent x = x0 + sigma eps; sigma [B]."""
         sigma = _per_row(sigma, x)

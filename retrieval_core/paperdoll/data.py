@@ -142,6 +142,27 @@ class BaseBatches:
         return to_images(self.characters.images[who, which]), torch.tensor(ids)
 
 
+@dataclass(frozen=True)
+class CriticBatches:
+    """Pairs of pictures of one character in two scenes, and what references would give."""
+
+    characters: Characters
+    size: int
+    seed: int
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [B, 3, 64, 64] in 0..1, others of the same characters, and truths [B, A]."""
+        rng = np.random.default_rng([self.seed, step, 3])
+        who = rng.integers(len(self.characters.images), size=self.size)
+        one, other = rng.integers(SAME, size=(2, self.size))
+        images, truths = self.characters.images, self.characters.truths[who, one]
+        return (
+            to_images(images[who, one]),
+            to_images(images[who, other]),
+            torch.from_numpy(truths[:, _READ_COLUMNS]),
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class RetrievalBatch:
     """G characters, each with `TARGETS` targets that share R = `REFERENCES` references.
@@ -182,6 +203,7 @@ READ = {
     "lower": LOWER,
     "lower colour": LOWER,
 }
+READ_SIZES = {name: (part, len(ATTRIBUTES[name])) for name, part in READ.items()}
 _READ_COLUMNS = [list(ATTRIBUTES).index(name) for name in READ]
 SOURCE = Augmentation(RandomView(scale=(0.85, 1.25), shift=0.06, flip=0.5))
 
@@ -285,6 +307,7 @@ __all__ = [
     "PAD",
     "BaseBatches",
     "Characters",
+    "CriticBatches",
     "RetrievalBatch",
     "RetrievalBatches",
     "character_figures",

@@ -1,8 +1,9 @@
 """Trains the bundled paper-doll weights from a seed: `python -m retrieval_core.paperdoll.train`.
 
 Stages, each resumable: `base` (U-Net and text encoder), `retrieval` (the network of the paper on
-that base), `refine` (the same further, told the references' attributes), `judge` (the attribute
-measurement). Without --stage all run in that order.
+that base), `refine` (the same further, told the references' attributes), `critic` (learns to read
+attributes off latents), `draw` (the network further, with what it draws read by the critic),
+`judge` (the attribute measurement). Without --stage all run in that order.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from torch import Tensor, nn
 
 from ..controlnet import RetrievalControlNet, load
 from ..errors import RetrievalError
+from ..files import read_safetensors, save_safetensors
 from ..training.attributes import AttributeReader, deeper_sites
+from ..training.critic import Critic, undecided
 from ..training.joint import TrainableRetrieval
 from ..training.settings import LOCKS, Lock, TrainingSettings
 from ..training.trainer import Trainer
+from ..unet import load_strictly
 from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
 from .data import (
-    READ,
+    READ_SIZES,
     BaseBatches,
+    CriticBatches,
     RetrievalBatch,
     RetrievalBatches,
     render_any,
@@ -35,19 +40,24 @@ from .data import (
     to_images,
 )
 from .draw import PARTS
-from .judge import ATTRIBUTES, Judge, load_judge, truth_ids
+from .judge import Judge, load_judge, truth_ids
 from .model import PaperdollModel, load_base
 from .vae import PatchVAE
 
-STAGES = ("base", "retrieval", "refine", "judge")
+STAGES = ("base", "retrieval", "refine", "critic", "draw", "judge")
 CHARACTERS = 3000
 CORRESPONDENCE = 0.2
 NOISE_POWER = 0.6
 # The network's encoder and the decoder start as copies of trained layers.
 RATE_FACTORS = {"network.encoder.": 0.3, "unet.": 0.3}
 REFINE_RATE_FACTORS = {"network.encoder.": 0.5, "unet.": 0.5}
+DRAW_RATE_FACTORS = {"network.encoder.": 0.8, "unet.": 1.0}
 READING = 0.3  # weight of the attribute loss while refining
+DRAWING = 0.3  # weight of the critic's loss
 FIRST_FILE = "paperdoll_retrieval_first.safetensors"
+REFINED_FILE = "paperdoll_retrieval_refined.safetensors"
+CRITIC_FILE = "paperdoll_critic.safetensors"
+CRITIC_FORMAT = "paperdoll_critic"
 BACKGROUND = 0.3  # what the loss counts there, beside 1 on the figure
 
 
@@ -79,13 +89,14 @@ class PaperdollRetrieval(TrainableRetrieval):
         face_weight: float,
         correspondence: float,
         reading: float = 0.0,
+        critic: Critic | None = None,
+        drawing: float = 0.0,
     ) -> None:
         reader = None
         if reading:
             widths = network.config.site_channels()
             widths = {site: widths[site] for site in deeper_sites(list(widths))}
-            sizes = {name: (part, len(ATTRIBUTES[name])) for name, part in READ.items()}
-            reader = AttributeReader(widths, sizes)
+            reader = AttributeReader(widths, READ_SIZES)
         # An error counts by what it changes in pixels, tempered: details are to be learnt, too.
         weights = 1 / base.vae.scale
         super().__init__(
@@ -99,6 +110,8 @@ class PaperdollRetrieval(TrainableRetrieval):
             NOISE_POWER,
             reader,
             reading,
+            critic,
+            drawing,
         )
         self.frozen = [base.text, base.vae]
 
@@ -148,7 +161,7 @@ def train_base(out: Path, settings: TrainingSettings, characters: int) -> Paperd
 
 @dataclass(frozen=True)
 class RetrievalOptions:
-    """What `train_retrieval` and `refine` share beside the settings; see `TrainableRetrieval`."""
+    """What the stages of `train_retrieval` share beside the settings; see `TrainableRetrieval`."""
 
     characters: int = CHARACTERS
     lock: Lock = "train_both"
@@ -157,38 +170,36 @@ class RetrievalOptions:
     correspondence: float = CORRESPONDENCE
 
 
+@dataclass(frozen=True)
+class RetrievalStage:
+    """One of the stages that train the network, each beginning with the file of the one before.
+
+    seed_offset: other batches than those that earlier stages have seen.
+    """
+
+    name: str
+    file: str
+    rate_factors: dict[str, float]
+    seed_offset: int = 0
+    reading: float = 0.0
+    drawing: float = 0.0
+
+
+FIRST = RetrievalStage("retrieval", FIRST_FILE, RATE_FACTORS)
+REFINE = RetrievalStage("refine", REFINED_FILE, REFINE_RATE_FACTORS, 1_000_000, READING)
+DRAW = RetrievalStage("draw", RETRIEVAL_FILE, DRAW_RATE_FACTORS, 2_000_000, READING, DRAWING)
+
+
 def train_retrieval(
     out: Path,
-    settings: TrainingSettings,
-    base: PaperdollModel,
-    options: RetrievalOptions,
-    until: int | None = None,
-) -> RetrievalControlNet:
-    """Trains the retrieval network on a trained base to step `until`; returns it as saved."""
-    network = RetrievalControlNet.from_base(
-        base.unet.state_dict(), "paperdoll", settings.seed, config=base.unet.config
-    )
-    return _train_network(out, "retrieval", settings, base, network, options, until)
-
-
-def refine(
-    out: Path, settings: TrainingSettings, base: PaperdollModel, options: RetrievalOptions
-) -> RetrievalControlNet:
-    """Trains the network of `train_retrieval` further, with the attribute loss."""
-    network = load(out / FIRST_FILE, "paperdoll", dtype=torch.float32)
-    return _train_network(out, "refine", settings, base, network, options)
-
-
-def _train_network(
-    out: Path,
-    stage: str,
+    stage: RetrievalStage,
     settings: TrainingSettings,
     base: PaperdollModel,
     network: RetrievalControlNet,
     options: RetrievalOptions,
     until: int | None = None,
 ) -> RetrievalControlNet:
-    refining = stage == "refine"
+    """Trains `network` on a trained base to step `until`; returns it as saved."""
     data = render_characters(settings.seed, options.characters)
     torch.manual_seed(settings.seed)
     owner = PaperdollRetrieval(
@@ -197,34 +208,36 @@ def _train_network(
         options.lock,
         options.face_weight,
         options.correspondence,
-        READING if refining else 0.0,
+        stage.reading,
+        load_critic(out / CRITIC_FILE, base) if stage.drawing else None,
+        stage.drawing,
     )
     owner.to(memory_format=torch.channels_last)  # faster on CPUs
     description = {
-        "stage": stage,
+        "stage": stage.name,
         **asdict(options),
         "noise_power": NOISE_POWER,
         "background": BACKGROUND,
-        **({"reading": READING} if refining else {}),
+        **({"reading": stage.reading} if stage.reading else {}),
+        **({"drawing": stage.drawing} if stage.drawing else {}),
     }
-    # Other batches than those that the first stage has seen.
-    seed = settings.seed + 1_000_000 * refining
+    seed = settings.seed + stage.seed_offset
     trainer = Trainer(
         owner,
         owner.batch_loss,
         RetrievalBatches(data, settings.batch_size, seed, text_drop=options.text_drop),
         settings,
-        out / stage,
+        out / stage.name,
         description=description,
         prefetch=2,
-        label=stage,
-        rate_factors=REFINE_RATE_FACTORS if refining else RATE_FACTORS,
+        label=stage.name,
+        rate_factors=stage.rate_factors,
     )
     _finish(trainer, until)
     finished = owner.finished(trainer.ema_state_dict())
     finished.card.training.clear()
     finished.card.training.update(description, **settings.as_json())
-    finished.save(out / (RETRIEVAL_FILE if refining else FIRST_FILE), torch.float16)
+    finished.save(out / stage.file, torch.float16)
     return finished
 
 
@@ -234,6 +247,61 @@ def _with_decoder(base: PaperdollModel, network: RetrievalControlNet) -> Paperdo
     shown._modules = dict(base._modules)
     shown.unet = network.apply_decoder(base.unet)
     return shown
+
+
+class CriticTraining(nn.Module):
+    """The critic's loss on latents as they look at high noise (`undecided`)."""
+
+    def __init__(self, base: PaperdollModel) -> None:
+        super().__init__()
+        self.critic = new_critic(base)
+        self.vae = [base.vae]  # fixed: not a child
+
+    def batch_loss(
+        self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        images, others, values = batch
+        one, other = self.vae[0].encode(images), self.vae[0].encode(others)
+        return {"loss": self.critic.loss(undecided(one, other, generator), values, generator)}
+
+
+def new_critic(base: PaperdollModel) -> Critic:
+    return Critic(base.unet.config.in_channels, base.latent_size, READ_SIZES)
+
+
+def train_critic(
+    out: Path, settings: TrainingSettings, base: PaperdollModel, characters: int
+) -> None:
+    """Trains and saves the critic, on the characters of the training."""
+    data = render_characters(settings.seed, characters)
+    torch.manual_seed(settings.seed + 1)
+    owner = CriticTraining(base)
+    trainer = Trainer(
+        owner,
+        owner.batch_loss,
+        CriticBatches(data, settings.batch_size, settings.seed),
+        settings,
+        out / "critic",
+        description={"stage": "critic", "characters": characters},
+        prefetch=2,
+        label="critic",
+    )
+    _finish(trainer)
+    with trainer.ema_weights():
+        save_safetensors(out / CRITIC_FILE, owner.critic.state_dict(), {"format": CRITIC_FORMAT})
+
+
+def load_critic(path: Path, base: PaperdollModel) -> Critic:
+    """Reads the critic's file; RetrievalError if it is none."""
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != CRITIC_FORMAT:
+        raise RetrievalError(
+            f"'{path}' has format {metadata.get('format')!r}, not {CRITIC_FORMAT!r}; run the stage "
+            "'critic' first."
+        )
+    critic = new_critic(base)
+    load_strictly(critic, tensors, f"critic '{path}'")
+    return critic.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -303,6 +371,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--refine-steps", type=int, default=1750)
     parser.add_argument("--refine-rate", type=float, default=1.2e-3)
+    parser.add_argument("--critic-steps", type=int, default=1500)
+    parser.add_argument("--draw-steps", type=int, default=4600)
+    parser.add_argument("--draw-rate", type=float, default=1.2e-3)
     parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--judge-figures", type=int, default=40000)
     parser.add_argument("--lock", choices=LOCKS, default="train_both")
@@ -343,18 +414,42 @@ def main(arguments: list[str] | None = None) -> int:
             options.correspondence,
         )
         if "retrieval" in stages:
+            base = load_base(options.out / BASE_FILE)
+            network = RetrievalControlNet.from_base(
+                base.unet.state_dict(), "paperdoll", options.seed, config=base.unet.config
+            )
             train_retrieval(
                 options.out,
+                FIRST,
                 settings(options.retrieval_steps, options.retrieval_batch, options.retrieval_rate),
-                load_base(options.out / BASE_FILE),
+                base,
+                network,
                 shared,
                 min(options.retrieval_until, options.retrieval_steps),
             )
         if "refine" in stages:
-            refine(
+            train_retrieval(
                 options.out,
+                REFINE,
                 settings(options.refine_steps, options.retrieval_batch, options.refine_rate),
                 load_base(options.out / BASE_FILE),
+                load(options.out / FIRST_FILE, "paperdoll", dtype=torch.float32),
+                shared,
+            )
+        if "critic" in stages:
+            train_critic(
+                options.out,
+                settings(options.critic_steps, 96, 2e-3),
+                load_base(options.out / BASE_FILE),
+                options.characters,
+            )
+        if "draw" in stages:
+            train_retrieval(
+                options.out,
+                DRAW,
+                settings(options.draw_steps, options.retrieval_batch, options.draw_rate),
+                load_base(options.out / BASE_FILE),
+                load(options.out / REFINED_FILE, "paperdoll", dtype=torch.float32),
                 shared,
             )
         if "judge" in stages:

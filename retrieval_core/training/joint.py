@@ -17,7 +17,8 @@ from ..objective import latent_mask, retrieval_loss
 from ..schedule import NoiseSchedule
 from ..unet import UNet
 from .attributes import AttributeReader
-from .correspondence import correspondence_loss
+from .correspondence import correspondence_loss, parts_found
+from .critic import Critic
 from .settings import Lock, trained_parts
 
 
@@ -34,6 +35,8 @@ class TrainableRetrieval(nn.Module):
             paper's own objective.
         reader: reads attributes off what was retrieved, trained along; its loss counts with
             `reading`, where batches name attributes.
+        critic: reads the same attributes off what is drawn, trained beforehand; its loss counts
+            with `drawing`.
         channel_weights: see `retrieval_loss`.
         noise_power: timesteps are drawn as steps * u ** noise_power, u uniform: 1 for all alike,
             less to train more at high noise, where what is drawn is decided.
@@ -54,6 +57,8 @@ class TrainableRetrieval(nn.Module):
         noise_power: float = 1.0,
         reader: AttributeReader | None = None,
         reading: float = 0.0,
+        critic: Critic | None = None,
+        drawing: float = 0.0,
     ) -> None:
         super().__init__()
         parts = trained_parts(lock)
@@ -62,6 +67,7 @@ class TrainableRetrieval(nn.Module):
         self.correspondence, self.noise_power = correspondence, noise_power
         self.channel_weights = channel_weights
         self.reader, self.reading = reader, reading
+        self.critic, self.drawing = [critic], drawing  # fixed: not a child
         self.trains_decoder = "decoder" in parts
         self.network.encoder.requires_grad_("encoder" in parts)
         self.network.retrieval.requires_grad_("retrieval" in parts)
@@ -159,6 +165,15 @@ class TrainableRetrieval(nn.Module):
             loss = self.reader.loss(sites, dict(zip(sites, features)), bank, *parts, attributes)
             losses["loss"] = losses["loss"] + self.reading * loss
             losses["attributes"] = loss.detach()
+        critic = self.critic[0]
+        if parts is not None and attributes is not None and critic is not None:
+            site = next(iter(bank.sites.values()))
+            found = parts_found(*parts[1:], features[0].shape[-2:], site)
+            found = found.repeat_interleave(batch // groups, 0)
+            clean = self.schedule.clean(prediction, noised, steps)
+            loss = critic.loss(clean, attributes, generator, found)
+            losses["loss"] = losses["loss"] + self.drawing * loss
+            losses["drawn"] = loss.detach()
         return losses
 
     def finished(self, weights: Mapping[str, Tensor]) -> RetrievalControlNet:

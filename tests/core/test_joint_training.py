@@ -425,6 +425,43 @@ def test_a_small_noise_power_draws_more_noise_and_never_too_much():
     assert steps.double().mean() == pytest.approx(1000 * 2 / 3, abs=60)  # the mean of sqrt(u)
 
 
+def test_the_critic_reads_what_is_drawn_and_is_not_trained():
+    """With the reader: each adds its share, and the critic's gradient reaches the decoder."""
+    from retrieval_core.training.critic import Critic
+
+    sizes = {"hair": (1, 4), "upper": (2, 3)}
+    torch.manual_seed(0)
+    critic = Critic(4, SIZE, sizes).double().eval().requires_grad_(False)
+    batch, model = Batch(), trainee(critic=critic, drawing=0.7)
+    rows = GROUPS * TARGETS
+    parts = (
+        torch.ones(rows, 4 * SIZE, 4 * SIZE).to(torch.uint8),
+        torch.ones(GROUPS * REFERENCES, 4 * SIZE, 4 * SIZE).to(torch.uint8),
+        3,
+    )
+    values = torch.zeros(rows, 2).long()
+    arguments = (batch.latents, batch.context)
+
+    def losses(attributes):
+        generator = torch.Generator().manual_seed(4)
+        return model.loss(
+            batch.bank(model), *arguments, generator, parts=parts, attributes=attributes
+        )
+
+    ours, without = losses(values), losses(None)
+    assert "drawn" not in without
+    torch.testing.assert_close(ours["loss"], without["loss"] + 0.7 * ours["drawn"])
+    # No reference shows part 2: the second attribute does not count, the first does.
+    other = values.clone()
+    other[:, 1] = 2
+    assert torch.equal(losses(other)["drawn"], ours["drawn"])
+    other[:, 0] = 3
+    assert not torch.equal(losses(other)["drawn"], ours["drawn"])
+    (ours["loss"] - without["loss"]).backward()
+    assert model.unet.out[2].weight.grad.abs().max() > 0
+    assert not any("critic" in name for name, _ in model.named_parameters())
+
+
 def test_channel_weights_count_errors_by_channel():
     batch = Batch()
     weights = torch.tensor([2.0, 0.0, 0.0, 0.0])

@@ -255,7 +255,10 @@ def test_denoised_inverts_the_target_at_every_noise_level():
         steps = torch.tensor([0, 100, 700, 999])
         sigma = schedule.sigmas()[steps]
         x = x0 + sigma.view(-1, 1, 1, 1) * eps
-        found = schedule.denoised(schedule.target(x0, eps, steps), x, sigma)
+        target = schedule.target(x0, eps, steps)
+        found = schedule.denoised(target, x, sigma)
+        torch.testing.assert_close(found, x0, rtol=1e-9, atol=1e-9)
+        found = schedule.clean(target, schedule.noised(x0, eps, steps), steps)
         torch.testing.assert_close(found, x0, rtol=1e-9, atol=1e-9)
 
 
