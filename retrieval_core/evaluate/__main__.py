@@ -19,6 +19,9 @@ from tqdm import tqdm
 
 from ..errors import RetrievalError
 from ..injection import GUIDANCES
+from ..metrics.encoders import load_clip, load_dino
+from ..metrics.model_folder import find_model
+from ..metrics.vqa_models import load_vqa
 from ..paperdoll.bundle import JUDGE_FILE, bundled, load_bundle
 from ..paperdoll.generate import Sampling
 from ..paperdoll.judge import load_judge
@@ -170,19 +173,14 @@ def scorer_of(options: argparse.Namespace) -> Scorer:
             "A folder of characters is scored by CLIP; name one with --clip, such as "
             "openai/clip-vit-large-patch14 or a folder."
         )
-    try:
-        from ..metrics.encoders import load_clip, load_dino
-        from ..metrics.model_folder import find_model
-        from ..metrics.vqa_models import load_vqa
-    except ImportError as error:
-        raise RetrievalError(
-            f"CLIP, DINO and VQA models cannot be loaded here ({error}); evaluate paper dolls, "
-            "which the bundled judge scores."
-        ) from error
-
-    clip = load_clip(find_model(options.clip))
-    dino = load_dino(find_model(options.dino)) if options.dino else None
-    vqa = load_vqa(find_model(options.vqa)) if options.vqa else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip = load_clip(find_model(options.clip), device)
+    dino = load_dino(find_model(options.dino), device) if options.dino else None
+    vqa = None
+    if options.vqa:
+        # Billions of parameters: half of their bytes where the processor is fast at it.
+        dtype = torch.bfloat16 if device == "cuda" else None
+        vqa = load_vqa(find_model(options.vqa), device=device, dtype=dtype)
     names = [n for n in (options.clip, options.dino, options.vqa) if n]
     return ModelScorer(clip, dino, vqa, names)
 

@@ -65,8 +65,10 @@ def weighted_diversity(
     suggestion, with a formula of our own: the weights are not divided out, because a model whose
     images are all messy must lose by it.
 
-    It is NOT claimed to be the "Similarity Weighted Diversity (SWD)" that the abstract of the
-    paper's later versions names (arXiv 2312.02521v2): their definition could not be consulted.
+    It is NOT claimed to be the authors' own "Similarity Weighted Diversity". Of it, only what their
+    later abstract says could be consulted: "we introduce a novel class of metrics named Similarity
+    Weighted Diversity (SWD), to measure the overlooked diversity and better evaluate the alignment
+    between similarity and diversity" (arXiv 2312.02521v3; v2 has it, too); not the formula.
 
     Args:
         similarity: [N] in percent: `ImageScore.values` of CLIP-I, of CLIP-T, or the attribute

@@ -1,0 +1,141 @@
+"""CLIP and DINO in the format of transformers as `ImageEmbedder` and `TextEmbedder`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RetrievalError
+from .pretrained import load_model, load_part, pictures, read_config, to_model
+
+BATCH = 16
+# model_type -> options of its class. DINO's ViT has no pooling layer; its CLS token is the feature.
+DINO_KINDS: dict[str, dict[str, Any]] = {
+    "vit": {"add_pooling_layer": False},
+    "dinov2": {},
+    "dinov2_with_registers": {},
+}
+
+
+class ClipEncoder:
+    """Projected features of CLIP: an `ImageEmbedder` and a `TextEmbedder` into one space.
+
+    Attributes:
+        model: transformers' CLIPModel. Whoever owns it may move it; inputs follow its parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, image_processor: Any, tokenizer: Any, batch_size: int = BATCH
+    ) -> None:
+        self.model, self.batch_size = model, batch_size
+        self._image_processor, self._tokenizer = image_processor, tokenizer
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Features [N, D] float32 of images [N, 3, H, W] in 0..1, not normalised, on the CPU."""
+        rows = []
+        for some in images.split(self.batch_size):
+            inputs = self._image_processor(images=pictures(some), return_tensors="pt")
+            pooled = self.model.vision_model(**to_model(inputs, self.model)).pooler_output
+            rows.append(self.model.visual_projection(pooled).float().cpu())
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Features [N, D] float32 of texts, cut off where CLIP's context (77 tokens) ends."""
+        rows = []
+        for start in range(0, len(texts), self.batch_size):
+            inputs = self._tokenizer(
+                list(texts[start : start + self.batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            )
+            pooled = self.model.text_model(**to_model(inputs, self.model)).pooler_output
+            rows.append(self.model.text_projection(pooled).float().cpu())
+        return torch.cat(rows)
+
+
+class DinoEncoder:
+    """The CLS token of DINO or DINOv2 after its last norm: an `ImageEmbedder`.
+
+    Attributes:
+        model: transformers' ViTModel or Dinov2Model. Whoever owns it may move it; inputs follow
+            its parameters.
+    """
+
+    def __init__(self, model: nn.Module, image_processor: Any, batch_size: int = BATCH) -> None:
+        self.model, self.batch_size = model, batch_size
+        self._image_processor = image_processor
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """CLS tokens [N, D] float32 of images [N, 3, H, W] in 0..1, not normalised, on the CPU."""
+        rows = []
+        for some in images.split(self.batch_size):
+            inputs = self._image_processor(images=pictures(some), return_tensors="pt")
+            hidden = self.model(**to_model(inputs, self.model)).last_hidden_state
+            rows.append(hidden[:, 0].float().cpu())
+        return torch.cat(rows)
+
+
+def load_clip(
+    folder: str | PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int = BATCH,
+) -> ClipEncoder:
+    """CLIP from a folder in the format of transformers, such as openai/clip-vit-large-patch14.
+
+    Args:
+        device: where the model goes (the CPU by default). dtype: float32 by default.
+        batch_size: images or texts that are encoded at a time.
+
+    Raises:
+        RetrievalError: another kind of model, or see `pretrained`.
+    """
+    folder = Path(folder)
+    kind = read_config(folder)["model_type"]
+    if kind != "clip":
+        raise RetrievalError(
+            f"The model in '{folder}' is of the kind '{kind}' and not CLIP with its image and text "
+            "encoder; use one such as openai/clip-vit-large-patch14."
+        )
+    tokenizer = load_part("AutoTokenizer", folder)
+    processor = _image_processor(folder)
+    return ClipEncoder(load_model("CLIPModel", folder, device, dtype), processor, tokenizer,
+                       batch_size)  # fmt: skip
+
+
+def load_dino(
+    folder: str | PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int = BATCH,
+) -> DinoEncoder:
+    """DINO ViT-S/16 (facebook/dino-vits16, the usual DINO-I) or DINOv2, as `load_clip`.
+
+    Raises:
+        RetrievalError: another kind of model, or see `pretrained`.
+    """
+    folder = Path(folder)
+    kind = read_config(folder)["model_type"]
+    if kind not in DINO_KINDS:
+        raise RetrievalError(
+            f"The model in '{folder}' is of the kind '{kind}' and not DINO "
+            f"({', '.join(DINO_KINDS)}); use one such as facebook/dinov2-small."
+        )
+    processor = _image_processor(folder)
+    model = load_model("AutoModel", folder, device, dtype, **DINO_KINDS[kind])
+    return DinoEncoder(model, processor, batch_size)
+
+
+def _image_processor(folder: Path) -> Any:
+    # The fast ones need torchvision and resize otherwise: scores would depend on the installation.
+    return load_part("AutoImageProcessor", folder, use_fast=False)
