@@ -23,6 +23,12 @@ class RetrievalExtension(ComfyExtension):
         from .paperdoll import RetrievalPaperdollModel, RetrievalPaperdollReference
         from .retrieval_map import RetrievalMap, RetrievalRecordMap
         from .save_references import RetrievalSaveReferences
+        from .scores import (
+            RetrievalImageSimilarity,
+            RetrievalPaperdollMatch,
+            RetrievalTextSimilarity,
+        )
+        from .vqa import RetrievalVQADiversityScore
 
         return [
             RetrievalLoadControlNet,
@@ -35,6 +41,10 @@ class RetrievalExtension(ComfyExtension):
             RetrievalMap,
             RetrievalPaperdollModel,
             RetrievalPaperdollReference,
+            RetrievalVQADiversityScore,
+            RetrievalImageSimilarity,
+            RetrievalTextSimilarity,
+            RetrievalPaperdollMatch,
         ]
 
 

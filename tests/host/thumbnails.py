@@ -20,6 +20,8 @@ from workflows import FOLDER, api_form, example
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 RUNNABLE = [name for name in NAMES if name.startswith("paperdoll")]
 WIDTH = 1024
+# A larger picture is a plot. Pictures are drawn in whole pixels, a row of this width at most.
+PLOT, PIXELS, MOST = 400, 64, 1024
 TITLE, ROW, WIDGET, GAP = 30, 20, 24, 60
 DARK, BODY, HEAD, LIGHT, DIM = "#202124", "#35363a", "#2b2c30", "#e8e8e8", "#a8a8a8"
 WIRES = {
@@ -47,7 +49,12 @@ def titled(picture: Image.Image, text: str) -> Image.Image:
 
 
 def sheet(pictures: np.ndarray, edge: int) -> Image.Image:
-    """Pictures side by side, each an exact multiple of its pixels."""
+    """Pictures side by side, each an exact multiple of its pixels; a plot keeps its shape."""
+    if max(pictures.shape[1:3]) > PLOT:
+        plot = Image.fromarray(pictures[0])
+        plot.thumbnail((PLOT, PLOT), Image.Resampling.LANCZOS)
+        return plot
+    edge = min(edge, PIXELS * max(1, MOST // (PIXELS * len(pictures))))
     row = Image.new("RGB", (len(pictures) * (edge + 8) - 8, edge), DARK)
     for i, picture in enumerate(pictures):
         scaled = Image.fromarray(picture).resize((edge, edge), Image.Resampling.NEAREST)
