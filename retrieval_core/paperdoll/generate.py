@@ -13,13 +13,11 @@ from ..bank import Bank, stack
 from ..controlnet import RetrievalControlNet
 from ..injection import Guidance, Retrieval
 from ..references import PreparedReference
-from ..retrieval_map import RecordedRetrieval
+from ..retrieval_map import RecordedRetrieval, map_site
 from ..sampling import Sampler, guided_denoiser, sample
 from ..token_budget import limit_tokens
 from .bundle import Bundle
 from .model import PaperdollModel
-
-MAP_SITE = "input_2"  # 8x8 places: fine enough to tell a face from clothes
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,12 @@ def banks(
 def retrieval_of(network: RetrievalControlNet, bank: Bank, how: Sampling) -> RecordedRetrieval:
     """The bank as it is injected, with the recommended settings where `how` gives none.
 
-    It records where the picture looked, at the site `MAP_SITE`, for the retrieval map.
+    It records where the picture looked, at the site `map_site`, for the retrieval map.
     """
     recommended = network.card.recommended
     strength = how.strength if how.strength is not None else float(recommended["strength"])
     guidance = how.guidance or recommended["guidance"]
-    whole = bank
+    whole, site = bank, map_site(network.config)
     if how.token_budget is not None:
         bank = limit_tokens(bank, how.token_budget)
     return RecordedRetrieval(
@@ -98,8 +96,8 @@ def retrieval_of(network: RetrievalControlNet, bank: Bank, how: Sampling) -> Rec
         bank,
         strength=strength,
         guidance=guidance,
-        site=MAP_SITE,
-        seen=whole.sites.get(MAP_SITE),
+        site=site,
+        seen=whole.sites.get(site),
     )
 
 

@@ -83,5 +83,6 @@ def _found(shown: Tensor, site: SiteBank) -> Tensor:
 
 def part_shares(labels: Tensor, parts: int, size: Sequence[int]) -> Tensor:
     """uint8 [B, h, w] -> [B, H * W, P]: how much of each place each part fills."""
-    one_hot = F.one_hot(labels.long(), parts).movedim(-1, 1).float()
+    values = torch.arange(parts, dtype=labels.dtype, device=labels.device)
+    one_hot = (labels[:, None] == values[:, None, None]).float()
     return F.adaptive_avg_pool2d(one_hot, tuple(size)).flatten(2).transpose(1, 2)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from ..errors import RetrievalError
 
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 Lock = Literal["train_both", "lock_decoder", "lock_both"]
 LOCKS: tuple[str, ...] = get_args(Lock)
 Task = Literal["same_character", "compose"]
@@ -26,6 +29,7 @@ class TrainingSettings:
     final_learning_rate_ratio: the cosine ends at this share of `learning_rate`, 0 to 1.
     weight_decay: AdamW's, on parameters of two or more dimensions (not biases and norms).
     betas: AdamW's. clip_norm: largest gradient norm. ema_decay: 0 to below 1.
+    precision: of the forward pass's products; parameters, optimiser and sums stay in float32.
     seed: all randomness of the run. checkpoint_every: steps between checkpoints.
 
     Raises RetrievalError naming the first setting that is out of range.
@@ -40,6 +44,7 @@ class TrainingSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    precision: Precision = "float32"
     seed: int = 0
     checkpoint_every: int = field(default=1000, metadata=_FREE)
 
@@ -61,6 +66,7 @@ class TrainingSettings:
         self._check("final_learning_rate_ratio", _number(value) and 0 <= value <= 1, "0 to 1")
         value = self.ema_decay
         self._check("ema_decay", _number(value) and 0 <= value < 1, "0 to below 1")
+        self._check("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         good = isinstance(self.betas, tuple) and len(self.betas) == 2
         good = good and all(_number(beta) and 0 <= beta < 1 for beta in self.betas)
         self._check("betas", good, "two numbers from 0 to below 1")
@@ -86,6 +92,11 @@ class TrainingSettings:
     def fixed_names(cls) -> list[str]:
         """Names of the settings that a resumed run must share with the first."""
         return [f.name for f in fields(cls) if not f.metadata.get("free_to_change")]
+
+    @classmethod
+    def stored(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`as_json` of an earlier version of the pack, with what it did not have yet."""
+        return {"precision": "float32", **values}
 
 
 def _whole(value: object, low: int) -> bool:

@@ -57,7 +57,7 @@ class Trainer:
         seeded for each step too, for dropout), so that a resumed run repeats it.
     batches: see Batches. settings: see TrainingSettings.
     folder: checkpoints, `losses.csv` and `losses.png`. A checkpoint found there is resumed.
-    device: where owner and optimiser live. All arithmetic is in the parameters' own type.
+    device: where owner and optimiser live.
     description: JSON values that tell this run from others (lock, task, text drop, ...);
         a run is resumed only under the same ones.
     prefetch: batches prepared ahead on a thread (changes no number). 0: none.
@@ -193,7 +193,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # a step broken off may have left some
         torch.manual_seed(step_seed(settings.seed, self.step))
         generator = step_generator(settings.seed, self.step, self.device)
-        losses = self.loss_fn(batch, generator)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
+        ):
+            losses = self.loss_fn(batch, generator)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip_norm)
         # One read for all values: on an accelerator every read waits for the device.
@@ -270,7 +273,7 @@ class Trainer:
 
     def _refuse_other_run(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         names = TrainingSettings.fixed_names()
-        now, then = self.settings.as_json(), state["settings"]
+        now, then = self.settings.as_json(), TrainingSettings.stored(state["settings"])
         pairs = [(name, then.get(name), now.get(name)) for name in names]
         described = sorted({*state["description"], *self.description})
         pairs += [(n, state["description"].get(n), self.description.get(n)) for n in described]

@@ -144,7 +144,7 @@ def test_the_map_is_read_where_a_place_is_a_part_of_a_figure():
     assert (map_site(SD15), map_site(SDXL), map_site(PAPERDOLL)) == (
         "input_8",
         "input_8",
-        "input_2",
+        "input_3",
     )
     for config, factor in ((SD15, 4), (SDXL, 4), (PAPERDOLL, 2)):
         assert config.site_downsampling()[map_site(config)] == factor

@@ -237,6 +237,7 @@ def test_no_two_steps_share_a_seed():
         ("betas", (0.9,)),
         ("clip_norm", math.inf),
         ("ema_decay", 1.0),
+        ("precision", "float16"),
         ("seed", -1),
         ("checkpoint_every", 0),
     ],
@@ -244,6 +245,23 @@ def test_no_two_steps_share_a_seed():
 def test_a_setting_out_of_range_is_named(name, value):
     with pytest.raises(RetrievalError, match=f"training setting {name} is .*; it must be "):
         settings(**{name: value})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_is_that_of_the_products_only(tmp_path, precision):
+    owner, seen = Owner(), []
+
+    def loss(batch, generator):
+        seen.append(owner.frozen(batch).dtype)
+        return {"loss": (owner.trained(batch) - owner.frozen(batch)).float().square().mean()}
+
+    run = trainer(tmp_path, owner=owner, loss=loss, precision=precision)
+    run.run(2)
+    assert seen == [getattr(torch, precision)] * 2
+    assert {t.dtype for t in everything(run).values() if t.is_floating_point()} == {
+        torch.float32,
+        torch.float64,  # the history
+    }
 
 
 def test_ablation_settings():

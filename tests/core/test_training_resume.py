@@ -14,6 +14,7 @@ import torch
 from tiny_training import everything, trainer
 
 from retrieval_core.errors import RetrievalError
+from retrieval_core.training import TrainingSettings
 from retrieval_core.training import checkpoint as checkpoint_module
 from retrieval_core.training.checkpoint import LAST, PREVIOUS, load_checkpoint
 
@@ -177,6 +178,7 @@ def test_ctrl_c_saves_and_says_so_in_one_line(tmp_path, uninterrupted, number):
     [
         ({"learning_rate": 2e-2}, "learning_rate = 0.01, not 0.02"),
         ({"steps": 301}, "steps = 300, not 301"),
+        ({"precision": "bfloat16"}, "precision = float32, not bfloat16"),
         ({"betas": (0.8, 0.999)}, r"betas = \[0.9, 0.999\], not \[0.8, 0.999\]"),
         ({"description": {"lock": "lock_both"}}, "lock = train_both, not lock_both"),
     ],
@@ -186,6 +188,12 @@ def test_other_settings_are_refused(tmp_path, changes, words):
     with pytest.raises(RetrievalError, match=words):
         trainer(tmp_path, **{"description": {"lock": "train_both"}, **changes})
     trainer(tmp_path, description={"lock": "train_both"}, checkpoint_every=50)
+
+
+def test_a_run_from_before_there_was_a_precision_goes_on():
+    stored = tiny_training.settings().as_json()
+    del stored["precision"]
+    assert TrainingSettings.stored(stored) == tiny_training.settings().as_json()
 
 
 def test_other_parameters_are_refused(tmp_path):

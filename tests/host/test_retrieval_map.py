@@ -14,6 +14,8 @@ from retrieval_pack.nodes.retrieval_map import (
     RetrievalRecordMap,
 )
 from retrieval_pack.retrieval_core.injection import Retrieval
+from retrieval_pack.retrieval_core.paperdoll.model import CONFIG as PAPERDOLL
+from retrieval_pack.retrieval_core.retrieval_map import map_site
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_the_shares_are_the_attention_of_each_row_to_each_reference(dolls, refs,
     original = Retrieval.apply
 
     def spy(self, site, h, rows, strength=None):
-        if site == "input_2":
+        if site == map_site(PAPERDOLL):
             layer, bank = self.sites[site], self.bank.sites[site]
             part = h.chunk(len(rows))[rows.index(0)]
             query = layer.to_q(layer.norm_query(part.flatten(2).transpose(1, 2))).double()
