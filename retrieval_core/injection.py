@@ -154,3 +154,26 @@ class Retrieval:
         if key not in self.outputs:
             self.outputs[key] = layer.output_matrix(h)
         return self.outputs[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Several:
+    """Several applications on one U-Net, in order, such as one a region; see `Retrieval`."""
+
+    hooks: ClassVar[str] = Retrieval.hooks
+
+    applied: Sequence[Retrieval]
+
+    def hook(self, cond_or_uncond: Sequence[int], progress: float) -> SkipHook | None:
+        """All of their hooks one after another, or None if none has anything to do."""
+        found = [one.hook(cond_or_uncond, progress) for one in self.applied]
+        active = [hook for hook in found if hook is not None]
+        if not active:
+            return None
+
+        def hook(site: str, h: Tensor) -> Tensor:
+            for one in active:
+                h = one(site, h)
+            return h
+
+        return hook

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import RetrievalError
-from .injection import Retrieval
+from .injection import Retrieval, Several
 from .schedule import NoiseSchedule
 from .unet import UNet
 
@@ -24,7 +24,7 @@ def guided_denoiser(
     cond: Tensor,
     uncond: Tensor,
     cfg: float,
-    retrieval: Retrieval | None = None,
+    retrieval: Retrieval | Several | None = None,
 ) -> Denoise:
     """x0-prediction with classifier-free guidance: uncond + cfg * (cond - uncond).
 

@@ -24,7 +24,7 @@ from ..objective import retrieval_loss
 from ..training.attributes import AttributeReader, deeper_sites
 from ..training.critic import Critic, undecided
 from ..training.joint import TrainableRetrieval
-from ..training.settings import LOCKS, PRECISIONS, Lock, TrainingSettings
+from ..training.settings import LOCKS, PRECISIONS, Lock, Precision, TrainingSettings
 from ..training.trainer import Trainer
 from ..unet import load_strictly
 from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
@@ -340,14 +340,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reading", type=float, default=READING)
     parser.add_argument("--drawing", type=float, default=DRAWING)
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="bfloat16", help="of the products"
+        "--precision", choices=PRECISIONS, default="bfloat16", help="of products; judge: float32"
     )
     parser.add_argument("--threads", type=int, default=2, help="rounding depends on it")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     stages = options.stage or list(STAGES)
 
-    def settings(steps: int, batch: int, rate: float) -> TrainingSettings:
+    def settings(
+        steps: int, batch: int, rate: float, precision: Precision | None = None
+    ) -> TrainingSettings:
         return TrainingSettings(
             steps=steps,
             batch_size=batch,
@@ -357,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
             betas=(0.9, 0.99),
             clip_norm=1.0,
             ema_decay=0.998,
-            precision=options.precision,
+            precision=precision or options.precision,
             seed=options.seed,
             checkpoint_every=250,
         )
@@ -394,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "judge" in stages:
             train_judge(
                 options.out,
-                settings(options.judge_steps, 128, 2e-3),
+                settings(options.judge_steps, 128, 2e-3, "float32"),
                 options.judge_figures,
                 load_base(options.out / BASE_FILE).vae,
             )

@@ -1,0 +1,179 @@
+"""Measures the controls on held-out paper-doll characters: see `main` for the command.
+
+What the default token budget loses, what masks keep out, and whether two regions give each its own
+character. Everything is read off generated pictures by the judge; numbers are percentages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import RetrievalError
+from ..injection import Retrieval, Several
+from ..sampling import guided_denoiser, sample
+from ..token_budget import DEFAULT_BUDGET
+from .bundle import Bundle, load_bundle
+from .cases import Case, composition_case, groups, same_character_case, unsaid
+from .generate import Sampling, banks, retrieval_of
+from .judge import chance
+from .measure import (
+    BATCH,
+    Measurement,
+    Reading,
+    chance_levels,
+    follow_rates,
+    leak_rate,
+    match_rates,
+)
+from .world import SIZE
+
+TASKS = {"four references": same_character_case, "composition": composition_case}
+
+
+def budget_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
+    """Attribute match with all tokens and with the default budget, from the same noise."""
+    lines: dict[str, Any] = {"tokens a site at most": DEFAULT_BUDGET}
+    for task, make in TASKS.items():
+        cases = [make(seed, i) for i in range(count)]
+        rates = {}
+        for name, budget in (("all tokens", None), ("default budget", DEFAULT_BUDGET)):
+            run = Measurement(bundle, replace(how, token_budget=budget), seed)
+            rates[name] = match_rates(cases, run.read(cases, True, f"{task}, {name}"))
+        lost = rates["all tokens"]["mean"] - rates["default budget"]["mean"]
+        lines[task] = {**rates, "lost, points": round(lost, 2)}
+    return lines
+
+
+def mask_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
+    """How often figures stand before the references' background, with masks and without."""
+    run = Measurement(bundle, how, seed)
+    lines: dict[str, Any] = {"chance": round(100 * chance("background"), 2)}
+    for masked in (True, False):
+        cases = [same_character_case(seed, i, masked=masked) for i in range(count)]
+        silent = [unsaid(case) for case in cases]
+        name = "masked" if masked else "not masked"
+        lines[name] = {
+            "background named by the prompt": leak_rate(cases, run.read(cases, True, name)),
+            "empty prompt": leak_rate(silent, run.read(silent, True, f"{name}, empty prompt")),
+        }
+    return lines
+
+
+def region_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
+    """Two characters in one picture, each of them given a half of it as its region."""
+    lefts = [same_character_case(seed, 2 * i) for i in range(count)]
+    rights = [same_character_case(seed, 2 * i + 1) for i in range(count)]
+    lines: dict[str, Any] = {"chance": chance_levels()}
+    for name, on in (("two regions", True), ("without retrieval", False)):
+        left, right = read_halves(bundle, lefts, rights, seed, how, on)
+        lines[name] = {
+            "left": match_rates(lefts, left),
+            "right": match_rates(rights, right),
+            "left is the right one's": match_rates(rights, left)["mean"],
+            "right is the left one's": match_rates(lefts, right)["mean"],
+            "text followed on the left": follow_rates(lefts, left),
+        }
+    return lines
+
+
+def read_halves(
+    bundle: Bundle,
+    lefts: Sequence[Case],
+    rights: Sequence[Case],
+    seed: int,
+    how: Sampling,
+    retrieve: bool,
+) -> tuple[list[Reading], list[Reading]]:
+    """What the judge reads off the two halves of pictures twice as wide, one a pair of cases."""
+    readings: tuple[list[Reading], list[Reading]] = ([], [])
+    with tqdm(total=len(lefts), desc="two regions", disable=None, leave=False) as bar:
+        for start in range(0, len(lefts), BATCH):
+            part = slice(start, start + BATCH)
+            noise = _wide_noise(bundle, seed, start, len(lefts[part]))
+            pictures = pairs(bundle, lefts[part], rights[part], noise, how, retrieve)
+            for found, half in zip(readings, pictures.split(SIZE, -1), strict=True):
+                found += bundle.judge.read(half)
+            bar.update(len(pictures))
+    return readings
+
+
+def pairs(
+    bundle: Bundle,
+    lefts: Sequence[Case],
+    rights: Sequence[Case],
+    noise: Tensor,
+    how: Sampling,
+    retrieve: bool = True,
+) -> Tensor:
+    """Pictures [B, 3, 64, 128] of two characters each, the prompt being the left one's.
+
+    Args:
+        noise: [B, C, 16, 32].
+    """
+    base, applied = bundle.base, []
+    if retrieve:
+        for cases, place in ((lefts, 0), (rights, 1)):
+            bank = banks(base, bundle.network, groups(cases))
+            applied.append(_in_half(retrieval_of(bundle.network, bank, how), place))
+    unet = bundle.network.apply_decoder(base.unet) if retrieve else base.unet
+    with torch.inference_mode():
+        cond = base.text.encode([case.prompt for case in lefts])
+        uncond = base.text.encode([""] * len(lefts))
+        retrieval = Several(applied) if retrieve else None
+        denoise = guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, retrieval)
+        return base.vae.decode(sample(denoise, noise, base.schedule, how.steps, how.sampler))
+
+
+def _in_half(retrieval: Retrieval, place: int) -> Retrieval:
+    region = torch.zeros(SIZE, 2 * SIZE)
+    region[:, place * SIZE : (place + 1) * SIZE] = 1
+    return replace(retrieval, region=region)
+
+
+def _wide_noise(bundle: Bundle, seed: int, start: int, count: int) -> Tensor:
+    rows = []
+    for i in range(start, start + count):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        rows.append(torch.cat(bundle.base.noise(2, generator).split(1), -1))
+    return torch.cat(rows)
+
+
+LINES = {"token budget": budget_lines, "masks": mask_lines, "regions": region_lines}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m retrieval_core.paperdoll.measure_controls")
+    parser.add_argument("--count", type=int, default=200, help="figures a line")
+    parser.add_argument("--seed", type=int, default=1, help="another seed, other characters")
+    parser.add_argument("--only", choices=LINES, nargs="+", default=list(LINES))
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    parser.add_argument("--weights", type=Path, help="folder of the weights, default: bundled")
+    options = parser.parse_args(arguments)
+    try:
+        if options.count < 1:
+            raise RetrievalError(
+                f"Measuring {options.count} figures is not possible; give 1 or more."
+            )
+        bundle = load_bundle(options.weights)
+        result: dict[str, Any] = {"figures": options.count, "seed": options.seed}
+        for name in options.only:
+            result[name] = LINES[name](bundle, options.count, options.seed, Sampling())
+    except RetrievalError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=None if options.json else 2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
