@@ -7,6 +7,7 @@ from comfy_api.latest import io
 CATEGORY = "retrieval/demo"
 CONCEPTS = ("figure", "face", "clothes")
 LARGEST_BATCH = 64
+MOST_FIGURES = 4
 MOST_PICTURES = 16
 
 
@@ -31,7 +32,16 @@ class RetrievalPaperdollModel(io.ComfyNode):
                     min=1,
                     max=LARGEST_BATCH,
                     tooltip="How many pictures the empty latent is for.",
-                )
+                ),
+                io.Int.Input(
+                    "figures",
+                    default=1,
+                    min=1,
+                    max=MOST_FIGURES,
+                    optional=True,
+                    tooltip="How many figures the pictures are wide: 2 makes room for two "
+                    "characters, each with a region of its own.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -42,12 +52,12 @@ class RetrievalPaperdollModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, batch_size: int) -> io.NodeOutput:
+    def execute(cls, batch_size: int, figures: int = 1) -> io.NodeOutput:
         from ..retrieval_core.paperdoll import bundle, model
         from .paperdoll_model import empty_latent, host_clip, host_model, host_vae
 
         base = model.load_base(bundle.bundled(bundle.BASE_FILE))
-        latent = empty_latent(base, batch_size)
+        latent = empty_latent(base, batch_size, figures)
         return io.NodeOutput(host_model(base), host_clip(base), host_vae(base), latent)
 
 

@@ -203,9 +203,10 @@ def host_vae(base: PaperdollModel) -> HostVAE:
     return HostVAE(base.vae)
 
 
-def empty_latent(base: PaperdollModel, batch_size: int) -> dict[str, Tensor]:
-    """The host's LATENT of zeros [batch_size, C, 16, 16]."""
-    shape = (batch_size, base.vae.channels, base.latent_size, base.latent_size)
+def empty_latent(base: PaperdollModel, batch_size: int, figures: int = 1) -> dict[str, Tensor]:
+    """The host's LATENT of zeros [batch_size, C, 16, 16 * figures]."""
+    edge = base.latent_size
+    shape = (batch_size, base.vae.channels, edge, edge * figures)
     return {"samples": torch.zeros(shape, device=management.intermediate_device())}
 
 

@@ -23,6 +23,8 @@ def test_there_are_the_promised_workflows():
     assert {
         "paperdoll_same_character",
         "paperdoll_face_plus_clothes",
+        "paperdoll_score_diversity",
+        "paperdoll_two_characters_by_region",
         "sd15_same_character",
         "sd15_face_plus_clothes",
         "sd15_two_characters_by_region",

@@ -9,6 +9,7 @@ the others, which need a checkpoint, are drawn as the graph that they are. Not c
 from __future__ import annotations
 
 import textwrap
+import time
 from typing import Any
 
 import numpy as np
@@ -50,20 +51,26 @@ def titled(picture: Image.Image, text: str) -> Image.Image:
 
 def sheet(pictures: np.ndarray, edge: int) -> Image.Image:
     """Pictures side by side, each an exact multiple of its pixels; a plot keeps its shape."""
-    if max(pictures.shape[1:3]) > PLOT:
+    height, width = pictures.shape[1:3]
+    if min(height, width) > PLOT:
         plot = Image.fromarray(pictures[0])
         plot.thumbnail((PLOT, PLOT), Image.Resampling.LANCZOS)
         return plot
-    edge = min(edge, PIXELS * max(1, MOST // (PIXELS * len(pictures))))
-    row = Image.new("RGB", (len(pictures) * (edge + 8) - 8, edge), DARK)
+    aspect = width // height
+    edge = min(edge, PIXELS * max(1, MOST // (PIXELS * aspect * len(pictures))))
+    step = aspect * edge + 8
+    row = Image.new("RGB", (len(pictures) * step - 8, edge), DARK)
     for i, picture in enumerate(pictures):
-        scaled = Image.fromarray(picture).resize((edge, edge), Image.Resampling.NEAREST)
-        row.paste(scaled, (i * (edge + 8), 0))
+        scaled = Image.fromarray(picture).resize((aspect * edge, edge), Image.Resampling.NEAREST)
+        row.paste(scaled, (i * step, 0))
     return row
 
 
 def results(server, workflow: dict, prompt: dict) -> Image.Image:
     """What a workflow shows and saves, each row under its node's title."""
+    # What an earlier workflow showed is cached, and would be missing from this one's results.
+    server.post("/free", {"free_memory": True})
+    time.sleep(1)
     entry = server.run(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]
     titles = {str(n["id"]): n.get("title", n["type"]) for n in workflow["nodes"]}
