@@ -62,7 +62,7 @@ class PaperdollMethod(ABC):
         self, base: PaperdollModel, weights: Sequence[float], how: Sampling, name: str, about: str
     ):
         self.base, self.weights, self.how, self.name = base, tuple(weights), how, name
-        settings = json.dumps([how.steps, how.cfg, how.sampler, how.guidance])
+        settings = json.dumps([how.steps, how.cfg, how.sampler, how.guidance, how.end])
         made_by = "".join((fingerprint(base), about, settings))
         self.digest = hashlib.sha256(made_by.encode()).hexdigest()[:16]
 
@@ -116,7 +116,7 @@ class TrainedMethod(PaperdollMethod):
     def retrieval(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Retrieval:
         guidance = self.how.guidance or self.network.card.recommended["guidance"]
         bank = banks(self.base, self.network, groups)
-        return Retrieval(self.network.retrieval, bank, weight, guidance=guidance)
+        return Retrieval(self.network.retrieval, bank, weight, end=self.how.end, guidance=guidance)
 
 
 class TrainingFreeMethod(PaperdollMethod):
@@ -138,6 +138,7 @@ class TrainingFreeMethod(PaperdollMethod):
             layer_modules(self.base.unet),
             side_by_side(self.base, self.network, groups),
             weight,
+            end=self.how.end,
             guidance=guidance,
             timesteps=self.network.timesteps(),
             adain=self.network.adain,

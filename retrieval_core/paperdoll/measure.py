@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -138,7 +139,7 @@ def exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
     fresh = RetrievalControlNet.from_base(
         base.unet.state_dict(), "paperdoll", config=base.unet.config
     ).eval()
-    off = Sampling(how.steps, how.cfg, how.sampler, 0.0, how.guidance)
+    off = replace(how, strength=0.0)
     cases = {
         "strength 0": (bundle, single_bank(base, network, case.references), off),
         "empty bank": (bundle, single_bank(base, network, []), how),
@@ -227,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cfg", type=float, default=Sampling.cfg)
     parser.add_argument("--strength", type=float)
     parser.add_argument("--guidance", choices=("cond", "both"))
+    parser.add_argument("--end", type=float, default=Sampling.end)
     parser.add_argument("--token-budget", type=int, help="tokens a site, default: all")
     options = parser.parse_args(arguments)
     how = Sampling(
@@ -235,6 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         strength=options.strength,
         guidance=options.guidance,
         token_budget=options.token_budget,
+        end=options.end,
     )
     try:
         result = measure(load_bundle(options.weights), options.count, options.seed, how)

@@ -144,8 +144,8 @@ def test_attributes_match_as_in_the_core(server, whole, characters, batch):
     apply = the_node(prompt, "RetrievalApplyReferences")
     sampler = the_node(prompt, "KSampler", model=[apply, 0])
     settings = prompt[sampler]["inputs"]
-    strength = prompt[apply]["inputs"]["strength"]
-    how = Sampling(settings["steps"], settings["cfg"], settings["sampler_name"], strength)
+    strength, end = (prompt[apply]["inputs"][name] for name in ("strength", "end_percent"))
+    how = Sampling(settings["steps"], settings["cfg"], settings["sampler_name"], strength, end=end)
     cases, in_host, in_core, differences = [], [], [], []
     for character in range(characters):
         text = prompts(character)
