@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..errors import RetrievalError
 from ..injection import Retrieval, Several
-from ..sampling import guided_denoiser, sample
+from ..sampling import Denoise, guided_denoiser, sample
 from ..token_budget import DEFAULT_BUDGET
 from .bundle import Bundle, load_bundle
 from .cases import Case, composition_case, groups, same_character_case, unsaid
@@ -70,12 +70,21 @@ def mask_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str
 
 
 def region_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
-    """Two characters in one picture, each of them given a half of it as its region."""
+    """Two characters in one picture, each of them given a half of it as its region.
+
+    The base's own self-attention spans both halves and mixes them a little; "prompts by area"
+    leaves it no chance, as a host's area conditioning does: each half is denoised on its own.
+    """
     lefts = [same_character_case(seed, 2 * i) for i in range(count)]
     rights = [same_character_case(seed, 2 * i + 1) for i in range(count)]
     lines: dict[str, Any] = {"chance": chance_levels()}
-    for name, on in (("two regions", True), ("without retrieval", False)):
-        left, right = read_halves(bundle, lefts, rights, seed, how, on)
+    settings = {
+        "two regions": {},
+        "two regions, prompts by area": {"by_area": True},
+        "without retrieval": {"retrieve": False},
+    }
+    for name, given in settings.items():
+        left, right = read_halves(bundle, lefts, rights, seed, how, **given)
         lines[name] = {
             "left": match_rates(lefts, left),
             "right": match_rates(rights, right),
@@ -92,15 +101,19 @@ def read_halves(
     rights: Sequence[Case],
     seed: int,
     how: Sampling,
-    retrieve: bool,
+    **given: bool,
 ) -> tuple[list[Reading], list[Reading]]:
-    """What the judge reads off the two halves of pictures twice as wide, one a pair of cases."""
+    """What the judge reads off the two halves of pictures twice as wide, one a pair of cases.
+
+    Args:
+        given: `retrieve` and `by_area`, see `pairs`.
+    """
     readings: tuple[list[Reading], list[Reading]] = ([], [])
     with tqdm(total=len(lefts), desc="two regions", disable=None, leave=False) as bar:
         for start in range(0, len(lefts), BATCH):
             part = slice(start, start + BATCH)
             noise = _wide_noise(bundle, seed, start, len(lefts[part]))
-            pictures = pairs(bundle, lefts[part], rights[part], noise, how, retrieve)
+            pictures = pairs(bundle, lefts[part], rights[part], noise, how, **given)
             for found, half in zip(readings, pictures.split(SIZE, -1), strict=True):
                 found += bundle.judge.read(half)
             bar.update(len(pictures))
@@ -114,11 +127,13 @@ def pairs(
     noise: Tensor,
     how: Sampling,
     retrieve: bool = True,
+    by_area: bool = False,
 ) -> Tensor:
     """Pictures [B, 3, 64, 128] of two characters each, the prompt being the left one's.
 
     Args:
         noise: [B, C, 16, 32].
+        by_area: the halves are denoised one by one, each with its part of both regions.
     """
     base, applied = bundle.base, []
     if retrieve:
@@ -129,9 +144,25 @@ def pairs(
     with torch.inference_mode():
         cond = base.text.encode([case.prompt for case in lefts])
         uncond = base.text.encode([""] * len(lefts))
-        retrieval = Several(applied) if retrieve else None
-        denoise = guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, retrieval)
+
+        def denoiser(active: Sequence[Retrieval]) -> Denoise:
+            several = Several(active) if active else None
+            return guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, several)
+
+        denoise = denoiser(applied)
+        if by_area:
+            halves = [denoiser([_cropped(one, place) for one in applied]) for place in range(2)]
+
+            def denoise(x: Tensor, timestep: int) -> Tensor:
+                parts = x.chunk(2, -1)
+                return torch.cat([half(p, timestep) for half, p in zip(halves, parts)], -1)
+
         return base.vae.decode(sample(denoise, noise, base.schedule, how.steps, how.sampler))
+
+
+def _cropped(retrieval: Retrieval, place: int) -> Retrieval:
+    assert retrieval.region is not None
+    return replace(retrieval, region=retrieval.region.chunk(2, -1)[place])
 
 
 def _in_half(retrieval: Retrieval, place: int) -> Retrieval:

@@ -63,6 +63,11 @@ def test_the_other_half_keeps_its_own_character(bundle, monkeypatch):
         return float(change[72:].mean() / (change[72:].mean() + change[:56].mean()))
 
     assert share_on_the_right() > 0.67
+    changed = [
+        m.pairs(bundle, lefts, r, noise, QUICK, by_area=True) for r in (cases[4:8], cases[8:])
+    ]
+    left, right = (changed[0] - changed[1]).split(64, -1)
+    assert not left.any() and right.abs().mean() > 0.01
     monkeypatch.setattr(m, "_in_half", lambda retrieval, place: retrieval)
     assert 0.4 < share_on_the_right() < 0.6
 
@@ -77,7 +82,12 @@ def test_every_line_is_measured_and_printed_as_one_json_object(monkeypatch, caps
         four["all tokens"]["mean"] - four["default budget"]["mean"], abs=0.01
     )
     assert result["masks"]["chance"] == 12.5
-    assert set(result["regions"]) == {"chance", "two regions", "without retrieval"}
+    assert set(result["regions"]) == {
+        "chance",
+        "two regions",
+        "two regions, prompts by area",
+        "without retrieval",
+    }
 
 
 def test_what_cannot_be_measured_is_one_sentence(capsys):
