@@ -122,7 +122,7 @@ def _axis(estimates: Sequence[Estimate]) -> tuple[float, float, float]:
     low = min(e.mean - _error(e) for e in estimates)
     high = max(e.mean + _error(e) for e in estimates)
     room = max(1.0, 0.08 * (high - low))
-    low, high = low - room, high + room
+    low, high = low - room, min(high + room, max(high, 100.0))  # no percentage lies above 100
     rough = (high - low) / 6
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)

@@ -19,7 +19,7 @@ from retrieval_core.evaluate import __main__ as command
 from retrieval_core.evaluate import summary
 from retrieval_core.evaluate.characters import Character, from_folder, paperdolls
 from retrieval_core.evaluate.evaluation import Evaluation, picture_name
-from retrieval_core.evaluate.frontier import plot
+from retrieval_core.evaluate.frontier import _axis, plot
 from retrieval_core.evaluate.ledger import Ledger
 from retrieval_core.evaluate.methods import TrainedMethod, TrainingFreeMethod
 from retrieval_core.evaluate.protocol import PAPERDOLL, PRESETS, RETRIBOORU, Protocol
@@ -358,3 +358,10 @@ def test_an_empty_folder_is_made_only_for_results(tmp_path):
     ledger.append([])
     assert Ledger(tmp_path / "deep" / "results", {"a": 1}).rows == []
     assert "a 1" in sentence(Ledger, tmp_path / "deep" / "results", {"a": 2})
+
+
+def test_the_frontiers_axes_hold_their_values_and_end_at_100_percent():
+    low, high, step = _axis([Estimate(14.2, 2.8, 3), Estimate(94.0, 3.1, 3)])
+    assert low <= 11.4 and high == 100 and (high - low) % step == 0
+    low, high, _ = _axis([Estimate(30.0, 1.0, 3), Estimate(40.0, 1.0, 3)])
+    assert low < 29 and 41 < high < 50
