@@ -315,9 +315,9 @@ def train_judge(out: Path, settings: TrainingSettings, figures: int, vae: PatchV
     return load_judge(out / JUDGE_FILE)
 
 
-def _finish(trainer: Trainer, until: int | None = None) -> None:
-    """Runs the trainer to step `until` or its end; interrupted, it raises KeyboardInterrupt."""
-    result = trainer.run(until)
+def _finish(trainer: Trainer) -> None:
+    """Runs the trainer to its end; interrupted, it raises KeyboardInterrupt."""
+    result = trainer.run()
     print(result.message, flush=True)
     if result.interrupted:
         raise KeyboardInterrupt
