@@ -76,6 +76,18 @@ class RetrievalControls(io.ComfyNode):
                     tooltip="The most tokens at a site, of all references together: less is "
                     "faster, more keeps finer differences.",
                 ),
+                io.Float.Input(
+                    "keep_apart",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="With a region: until this part of sampling it is kept apart from "
+                    "other regions that are kept apart too, so that the model itself does not mix "
+                    "their characters. 0 never; 0.5 lets them blend in the second half; 1 to the "
+                    "end.",
+                ),
             ],
             outputs=[RetrievalControlsType.Output(display_name="controls")],
         )
@@ -92,6 +104,7 @@ class RetrievalControls(io.ComfyNode):
         region_blur: float,
         tokens: str,
         token_budget: int,
+        keep_apart: float = 0.0,
     ) -> io.NodeOutput:
         from ..retrieval_core.controls import Controls, parse_curve
 
@@ -102,6 +115,7 @@ class RetrievalControls(io.ComfyNode):
                 custom if act_on == CUSTOM else GROUP_PRESETS[act_on],
                 region_blur,
                 None if tokens == ALL_TOKENS else token_budget,
+                keep_apart,
             )
         )
 

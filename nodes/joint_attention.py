@@ -1,39 +1,31 @@
-"""Joint self-attention in the host's layers: the patch objects of the training-free mode."""
+"""One application of references in the training-free mode, as the host's layers ask it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
 import comfy.model_management as management
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ..retrieval_core.bank import SiteBank
-from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.injection import COND
 from ..retrieval_core.training_free import (
     JointRetrieval,
     Source,
     TrainingFree,
-    attend_chunks,
     self_attention_layers,
 )
 from ..retrieval_core.training_free.injection import source_of
-from ..retrieval_core.training_free.network import nearest, site_name
+from ..retrieval_core.training_free.network import site_name
 from ..retrieval_core.training_free.shares import joint_shares, map_layer
-from ..retrieval_core.unet import MIDDLE
 from . import step
-from .patch import UNCOND, RetrievalPatch, strength_at
-from .recorder import RECORDERS, Recorder
-
-ATTN1 = "attn1"
-# The largest timestep; what a percentage of sampling is told apart by.
-LAST = 999
+from .patch import UNCOND, RetrievalPatch
+from .recorder import Recorder
+from .regions import Region
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +35,8 @@ class Application:
     network: TrainingFree
     retrieval: JointRetrieval
     reference_count: int = 0
+    region: Region | None = None
     _banks: dict[Any, dict[str, SiteBank]] = field(default_factory=dict)
-    _regions: dict[Any, Tensor] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Application:
         return self
@@ -128,23 +120,15 @@ class Application:
         return self._banks[key]
 
     def _region(self, noted: step.Step | None, area: tuple[int, ...] | None) -> Tensor | None:
-        """The region at the latent's resolution, cut out at the conditioning's area."""
-        region = self.retrieval.region
-        if region is None or noted is None:
-            return region
-        key = (noted.shape, area)
-        if key not in self._regions:
-            cut = comfy.utils.reshape_mask(region, (1, 1, *noted.shape))[0, 0]
-            if area is not None:
-                height, width, y, x = area
-                cut = cut[y : y + height, x : x + width]
-            self._regions[key] = cut
-        return self._regions[key]
+        if self.region is None or noted is None:
+            return self.retrieval.region
+        return self.region.over(noted, area)
 
     def cleanup(self, *_: Any) -> None:
         """An ON_CLEANUP callback: frees the device's copies, also after an interruption."""
         self._banks.clear()
-        self._regions.clear()
+        if self.region is not None:
+            self.region.cleanup()
 
     def prepare_sampling(
         self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kw: Any
@@ -171,93 +155,3 @@ class Application:
             tokens = max(sizes[name + end] for end in ends) + 2 * places * layer.width
             joined.append(2 * noise_shape[0] * tokens)
         return int((level + max(joined)) * management.dtype_size(dtype))
-
-
-class JointAttention:
-    """An attn1 replacement of all chosen layers, for one or more applications; immutable.
-
-    `before` holds what other packs had put in the layers' place: it goes on seeing all rows.
-    """
-
-    def __init__(self, applications: tuple[Application, ...], before: Mapping[tuple, Callable]):
-        self.applications, self.before = applications, dict(before)
-
-    def __deepcopy__(self, memo: dict) -> JointAttention:
-        return self
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
-        kind, number = extra["block"][:2]
-        index = extra.get("block_index", 0)
-        before = self.before.get((kind, number, index), self.before.get((kind, number)))
-        attend, heads = attention_of(extra), extra["n_heads"]
-        chunks = self._chunks(_name(kind, number, index), q, k, extra)
-        if before is None:
-            return attend_chunks(attend, q, k, v, heads, chunks)
-        own = before(q, k, v, extra)
-        if not any(chunks):
-            return own
-        joint = attend_chunks(attend, q, k, v, heads, chunks)
-        parts = zip(own.chunk(len(chunks)), joint.chunk(len(chunks)), chunks, strict=True)
-        return torch.cat([theirs if not sources else ours for theirs, ours, sources in parts])
-
-    def _chunks(self, name: str, q: Tensor, k: Tensor, extra: dict) -> list[list[Source]]:
-        noted: step.Step | None = extra.get(step.STEP)
-        height, width = extra["activations_shape"][-2:]
-        chunks: list[list[Source]] = [[] for _ in extra.get("cond_or_uncond") or [COND]]
-        for application in self.applications:
-            strength = strength_at(application.retrieval, noted)
-            if strength <= 0 or name not in application.network.names:
-                continue
-            levels = application.retrieval.timesteps
-            if noted is None:  # called by something else than the host's samplers
-                raise RetrievalError(
-                    "The training-free mode was called outside of ComfyUI's samplers, so the "
-                    "noise level is not known; sample with a KSampler or SamplerCustom node."
-                )
-            level = nearest(levels, (1 - noted.progress()) * LAST)
-            found = application.sources(name, q, (height, width), extra, strength, level)
-            for recorder in extra.get(RECORDERS, ()) if name == application.map_layer else ():
-                application.record(recorder, found, q, k, (height, width), extra, level)
-            for chunk, source in zip(chunks, found, strict=True):
-                if source is not None:
-                    chunk.append(source)
-        return chunks
-
-
-def attend_to(model: Any, application: Application) -> None:
-    """Puts the application into the layers' place, beside those already there."""
-    options = model.model_options["transformer_options"]
-    held = options.get("patches_replace", {}).get(ATTN1, {})
-    before = {key: value for key, value in held.items() if not isinstance(value, JointAttention)}
-    ours = next((value for value in held.values() if isinstance(value, JointAttention)), None)
-    earlier: tuple[Application, ...] = ()
-    names = list(application.network.names)
-    if ours is not None:
-        earlier, before = ours.applications, {**ours.before, **before}
-        names += [name for one in earlier for name in one.network.names]
-    patch = JointAttention((*earlier, application), before)
-    for name in dict.fromkeys(names):
-        model.set_model_attn1_replace(patch, *block_of(name))
-
-
-def attention_of(extra: dict) -> Callable[..., Tensor]:
-    """The host's attention as the layer itself would call it, in the core's signature."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-        how = {"attn_precision": extra.get("attn_precision"), "transformer_options": extra}
-        if mask is None:
-            return host_attention.optimized_attention(q, k, v, heads, **how)
-        return host_attention.optimized_attention_masked(q, k, v, heads, mask=mask.to(q), **how)
-
-    return attend
-
-
-def block_of(name: str) -> tuple[str, int, int]:
-    """`output_3.1` as the host names it: ("output", 3, 1)."""
-    block, index = name.split(".")
-    kind, _, number = block.partition("_")
-    return kind, int(number or 0), int(index)
-
-
-def _name(kind: str, number: int, index: int) -> str:
-    return f"{MIDDLE if kind == MIDDLE else f'{kind}_{number}'}.{index}"

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.model_management as management
-import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ..retrieval_core.bank import Bank
 from ..retrieval_core.bank_file import fingerprint_of
-from ..retrieval_core.controls import CONSTANT, Controls, site_groups
+from ..retrieval_core.controls import Controls, site_groups
 from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.injection import COND, Guidance, Retrieval
 from ..retrieval_core.regions import soften
@@ -24,8 +23,9 @@ from . import host, step
 from .network import Network
 from .recorder import RECORDERS, Recorder
 from .references import References
+from .regions import Area, Region
+from .self_attention import attach
 
-Area = tuple[int, int, int, int]  # height, width, y, x in latent pixels
 UNCOND = 1
 _DECODER = "retrieval_decoder"
 # Feature-sized tensors alive at once at a site: normed, query, attended, projected, sum.
@@ -39,9 +39,9 @@ class RetrievalPatch:
     What it holds on the device exists only while a sampler runs.
     """
 
-    def __init__(self, references: References, retrieval: Retrieval):
+    def __init__(self, references: References, retrieval: Retrieval, region: Region | None = None):
         network = references.network
-        self.references, self.retrieval = references, retrieval
+        self.references, self.retrieval, self.region = references, retrieval, region
         self.sites = network.sites
         self.config = network.network.config
         self.last = len(self.config.site_channels()) - 2
@@ -70,7 +70,7 @@ class RetrievalPatch:
         noted: step.Step | None = to.get(step.STEP)
         if kind != "output" or index > self.last:
             return h, hsp
-        strength = strength_at(self.retrieval, noted)
+        strength = step.strength_at(self.retrieval, noted)
         if strength == 0:
             return h, hsp
         if index == 0:
@@ -91,7 +91,7 @@ class RetrievalPatch:
             for row, area, part in parts:
                 if row == COND and self.retrieval.site_strength.get(site, 1.0) != 0:
                     self._record(recorder, part, noted, area)
-        if self.retrieval.region is None or not any(areas):
+        if self.region is None or not any(areas):
             return self._within(h, noted, None).apply(site, h, rows, strength)
         return torch.cat(
             [self._within(h, noted, area).apply(site, p, [row], strength) for row, area, p in parts]
@@ -122,21 +122,19 @@ class RetrievalPatch:
 
     def _within(self, h: Tensor, noted: step.Step | None, area: Area | None) -> Retrieval:
         """With the region at the latent's resolution, cut out at the conditioning's area."""
-        region = self.retrieval.region
-        if region is None or noted is None:
+        if self.region is None or noted is None:
             return self._on_device(h)
         key = (h.device, h.dtype, noted.shape, area)
         if key not in self._device:
-            region = comfy.utils.reshape_mask(region, (1, 1, *noted.shape))[0, 0]
-            if area is not None:
-                height, width, y, x = area
-                region = region[y : y + height, x : x + width]
-            self._device[key] = replace(self._on_device(h), region=region.to(h.device))
+            region = self.region.over(noted, area).to(h.device)
+            self._device[key] = replace(self._on_device(h), region=region)
         return self._device[key]
 
     def cleanup(self, *_: Any) -> None:
         """An ON_CLEANUP callback: frees the device's copies, also after an interruption."""
         self._device.clear()
+        if self.region is not None:
+            self.region.cleanup()
 
     def prepare_sampling(
         self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kw: Any
@@ -194,9 +192,12 @@ def apply(
         raise RetrievalError(f"The strength is {strength}; give a number, 0 for no retrieval.")
     guidance = guidance or network.network.card.recommended.get("guidance", "cond")
     controls = controls or Controls(token_budget=None)
-    region = None if region is None else soften(_check_region(region), controls.region_blur)
+    place = None
+    if region is not None:
+        region = soften(_check_region(region), controls.region_blur)
+        place = Region(region, controls.apart)
     if not isinstance(network, Network):
-        return network.apply(model, references, strength, start, end, guidance, region, controls)
+        return network.apply(model, references, strength, start, end, guidance, place, controls)
     retrieval = Retrieval(
         network.network.retrieval,
         Bank(),
@@ -212,25 +213,15 @@ def apply(
     if strength == 0 or not any(controls.groups) or not references.encoded:
         return patched
     bank = references.bank(controls.token_budget)
-    patch = RetrievalPatch(references, replace(retrieval, bank=bank))
+    patch = RetrievalPatch(references, replace(retrieval, bank=bank), place)
     patched.set_model_output_block_patch(patch)
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step.KEY, patch.cleanup)
     patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, step.KEY, patch.prepare_sampling)
     step.add_wrappers(patched)
+    if place is not None and place.apart > 0:
+        attach(patched, base.config, region=place)
     _replace_decoder(patched, references)
     return patched
-
-
-def strength_at(retrieval: Retrieval, noted: step.Step | None) -> float:
-    """The strength at a step by the host's percentages; whole where the host notes no steps."""
-    if noted is None:
-        return retrieval.strength
-    if not noted.within(retrieval.start, retrieval.end):
-        return 0.0
-    if retrieval.curve == CONSTANT:
-        return retrieval.strength
-    progress = min(max(noted.progress(), retrieval.start), retrieval.end)
-    return retrieval.strength_at(progress)
 
 
 def _check_region(region: Tensor) -> Tensor:

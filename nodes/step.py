@@ -12,6 +12,9 @@ from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 
+from ..retrieval_core.controls import CONSTANT
+from ..retrieval_core.injection import Retrieval
+
 KEY = "retrieval"
 STEP = "retrieval_step"
 _CONDS = "retrieval_conds"
@@ -61,6 +64,18 @@ class Step:
                     high = middle
             self._memo["progress"] = (low + high) / 2
         return self._memo["progress"]
+
+
+def strength_at(retrieval: Retrieval, noted: Step | None) -> float:
+    """The strength at a step by the host's percentages; whole where the host notes no steps."""
+    if noted is None:
+        return retrieval.strength
+    if not noted.within(retrieval.start, retrieval.end):
+        return 0.0
+    if retrieval.curve == CONSTANT:
+        return retrieval.strength
+    progress = min(max(noted.progress(), retrieval.start), retrieval.end)
+    return retrieval.strength_at(progress)
 
 
 def add_wrappers(model: Any) -> None:

@@ -25,7 +25,9 @@ from ..retrieval_core.references import PreparedReference
 from ..retrieval_core.training_free import JointRetrieval, TrainingFree, fixed_noise, split
 from ..retrieval_core.training_free.network import LAYERS, LEVELS, site_name
 from . import host, step
-from .joint_attention import ATTN1, LAST, Application, attend_to, attention_of, block_of
+from .joint_attention import Application
+from .regions import Region
+from .self_attention import ATTN1, LAST, attach, attention_of, block_of
 
 NAME = "training-free"
 
@@ -116,7 +118,7 @@ class TrainingFreeNetwork:
         start: float,
         end: float,
         guidance: Guidance,
-        region: Tensor | None,
+        region: Region | None,
         controls: Controls,
     ) -> Any:
         """See `patch.apply`, which has checked model, guidance and region."""
@@ -127,7 +129,7 @@ class TrainingFreeNetwork:
             start,
             end,
             guidance,
-            region,
+            None if region is None else region.mask,
             controls.curve,
             controls.site_strengths(self.network.groups()),
             timesteps=self.network.timesteps(),
@@ -138,9 +140,10 @@ class TrainingFreeNetwork:
             return patched
         bank = references.bank(controls.token_budget)
         application = Application(
-            self.network, replace(retrieval, bank=bank), len(references.encoded)
+            self.network, replace(retrieval, bank=bank), len(references.encoded), region
         )
-        attend_to(patched, application)
+        apart = region is not None and region.apart > 0
+        attach(patched, self.network.config, application, region if apart else None)
         patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step.KEY, application.cleanup)
         patched.add_wrapper_with_key(
             WrappersMP.PREPARE_SAMPLING, step.KEY, application.prepare_sampling

@@ -2,7 +2,7 @@
 
 File format (DESIGN, "File format"): one safetensors file, keys `encoder.*`, `retrieval.<site>.*`
 and optionally `decoder.*` in the base model's own names; metadata `format`, `format_version`,
-`base`, `config`, `recommended`, `training`.
+`base`, `config`, `recommended`, `training`, and `query_pooling` where queries are pooled.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ FORMAT = "retrieval_controlnet"
 FORMAT_VERSION = 1
 BASES = ("sd15", "sd21", "sdxl", "paperdoll")
 DECODER_PARTS = ("output_blocks.", "out.")
+# By base: see `RetrievalControlNet.query_pooling`. A paper doll's finest level has 16 x 16 places.
+QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
+MOST_POOLING = 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class RetrievalControlNet(nn.Module):
         config: the base U-Net's shape; sites and their widths follow from it.
         operations, attend: injected layers and attention function (see `unet`).
         card: base name, recommended settings and provenance.
+        query_pooling: edge in places of the squares that query as one at the sites of the latent's
+            own resolution (`RetrievalSite.pool`); None: by the base (`QUERY_POOLING`).
 
     `decoder` maps the base model's own names (`output_blocks.*`, `out.*`) to trained weights, or
     is empty: they replace the base's while retrieval is on (§5.4).
@@ -75,14 +80,24 @@ class RetrievalControlNet(nn.Module):
         attend: AttentionFunction = attention,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        query_pooling: int | None = None,
     ):
         super().__init__()
         kw = {"device": device, "dtype": dtype}
         self.config, self.card = config, card
+        self.query_pooling = query_pooling or QUERY_POOLING.get(card.base, 1)
+        factors = config.site_downsampling()
         self.encoder = RetrievalEncoder(config, operations, attend, **kw)
         self.retrieval = nn.ModuleDict(
             {
-                site: RetrievalSite(channels, config.heads(channels), operations, attend, **kw)
+                site: RetrievalSite(
+                    channels,
+                    config.heads(channels),
+                    operations,
+                    attend,
+                    self.query_pooling if factors[site] == 1 else 1,
+                    **kw,
+                )
                 for site, channels in config.site_channels().items()
             }
         )
@@ -206,6 +221,7 @@ class RetrievalControlNet(nn.Module):
 
     def metadata(self) -> dict[str, str]:
         """The file's metadata fields."""
+        pooling = {"query_pooling": str(self.query_pooling)} if self.query_pooling > 1 else {}
         return {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
@@ -213,6 +229,7 @@ class RetrievalControlNet(nn.Module):
             "config": json.dumps(self.config.to_dict()),
             "recommended": json.dumps(self.card.recommended),
             "training": json.dumps(self.card.training),
+            **pooling,
         }
 
 
@@ -260,7 +277,8 @@ def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> Re
     config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
     recommended = _recommended(parse_json(metadata.get("recommended"), "recommended", path), path)
     training = parse_json(metadata.get("training"), "training", path)
-    network = RetrievalControlNet(config, Card(found, recommended, training), **kw)
+    card, pooling = Card(found, recommended, training), _query_pooling(path, metadata)
+    network = RetrievalControlNet(config, card, query_pooling=pooling, **kw)
     decoder = {k[len("decoder.") :]: v for k, v in tensors.items() if k.startswith("decoder.")}
     rest = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
     load_strictly(network, rest, f"retrieval network '{path}'")
@@ -272,6 +290,16 @@ def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> Re
     # A copy: what safetensors hands out is a view of the file, which may be overwritten.
     network.decoder = {k: v.to(like, copy=True) for k, v in decoder.items()}
     return network
+
+
+def _query_pooling(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> int:
+    value = metadata.get("query_pooling", "1")
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_POOLING:
+        raise RetrievalError(
+            f"'{path}' has query_pooling {value!r}, where a number from 1 to {MOST_POOLING} "
+            "belongs; use a file saved by this pack."
+        )
+    return int(value)
 
 
 def _recommended(values: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:

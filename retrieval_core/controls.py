@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import RetrievalError
+from .isolation import check_apart
 from .token_budget import DEFAULT_BUDGET, check_budget
 from .unet import MIDDLE, UNetConfig
 
@@ -122,15 +123,18 @@ class Controls:
         groups: factors of the strength at the sites of composition, middle and detail.
         region_blur: see `regions.soften`.
         token_budget: the most tokens of the bank at a site, or None for all of them.
+        apart: until which part of sampling the region is kept apart from others, see `isolation`.
 
     Raises:
-        RetrievalError: a factor that is not finite, or a budget below 1.
+        RetrievalError: a factor that is not finite, a budget below 1, or regions apart outside
+            0..1.
     """
 
     curve: StrengthCurve = CONSTANT
     groups: tuple[float, float, float] = (1.0, 1.0, 1.0)
     region_blur: float = 0.0
     token_budget: int | None = DEFAULT_BUDGET
+    apart: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.groups) != len(GROUPS) or not all(map(math.isfinite, self.groups)):
@@ -140,6 +144,7 @@ class Controls:
             )
         if self.token_budget is not None:
             check_budget(self.token_budget)
+        check_apart(self.apart)
 
     def site_strengths(self, groups: Mapping[str, str]) -> dict[str, float]:
         """site -> factor of the strength, by the sites' groups (`site_groups`).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .bank import Bank
 from .controls import CONSTANT, StrengthCurve
 from .errors import RetrievalError
+from .isolation import check_apart, isolation_hook
 from .regions import region_at
 from .retrieval import RetrievalSite
 from .unet import SkipHook
@@ -37,10 +38,12 @@ class Retrieval:
         site_strength: site -> factor of the strength; 1 for a site that is not in it.
         outputs: (site, device, type) -> `RetrievalSite.output_matrix`, filled while sampling and
             shared by `dataclasses.replace`; the weights are not to change meanwhile.
+        apart: until which part of sampling the region is kept apart from those of other
+            applications that are kept apart too (`isolation`); 0 for never.
 
     Raises:
         RetrievalError: a strength that is not finite, a schedule outside 0..1, an unknown
-            guidance, or a region of another shape.
+            guidance, a region of another shape, or regions apart outside 0..1.
     """
 
     hooks: ClassVar[str] = "skip_hook"  # the argument of the U-Net that takes `hook`
@@ -55,8 +58,10 @@ class Retrieval:
     curve: StrengthCurve = CONSTANT
     site_strength: Mapping[str, float] = field(default_factory=dict)
     outputs: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    apart: float = 0.0
 
     def __post_init__(self) -> None:
+        check_apart(self.apart)
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise RetrievalError(
                 f"Retrieval starts at {self.start:g} and ends at {self.end:g}; both must lie "
@@ -77,6 +82,15 @@ class Retrieval:
                 f"There is no guidance '{self.guidance}'; choose 'cond' (conditional rows) or "
                 "'both'."
             )
+
+    def arguments(self, cond_or_uncond: Sequence[int], progress: float) -> dict[str, Any]:
+        """What a U-Net is called with at one step, beside its inputs; see `hook`."""
+        return {self.hooks: self.hook(cond_or_uncond, progress)}
+
+    def isolated_at(self, progress: float) -> bool:
+        """Whether its region is kept apart from others at a point of sampling."""
+        acts = self.strength != 0 and not self.bank.empty
+        return acts and self.region is not None and 0 < self.apart and progress <= self.apart
 
     def strength_at(self, progress: float) -> float:
         """The strength at a point of sampling; 0 where nothing is to be done at all."""
@@ -142,11 +156,15 @@ class Retrieval:
         if torch.is_grad_enabled():  # training: both matrices learn, and change with every step
             retrieved = layer(h, bank) * strength
             return h + (retrieved if region is None else retrieved * region)
+        tokens = layer.attended_pooled(h, bank).transpose(1, 2)
+        matrix = self._output(site, layer, h).expand(h.shape[0], -1, -1)
+        if layer.pool > 1:
+            retrieved = layer.spread(matrix @ tokens, h)
+            retrieved = retrieved if region is None else retrieved * region
+            return torch.add(h, retrieved, alpha=strength)
         # One product with the two matrices' product, and the sum with h in the same pass.
-        tokens = layer.attended(h, bank).transpose(1, 2)
         if region is not None:
             tokens = tokens * region.flatten(2)
-        matrix = self._output(site, layer, h).expand(h.shape[0], -1, -1)
         return torch.baddbmm(h.flatten(2), matrix, tokens, alpha=strength).view_as(h)
 
     def _output(self, site: str, layer: RetrievalSite, h: Tensor) -> Tensor:
@@ -160,9 +178,19 @@ class Retrieval:
 class Several:
     """Several applications on one U-Net, in order, such as one a region; see `Retrieval`."""
 
-    hooks: ClassVar[str] = Retrieval.hooks
-
     applied: Sequence[Retrieval]
+
+    def arguments(self, cond_or_uncond: Sequence[int], progress: float) -> dict[str, Any]:
+        """As of a single one, and the base's self-attention kept within regions."""
+        regions = [
+            one.region
+            for one in self.applied
+            if one.region is not None and one.isolated_at(progress)
+        ]
+        return {
+            Retrieval.hooks: self.hook(cond_or_uncond, progress),
+            "self_attention": isolation_hook(regions),
+        }
 
     def hook(self, cond_or_uncond: Sequence[int], progress: float) -> SkipHook | None:
         """All of their hooks one after another, or None if none has anything to do."""

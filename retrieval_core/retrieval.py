@@ -2,6 +2,10 @@
 
 r = W_o softmax(q K^T / sqrt(d) + log w) V,   q = W_q LN(h),  K = W_k LN(f),  V = W_v LN(f)
 h <- h + strength * gate(sigma) * region(x, y) * zero_conv(r)
+
+This goes past the paper: a site may pool its queries, so that p x p places ask as one. What they
+retrieve is laid out again by bilinear interpolation; keys and values keep every token. At the sites
+of the finest level, where a step's cost is, that takes it to a fourth and less.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bank import SiteBank
@@ -19,6 +24,8 @@ _LOGITS = 1 << 24  # held at once where shares are read off
 
 class RetrievalSite(nn.Module):
     """The layers of one site, for features of `channels` channels and `heads` attention heads.
+
+    `pool`: the edge in places of the squares that query as one, see the module; 1: each by itself.
 
     The null key is the weight of an embedding, not a bare parameter: hosts cast and offload layers.
     Nothing after the attention has a bias, so a place that retrieves only the null token, whose
@@ -31,11 +38,12 @@ class RetrievalSite(nn.Module):
         heads: int,
         operations: Any = nn,
         attend: AttentionFunction = attention,
+        pool: int = 1,
         **kw: Any,
     ):
         super().__init__()
         ops = operations
-        self.heads, self.attend = heads, attend
+        self.heads, self.attend, self.pool = heads, attend, pool
         self.norm_query = ops.LayerNorm(channels, **kw)
         self.norm_reference = ops.LayerNorm(channels, **kw)
         self.to_q = ops.Linear(channels, channels, bias=False, **kw)
@@ -79,15 +87,33 @@ class RetrievalSite(nn.Module):
         The bank's G banks serve B / G consecutive rows each. Rows that share a bank are folded
         into one long query, so that keys and values are never repeated.
         """
-        batch, channels, height, width = h.shape
         out = self.to_out(self.attended(h, bank))
-        return self.zero_conv(out.view(batch, height, width, channels).permute(0, 3, 1, 2))
+        return self.zero_conv(out.transpose(1, 2).unflatten(2, h.shape[-2:]))
 
     def attended(self, h: Tensor, bank: SiteBank) -> Tensor:
         """softmax(q K^T / sqrt(d) + log w) V of the features h [B, C, H, W]: [B, H * W, C]."""
+        found = self.attended_pooled(h, bank)
+        if self.pool == 1:
+            return found
+        return self.spread(found.transpose(1, 2), h).flatten(2).transpose(1, 2)
+
+    def attended_pooled(self, h: Tensor, bank: SiteBank) -> Tensor:
+        """The same before it is laid out again: [B, Q, C], one token a query."""
         query = self._query(h, bank)
         out = self.attend(query, bank.keys, bank.values, self.heads, mask=_mask(bank.bias))
         return out.view(h.shape[0], -1, h.shape[1])
+
+    def spread(self, found: Tensor, h: Tensor) -> Tensor:
+        """What pooled queries found [B, C, Q], over the places of h [B, *, H, W]: [B, C, H, W].
+
+        Linear maps of the channels may be applied before or after alike.
+        """
+        height, width = h.shape[-2:]
+        pooled = found.unflatten(2, (-(-height // self.pool), -(-width // self.pool)))
+        if self.pool == 1:
+            return pooled
+        wide = F.interpolate(pooled, scale_factor=float(self.pool), mode="bilinear")
+        return wide[..., :height, :width]
 
     def output_matrix(self, like: Tensor) -> Tensor:
         """zero_conv W_o as one matrix [C, C]: two linear maps with nothing between them.
@@ -104,7 +130,7 @@ class RetrievalSite(nn.Module):
 
         Attention is averaged over the heads; the shares of one place add up to 1.
         """
-        batch, channels, height, width = h.shape
+        batch, channels = h.shape[:2]
         dim = channels // self.heads
         query = self._query(h, bank).unflatten(2, (self.heads, dim)).transpose(1, 2).float()
         keys = bank.keys.unflatten(2, (self.heads, dim)).transpose(1, 2).float().transpose(2, 3)
@@ -116,7 +142,7 @@ class RetrievalSite(nn.Module):
             part = slice(start, start + at_once)
             weights = (query[:, :, part] @ keys / dim**0.5 + bias).softmax(-1).mean(1)
             shares[:, part].scatter_add_(2, owner.expand_as(weights), weights)
-        return shares.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return self.spread(shares.view(batch, -1, references + 1).transpose(1, 2), h)
 
     def attention_at(self, h: Tensor, bank: SiteBank, places: Tensor) -> Tensor:
         """Attention of some places, the mean of the heads: [G, Q, N], each row adding up to 1.
@@ -125,14 +151,26 @@ class RetrievalSite(nn.Module):
             places: [Q] indices into the B / G * H * W places that each bank serves.
         """
         split = (self.heads, h.shape[1] // self.heads)
-        query = self._query(h, bank)[:, places].unflatten(2, split).transpose(1, 2)
+        query = self._query(h, bank)[:, self._asked(places, h)]
+        query = query.unflatten(2, split).transpose(1, 2)
         keys = bank.keys.unflatten(2, split).transpose(1, 2)
         logits = query @ keys.transpose(2, 3) / split[1] ** 0.5
         if bank.bias is not None:
             logits = logits + bank.bias[:, None, None]
         return logits.softmax(-1).mean(1)
 
+    def _asked(self, places: Tensor, h: Tensor) -> Tensor:
+        """Which query places of the features h are part of."""
+        if self.pool == 1:
+            return places
+        height, width = h.shape[-2:]
+        row, y, x = places // (height * width), places // width % height, places % width
+        down, across = -(-height // self.pool), -(-width // self.pool)
+        return (row * down + y // self.pool) * across + x // self.pool
+
     def _query(self, h: Tensor, bank: SiteBank) -> Tensor:
+        if self.pool > 1:
+            h = F.avg_pool2d(h, self.pool, ceil_mode=True, count_include_pad=False)
         query = self.to_q(self.norm_query(h.flatten(2).transpose(1, 2)))
         return query.reshape(bank.keys.shape[0], -1, h.shape[1])
 

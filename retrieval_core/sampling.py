@@ -50,7 +50,7 @@ def guided_denoiser(
         progress = 1 - timestep / (schedule.steps - 1)
         hooks = {}
         if retrieval is not None:
-            hooks[retrieval.hooks] = retrieval.hook(list(range(chunks)), progress)
+            hooks = retrieval.arguments(list(range(chunks)), progress)
         prediction = unet(rows, steps, context, **hooks)
         if chunks == 2:
             positive, negative = prediction.chunk(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from .text import LENGTH, PAD, Tokenizer
 from .world import (
     SIZE,
     Figure,
+    Scene,
     random_identity,
     random_outfit,
     random_scene,
@@ -47,7 +48,7 @@ class Characters:
 
     images: uint8 [N, EACH, 64, 64, 3]. masks: bool [N, EACH, 64, 64]. parts: uint8 [N, EACH, 64,
     64]. boxes: int [N, EACH, 4]. truths: int64 [N, EACH, A], see `judge.truth_ids`. tags:
-    [N][EACH] lists of tags.
+    [N][EACH] lists of tags. figures: of each character the first, for its identity and outfit.
     """
 
     images: np.ndarray
@@ -56,6 +57,7 @@ class Characters:
     boxes: np.ndarray
     truths: np.ndarray
     tags: list[list[list[str]]]
+    figures: list[Figure]
 
     def samples(self, index: int) -> list[Sample]:
         columns = (self.images, self.masks, self.boxes, self.tags, self.parts)
@@ -63,6 +65,12 @@ class Characters:
             Sample(image, mask, tuple(box), tags, parts)
             for image, mask, box, tags, parts in zip(*(column[index] for column in columns))
         ]
+
+    def in_scene(self, index: int, scene: Scene, rng: np.random.Generator) -> Rendering:
+        """A character in a scene, placed and mirrored anew."""
+        own = random_scene(rng)
+        scene = replace(scene, mirror=own.mirror, shift=own.shift)
+        return render(replace(self.figures[index], scene=scene))
 
 
 def render_characters(seed: int, count: int, held_out: bool = False) -> Characters:
@@ -72,13 +80,13 @@ def render_characters(seed: int, count: int, held_out: bool = False) -> Characte
     jobs = [(seed, start, min(start + chunk, count), held_out) for start in starts]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(_render_range, jobs))
-    *arrays, tags = zip(*parts)
-    return Characters(*(np.concatenate(array) for array in arrays), sum(tags, []))
+    *arrays, tags, firsts = zip(*parts)
+    joined = (np.concatenate(array) for array in arrays)
+    return Characters(*joined, sum(tags, []), sum(firsts, []))
 
 
-def _render_range(
-    job: tuple[int, int, int, bool],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[list[list[str]]]]:
+def _render_range(job: tuple[int, int, int, bool]) -> tuple:
+    """The fields of `Characters`, of some of them."""
     seed, start, end, held_out = job
     figures = [character_figures(seed, index, held_out) for index in range(start, end)]
     drawn = [[render(figure) for figure in row] for row in figures]
@@ -89,6 +97,7 @@ def _render_range(
         np.array([[d.head_box for d in row] for row in drawn]),
         np.array([[truth_ids(figure) for figure in row] for row in figures]),
         [[figure.scene.tags() for figure in row] for row in figures],
+        [row[0] for row in figures],
     )
 
 
@@ -120,7 +129,8 @@ def to_images(pixels: np.ndarray) -> Tensor:
 class BaseBatches:
     """Pictures and tags for the base model; a batch depends on the seed and the step only.
 
-    tag_drop: probability that a single tag is left out; text_drop: that all are.
+    tag_drop: probability that a single tag is left out; text_drop: that all are. pairs: every
+    other batch has half as many pictures, twice as wide, of two characters in one scene.
     """
 
     characters: Characters
@@ -128,18 +138,31 @@ class BaseBatches:
     seed: int
     tag_drop: float = 0.1
     text_drop: float = 0.1
+    pairs: bool = False
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, 64, 64] in 0..1 and token ids [B, L]."""
+        """Images [B, 3, 64, 64] or [B / 2, 3, 64, 128] in 0..1 and token ids, a row an image."""
         rng = np.random.default_rng([self.seed, step])
+        if self.pairs and step % 2:
+            return self._pairs(rng)
         count = len(self.characters.images)
         who, which = rng.integers(count, size=self.size), rng.integers(EACH, size=self.size)
-        tokenizer = Tokenizer()
-        ids = []
-        for i, j in zip(who, which):
-            tags = [t for t in self.characters.tags[i][j] if rng.random() >= self.tag_drop]
-            ids.append(tokenizer("" if rng.random() < self.text_drop else ", ".join(tags)))
+        ids = [self._ids(self.characters.tags[i][j], rng) for i, j in zip(who, which)]
         return to_images(self.characters.images[who, which]), torch.tensor(ids)
+
+    def _pairs(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        pictures, ids = [], []
+        for _ in range(self.size // 2):
+            scene = random_scene(rng)
+            both = rng.choice(len(self.characters.figures), 2, replace=False).tolist()
+            drawn = [self.characters.in_scene(i, scene, rng).image for i in both]
+            pictures.append(np.concatenate(drawn, 1))
+            ids.append(self._ids(scene.tags(), rng))
+        return to_images(np.stack(pictures)), torch.tensor(ids)
+
+    def _ids(self, tags: Sequence[str], rng: np.random.Generator) -> list[int]:
+        tags = [tag for tag in tags if rng.random() >= self.tag_drop]
+        return Tokenizer()("" if rng.random() < self.text_drop else ", ".join(tags))
 
 
 @dataclass(frozen=True)
@@ -170,7 +193,8 @@ class RetrievalBatch:
     targets: [G * T, 3, S, S]; ids: [G * T, L]; face: [G * T, S, S]; references: [G * R, 3, S, S];
     reference_ids: [G * R, L]; masks: bool [G * R, S, S]; used: bool [G, R]; target_parts,
     reference_parts: uint8 [G * T, S, S] and [G * R, S, S], see `training.correspondence`; truths:
-    [G * T, A] the attributes of `READ`.
+    [G * T, A] the attributes of `READ`. paired: rows of the groups 2g and 2g + 1 are in one scene
+    and stand side by side (see `training.pairs`).
     """
 
     targets: Tensor
@@ -183,6 +207,7 @@ class RetrievalBatch:
     target_parts: Tensor
     reference_parts: Tensor
     truths: Tensor
+    paired: bool = False
 
 
 # What a reference of a concept is to give; the clothes seen under a face are not asked for.
@@ -214,7 +239,8 @@ class RetrievalBatches:
 
     References of a character are shared by its targets, so that encoding them pays off. Sources
     are augmented; targets are not, since the base model never saw a cropped figure.
-    fewer: probability that only 1 to 3 of the references are used.
+    fewer: probability that only 1 to 3 of the references are used. pairs: every other batch shows
+    its characters two by two.
     """
 
     characters: Characters
@@ -225,12 +251,18 @@ class RetrievalBatches:
     fewer: float = 0.2
     options: TaskOptions = TaskOptions(text_drop=0.0, reference_drop=0.0, source=SOURCE)
     reference_drop: float = 0.05
+    pairs: bool = False
 
     def batch(self, step: int) -> RetrievalBatch:
         """One batch of `size` characters."""
         rng = np.random.default_rng([self.seed, step, 1])
         tokenizer = Tokenizer()
-        groups = [self._group(int(i), rng, tokenizer) for i in self._characters(rng)]
+        paired, scenes = self.pairs and step % 2 == 1, None
+        groups = []
+        for number, index in enumerate(self._characters(rng)):
+            if paired and number % 2 == 0:
+                scenes = [random_scene(rng) for _ in range(TARGETS)]
+            groups.append(self._group(int(index), rng, tokenizer, scenes))
         columns = list(zip(*groups))
         targets, face, references, masks, target_parts, reference_parts = (
             np.concatenate(columns[i]) for i in (0, 2, 3, 5, 7, 8)
@@ -246,12 +278,19 @@ class RetrievalBatches:
             target_parts=torch.from_numpy(target_parts),
             reference_parts=torch.from_numpy(reference_parts),
             truths=torch.from_numpy(np.concatenate(columns[9])),
+            paired=paired,
         )
 
     def _characters(self, rng: np.random.Generator) -> np.ndarray:
         return rng.choice(len(self.characters.images), self.size, replace=False)
 
-    def _group(self, index: int, rng: np.random.Generator, tokenizer: Tokenizer) -> tuple:
+    def _group(
+        self,
+        index: int,
+        rng: np.random.Generator,
+        tokenizer: Tokenizer,
+        scenes: Sequence[Scene] | None,
+    ) -> tuple:
         samples = self.characters.samples(index)
         order = rng.permutation(SAME).tolist()
         targets, sources = order[:TARGETS], order[TARGETS:]
@@ -263,22 +302,28 @@ class RetrievalBatches:
             item = compose(
                 samples, targets[0], rng, self.options, face_indices=faces, body_indices=bodies
             )
+        shown = [samples[target] for target in targets]
+        if scenes is not None:
+            drawn = [self.characters.in_scene(index, scene, rng) for scene in scenes]
+            shown = [
+                Sample(d.image, d.mask, d.head_box, d.figure.scene.tags(), d.parts) for d in drawn
+            ]
         head = np.zeros((TARGETS, SIZE, SIZE), bool)
         ids = []
-        for row, target in enumerate(targets):
-            x0, y0, x1, y1 = samples[target].head_box or (0, 0, 0, 0)
+        for row, sample in enumerate(shown):
+            x0, y0, x1, y1 = sample.head_box or (0, 0, 0, 0)
             head[row, y0:y1, x0:x1] = True
-            ids.append(tokenizer(self._prompt(samples[target].tags, rng)))
+            ids.append(tokenizer(self._prompt(sample.tags, rng)))
         everything = np.ones((SIZE, SIZE), bool)
         return (
-            np.stack([samples[target].image for target in targets]),
+            np.stack([sample.image for sample in shown]),
             ids,
             head,
             np.stack([r.image for r in item.references]),
             [tokenizer(r.concept) for r in item.references],
             np.stack([everything if r.mask is None else r.mask for r in item.references]),
             self._used(rng),
-            np.stack([samples[target].parts for target in targets]),
+            np.stack([sample.parts for sample in shown]),
             np.stack(
                 [
                     np.where(np.isin(r.parts, PARTS_OF[r.concept]), r.parts, 0)

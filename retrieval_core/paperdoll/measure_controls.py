@@ -1,12 +1,14 @@
 """Measures the controls on held-out paper-doll characters: see `main` for the command.
 
-What the default token budget loses, what masks keep out, and whether two regions give each its own
-character. Everything is read off generated pictures by the judge; numbers are percentages.
+What the default token budget and pooled queries lose, what masks keep out, and whether two regions
+give each its own character. Everything is read off generated pictures by the judge; numbers are
+percentages.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from ..errors import RetrievalError
 from ..injection import Retrieval, Several
+from ..retrieval import RetrievalSite
 from ..sampling import Denoise, guided_denoiser, sample
 from ..token_budget import DEFAULT_BUDGET
 from .bundle import Bundle, load_bundle
@@ -54,6 +57,27 @@ def budget_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[s
     return lines
 
 
+def pooling_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
+    """Attribute match with queries pooled two by two at the sites of the finest level, as networks
+    of the larger bases have them, from the same noise. This one was not trained for it.
+    """
+    pooled = replace(bundle, network=copy.deepcopy(bundle.network))
+    for site, factor in pooled.network.config.site_downsampling().items():
+        layer = pooled.network.retrieval[site]
+        assert isinstance(layer, RetrievalSite)
+        layer.pool = 2 if factor == 1 else 1
+    lines: dict[str, Any] = {}
+    for task, make in TASKS.items():
+        cases = [make(seed, i) for i in range(count)]
+        rates = {}
+        for name, used in (("each place", bundle), ("pooled", pooled)):
+            run = Measurement(used, how, seed)
+            rates[name] = match_rates(cases, run.read(cases, True, f"{task}, {name}"))
+        lost = rates["each place"]["mean"] - rates["pooled"]["mean"]
+        lines[task] = {**rates, "lost, points": round(lost, 2)}
+    return lines
+
+
 def mask_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
     """How often figures stand before the references' background, with masks and without."""
     run = Measurement(bundle, how, seed)
@@ -78,8 +102,10 @@ def region_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[s
     lefts = [same_character_case(seed, 2 * i) for i in range(count)]
     rights = [same_character_case(seed, 2 * i + 1) for i in range(count)]
     lines: dict[str, Any] = {"chance": chance_levels()}
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "two regions": {},
+        "two regions, kept apart": {"apart": 1.0},
+        "two regions, kept apart for half of sampling": {"apart": 0.5},
         "two regions, prompts by area": {"by_area": True},
         "without retrieval": {"retrieve": False},
     }
@@ -101,12 +127,12 @@ def read_halves(
     rights: Sequence[Case],
     seed: int,
     how: Sampling,
-    **given: bool,
+    **given: Any,
 ) -> tuple[list[Reading], list[Reading]]:
     """What the judge reads off the two halves of pictures twice as wide, one a pair of cases.
 
     Args:
-        given: `retrieve` and `by_area`, see `pairs`.
+        given: `retrieve`, `by_area` and `apart`, see `pairs`.
     """
     readings: tuple[list[Reading], list[Reading]] = ([], [])
     with tqdm(total=len(lefts), desc="two regions", disable=None, leave=False) as bar:
@@ -128,18 +154,21 @@ def pairs(
     how: Sampling,
     retrieve: bool = True,
     by_area: bool = False,
+    apart: float = 0.0,
 ) -> Tensor:
     """Pictures [B, 3, 64, 128] of two characters each, the prompt being the left one's.
 
     Args:
         noise: [B, C, 16, 32].
         by_area: the halves are denoised one by one, each with its part of both regions.
+        apart: see `Retrieval`.
     """
     base, applied = bundle.base, []
     if retrieve:
         for cases, place in ((lefts, 0), (rights, 1)):
             bank = banks(base, bundle.network, groups(cases))
-            applied.append(_in_half(retrieval_of(bundle.network, bank, how), place))
+            one = replace(retrieval_of(bundle.network, bank, how), apart=apart)
+            applied.append(_in_half(one, place))
     unet = bundle.network.apply_decoder(base.unet) if retrieve else base.unet
     with torch.inference_mode():
         cond = base.text.encode([case.prompt for case in lefts])
@@ -179,7 +208,12 @@ def _wide_noise(bundle: Bundle, seed: int, start: int, count: int) -> Tensor:
     return torch.cat(rows)
 
 
-LINES = {"token budget": budget_lines, "masks": mask_lines, "regions": region_lines}
+LINES = {
+    "token budget": budget_lines,
+    "query pooling": pooling_lines,
+    "masks": mask_lines,
+    "regions": region_lines,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

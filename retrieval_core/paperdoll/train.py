@@ -2,7 +2,8 @@
 
 Stages, each resumable: `base` (U-Net and text encoder), `critic` (learns to read attributes off
 latents), `retrieval` (the network of the paper on that base, what it draws read by the critic),
-`judge` (the attribute measurement). Without --stage all run in that order.
+`pairs` (both go on, every other batch with two characters in a picture twice as wide; its files are
+what is bundled), `judge` (the attribute measurement). Without --stage all run in that order.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..controlnet import RetrievalControlNet
+from ..controlnet import RetrievalControlNet, load
 from ..errors import RetrievalError
 from ..files import read_safetensors, save_safetensors
 from ..objective import retrieval_loss
@@ -46,7 +47,8 @@ from .vae import PatchVAE
 
 Module = TypeVar("Module", bound=nn.Module)
 
-STAGES = ("base", "critic", "retrieval", "judge")
+STAGES = ("base", "critic", "retrieval", "pairs", "judge")
+PAIRS = "pairs"  # the folder of that stage's files
 CHARACTERS = 3000
 CORRESPONDENCE = 0.2
 NOISE_POWER = 0.6
@@ -141,21 +143,33 @@ class PaperdollRetrieval(TrainableRetrieval):
             batch.face,
             parts=parts,
             attributes=batch.truths,
+            paired=batch.paired,
         )
 
 
-def train_base(out: Path, settings: TrainingSettings, characters: int) -> PaperdollModel:
-    """Trains and saves the base model; returns it with its averaged weights."""
+def train_base(
+    out: Path, settings: TrainingSettings, characters: int, start: Path | None = None
+) -> PaperdollModel:
+    """Trains and saves the base model; returns it with its averaged weights.
+
+    Args:
+        start: a folder with a trained one, to go on from with pairs; None: from scratch.
+    """
     data = render_characters(settings.seed, characters)
     torch.manual_seed(settings.seed)
-    model = PaperdollModel()
-    model.initialise()
-    model.vae = PatchVAE.fit(to_images(data.images[:200]), model.vae.channels)
+    if start is None:
+        model = PaperdollModel()
+        model.initialise()
+        model.vae = PatchVAE.fit(to_images(data.images[:200]), model.vae.channels)
+    else:
+        model = load_base(start / BASE_FILE)
+        model.unet.requires_grad_(True)
+        model.text.requires_grad_(True)
     owner = contiguous_norms(BaseTraining(model))
     trainer = Trainer(
         owner,
         owner.loss,
-        BaseBatches(data, settings.batch_size, settings.seed),
+        BaseBatches(data, settings.batch_size, settings.seed, pairs=start is not None),
         settings,
         out / "base",
         description={"stage": "base", "characters": characters},
@@ -182,18 +196,30 @@ class RetrievalOptions:
 
 
 def train_retrieval(
-    out: Path, settings: TrainingSettings, base: PaperdollModel, options: RetrievalOptions
+    out: Path,
+    settings: TrainingSettings,
+    base: PaperdollModel,
+    options: RetrievalOptions,
+    start: Path | None = None,
 ) -> RetrievalControlNet:
-    """Trains a fresh network on a trained base; returns it as saved."""
+    """Trains a network on a trained base; returns it as saved.
+
+    Args:
+        start: a folder with a trained one, to go on from with pairs; None: a fresh one.
+    """
     data = render_characters(settings.seed, options.characters)
-    network = RetrievalControlNet.from_base(
-        base.unet.state_dict(), "paperdoll", settings.seed, config=base.unet.config
-    )
+    if start is None:
+        network = RetrievalControlNet.from_base(
+            base.unet.state_dict(), "paperdoll", settings.seed, config=base.unet.config
+        )
+    else:
+        network = load(start / RETRIEVAL_FILE, "paperdoll", dtype=torch.float32)
     torch.manual_seed(settings.seed)
     critic = None
     if options.drawing:
-        critic = contiguous_norms(load_critic(out / CRITIC_FILE, base))
+        critic = contiguous_norms(load_critic((start or out) / CRITIC_FILE, base))
     owner = contiguous_norms(PaperdollRetrieval(base, network, options, critic))
+    owner.unet.load_state_dict(network.decoder, strict=False)
     description = {
         "stage": "retrieval",
         **asdict(options),
@@ -203,7 +229,13 @@ def train_retrieval(
     trainer = Trainer(
         owner,
         owner.batch_loss,
-        RetrievalBatches(data, settings.batch_size, settings.seed, text_drop=options.text_drop),
+        RetrievalBatches(
+            data,
+            settings.batch_size,
+            settings.seed,
+            text_drop=options.text_drop,
+            pairs=start is not None,
+        ),
         settings,
         out / "retrieval",
         description=description,
@@ -216,6 +248,18 @@ def train_retrieval(
     finished.card.training.update(description, **settings.as_json())
     finished.save(out / RETRIEVAL_FILE, torch.float16)
     return finished
+
+
+def train_pairs(
+    out: Path, base: TrainingSettings, retrieval: TrainingSettings, options: RetrievalOptions
+) -> None:
+    """Goes on from both files in `out` with two characters a picture; saves to its own folder.
+
+    The attribute reader is not kept with a network and would start at random, so it is left out.
+    """
+    into = out / PAIRS
+    trained = train_base(into, base, options.characters, out)
+    train_retrieval(into, retrieval, trained, replace(options, reading=0.0), out)
 
 
 class CriticTraining(nn.Module):
@@ -336,6 +380,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--retrieval-steps", type=int, default=8500)
     parser.add_argument("--retrieval-batch", type=int, default=8, help="characters a step")
     parser.add_argument("--retrieval-rate", type=float, default=1.2e-3)
+    parser.add_argument("--pairs-base-steps", type=int, default=1500)
+    parser.add_argument("--pairs-retrieval-steps", type=int, default=2500)
+    parser.add_argument("--pairs-rate", type=float, default=4e-4)
     parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--judge-figures", type=int, default=40000)
     parser.add_argument("--lock", choices=LOCKS, default="train_both")
@@ -369,6 +416,15 @@ def main(arguments: list[str] | None = None) -> int:
             checkpoint_every=250,
         )
 
+    retrieval = RetrievalOptions(
+        options.characters,
+        options.lock,
+        options.text_drop,
+        options.face_weight,
+        options.correspondence,
+        options.reading,
+        options.drawing,
+    )
     try:
         if "base" in stages:
             train_base(
@@ -388,15 +444,16 @@ def main(arguments: list[str] | None = None) -> int:
                 options.out,
                 settings(options.retrieval_steps, options.retrieval_batch, options.retrieval_rate),
                 load_base(options.out / BASE_FILE),
-                RetrievalOptions(
-                    options.characters,
-                    options.lock,
-                    options.text_drop,
-                    options.face_weight,
-                    options.correspondence,
-                    options.reading,
-                    options.drawing,
+                retrieval,
+            )
+        if "pairs" in stages:
+            train_pairs(
+                options.out,
+                settings(options.pairs_base_steps, options.base_batch, options.pairs_rate),
+                settings(
+                    options.pairs_retrieval_steps, options.retrieval_batch, options.pairs_rate
                 ),
+                retrieval,
             )
         if "judge" in stages:
             train_judge(

@@ -15,10 +15,11 @@ from ..errors import RetrievalError
 from ..injection import Retrieval
 from ..objective import latent_mask, retrieval_loss
 from ..schedule import NoiseSchedule
-from ..unet import UNet
+from ..unet import SkipHook, UNet
 from .attributes import AttributeReader
 from .correspondence import correspondence_loss, parts_found
 from .critic import Critic
+from .pairs import both_as_left, hook_of_halves, join, lefts, split
 from .settings import Lock, trained_parts
 
 
@@ -119,6 +120,7 @@ class TrainableRetrieval(nn.Module):
         y: Tensor | None = None,
         parts: tuple[Tensor, Tensor, int] | None = None,
         attributes: Tensor | None = None,
+        paired: bool = False,
     ) -> dict[str, Tensor]:
         """Equation 1 at a random timestep a row, and the correspondence loss where it is wanted.
 
@@ -129,9 +131,11 @@ class TrainableRetrieval(nn.Module):
             parts: the targets' and the references' parts, and how many labels there are (see
                 `correspondence_loss`).
             attributes: [B, A] of the targets, for the `reader`.
+            paired: rows of neighbouring banks are drawn as halves of one picture (see `pairs`),
+                at one timestep and by the left row's context.
 
         Raises:
-            RetrievalError: the batch does not divide among the banks.
+            RetrievalError: the batch does not divide among the banks, or the banks not in pairs.
         """
         batch, height, width = latents.shape[0], *latents.shape[-2:]
         groups = next(iter(bank.sites.values())).keys.shape[0]
@@ -140,17 +144,20 @@ class TrainableRetrieval(nn.Module):
                 f"{batch} targets cannot be shared among {groups} banks; give each bank equally "
                 "many."
             )
+        if paired and groups % 2:
+            raise RetrievalError(
+                f"{groups} banks cannot be paired; give an even number of characters a step."
+            )
         device = generator.device  # numbers can only be drawn where the generator lives
         drawn = torch.rand(batch, generator=generator, device=device) ** self.noise_power
         steps = (drawn * self.schedule.steps).long().clamp_max(self.schedule.steps - 1)
+        steps = both_as_left(steps, groups) if paired else steps
         eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)
-        with torch.no_grad():  # the base encoder is never trained
-            emb = self.unet.embed(steps.to(latents.device), y, latents.dtype)
-            features = self.unet.encode(noised, emb, context)
         hook = Retrieval(self.network.retrieval, bank, guidance="both").hook([0], 0.0)
-        prediction = self.unet.decode(features, emb, context, hook)
+        run = self._paired if paired else self._single
+        prediction, features = run(noised, steps.to(latents.device), context, y, hook, groups)
         masks = [None if m is None else latent_mask(m, height, width) for m in (content, face)]
         losses = retrieval_loss(
             prediction, target, masks[0], masks[1], self.face_weight, self.channel_weights
@@ -175,6 +182,41 @@ class TrainableRetrieval(nn.Module):
             losses["loss"] = losses["loss"] + self.drawing * loss
             losses["drawn"] = loss.detach()
         return losses
+
+    def _single(
+        self,
+        noised: Tensor,
+        steps: Tensor,
+        context: Tensor,
+        y: Tensor | None,
+        hook: SkipHook | None,
+        groups: int,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The prediction and the features of all sites, one picture a row."""
+        with torch.no_grad():  # the base encoder is never trained
+            emb = self.unet.embed(steps, y, noised.dtype)
+            features = self.unet.encode(noised, emb, context)
+        return self.unet.decode(features, emb, context, hook), features
+
+    def _paired(
+        self,
+        noised: Tensor,
+        steps: Tensor,
+        context: Tensor,
+        y: Tensor | None,
+        hook: SkipHook | None,
+        groups: int,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same, two rows a picture."""
+        prediction, features = self._single(
+            join(noised, groups),
+            lefts(steps, groups),
+            lefts(context, groups),
+            None if y is None else lefts(y, groups),
+            hook and hook_of_halves(hook, groups),
+            groups,
+        )
+        return split(prediction, groups), [split(h, groups) for h in features]
 
     def finished(self, weights: Mapping[str, Tensor]) -> RetrievalControlNet:
         """The network with (averaged) trained weights put in, by their names in this module."""

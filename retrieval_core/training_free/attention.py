@@ -15,7 +15,7 @@ attribute match and background on the paper-doll world.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Source:
     bias: Tensor | None = None
     region: Tensor | None = None
     adain: bool = False
+
+    def at(self, places: Tensor) -> Source:
+        """The same for some of the layer's places, [n] indices."""
+        return self if self.region is None else replace(self, region=self.region[places])
 
 
 def attend_chunks(

@@ -134,6 +134,28 @@ def test_keys_and_metadata_are_those_of_the_design(saved):
     assert {key for key in keys if not key.startswith("retrieval.")} == expected
 
 
+@pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl", "paperdoll"])
+def test_queries_are_pooled_by_the_base_at_the_latents_own_resolution(tmp_path, base):
+    path = tmp_path / "net.safetensors"
+    made = RetrievalControlNet(CONFIG, Card(base))
+    made.save(path)
+    pooling = 1 if base == "paperdoll" else 2
+    assert made.query_pooling == pooling
+    factors = CONFIG.site_downsampling()
+    for net in (made, load(path, base)):
+        for site, layer in net.retrieval.items():
+            assert layer.pool == (pooling if factors[site] == 1 else 1)
+    # A file that says nothing was trained without.
+    rewritten(path, query_pooling=None)
+    assert {layer.pool for layer in load(path).retrieval.values()} == {1}
+
+
+@pytest.mark.parametrize("value", ["0", "9", "-1", "two", "1.5", ""])
+def test_query_pooling_that_makes_no_sense_is_refused(saved, value):
+    rewritten(saved, query_pooling=value)
+    assert repr(value) in sentence(load, saved)
+
+
 def test_settings_that_a_file_does_not_recommend_are_filled_in(saved):
     rewritten(saved, recommended='{"strength": 0.7}')
     assert load(saved).card.recommended == {"strength": 0.7, "guidance": "cond"}

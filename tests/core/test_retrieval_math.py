@@ -106,6 +106,84 @@ def test_retrieval_at_a_site_equals_the_plain_formula(network, weights):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+def pooled_site(pool):
+    made = RetrievalControlNet(CONFIG, Card("paperdoll"), query_pooling=pool)
+    return randomised(made, 1).double().retrieval["input_0"]
+
+
+def bank_of(site, features):
+    encoded = []
+    for f in features:
+        k, v = site.project(f[None])
+        encoded.append(EncodedReference({"input_0": k[0]}, {"input_0": v[0]}))
+    return join(encoded, {"input_0": site.null()}).sites["input_0"]
+
+
+def plain_spread(pooled, pool, height, width):
+    """Bilinear interpolation from the middles of the squares, by a loop over places."""
+    out = torch.zeros(*pooled.shape[:2], height, width, dtype=pooled.dtype)
+    rows, columns = pooled.shape[-2:]
+    for y in range(height):
+        for x in range(width):
+            v, u = ((i + 0.5) / pool - 0.5 for i in (y, x))
+            v, u = max(v, 0.0), max(u, 0.0)
+            top, left = int(v), int(u)
+            below, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+            a, b = v - top, u - left
+            out[..., y, x] = (
+                (1 - a) * (1 - b) * pooled[..., top, left]
+                + (1 - a) * b * pooled[..., top, right]
+                + a * (1 - b) * pooled[..., below, left]
+                + a * b * pooled[..., below, right]
+            )
+    return out
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 3)])
+def test_pooled_queries_ask_once_for_a_square(height, width):
+    site = pooled_site(2)
+    h = rand(2, 32, height, width, seed=2, dtype=torch.float64)
+    features = [rand(32, 3, 2, seed=s, dtype=torch.float64) for s in (3, 4)]
+    squares = torch.stack(
+        [
+            torch.stack(
+                [
+                    h[:, :, y : y + 2, x : x + 2].mean((2, 3))
+                    for x in range(0, width, 2)
+                ], -1,
+            )
+            for y in range(0, height, 2)
+        ], -2,
+    )  # fmt: skip
+    bank, everything = bank_of(site, features), [torch.ones(6).bool()] * 2
+    expected = plain_spread(
+        plain_retrieval(site, squares, features, (1.0, 1.0), everything), 2, height, width
+    )
+    torch.testing.assert_close(site(h, bank), expected, rtol=1e-10, atol=1e-10)
+    # The way that sampling takes, with its region at full resolution, gives the same.
+    region = torch.rand(height, width, generator=torch.Generator().manual_seed(0)).double()
+    retrieval = Retrieval({"input_0": site}, Bank({"input_0": bank}, 2), 1.5, region=region)
+    with torch.no_grad():
+        found = retrieval.apply("input_0", h, [0])
+    torch.testing.assert_close(found, h + 1.5 * region * expected, rtol=1e-6, atol=1e-6)
+
+
+def test_pooled_queries_in_maps_and_in_training_are_those_of_their_square():
+    site, plain = pooled_site(2), pooled_site(1)
+    h = rand(2, 32, 5, 3, seed=2, dtype=torch.float64)
+    bank = bank_of(site, [rand(32, 3, 2, seed=s, dtype=torch.float64) for s in (3, 4)])
+    with torch.no_grad():
+        shares = site.shares(h, bank, 2)
+        assert shares.shape == (2, 3, 5, 3)
+        torch.testing.assert_close(shares.sum(1), torch.ones_like(shares[:, 0]))
+        squares = torch.nn.functional.avg_pool2d(h, 2, ceil_mode=True, count_include_pad=False)
+        places = torch.tensor([0, 4, 14, 15, 22])  # (y, x) 0,0; 1,1; 4,2; and of the second row
+        asked = torch.tensor([0, 0, 5, 6, 6 + 2])
+        found = site.attention_at(h, bank, places)
+        expected = plain.attention_at(squares, bank, asked)
+    torch.testing.assert_close(found, expected)
+
+
 def test_injection_adds_strength_times_region_times_retrieved(network):
     bank = network.bank(network.encode(rand(2, 4, 8, 8), rand(2, 3, 16, seed=5)))
     h = rand(2, 32, 8, 8, seed=6)

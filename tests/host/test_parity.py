@@ -12,7 +12,7 @@ from retrieval_pack.nodes.network import load_network
 from retrieval_pack.nodes.paperdoll_model import host_clip, host_model, host_vae
 from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet, decoder_state, load
 from retrieval_pack.retrieval_core.controls import Controls, parse_curve, site_groups
-from retrieval_pack.retrieval_core.injection import Retrieval
+from retrieval_pack.retrieval_core.injection import Retrieval, Several
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
 from retrieval_pack.retrieval_core.references import prepare
 from retrieval_pack.retrieval_core.sampling import guided_denoiser, sample
@@ -29,6 +29,8 @@ CASES = {
     "region": dict(count=2, region=True),
     "decoder": dict(count=2, decoder=True, masks=True),
     "controls": dict(count=4, masks=True, start=0.1, end=0.9, controls=True),
+    "pooled queries": dict(count=2, pooling=2, region=True),
+    "regions kept apart": dict(count=2, apart=0.6),
 }
 
 
@@ -39,8 +41,15 @@ def base(tmp_path_factory):
     return load_base(path)
 
 
-def network_file(base, folder, decoder: bool):
-    made = randomised(RetrievalControlNet(base.unet.config, Card("paperdoll")), 1)
+def halves():
+    left = torch.zeros(16, 16)
+    left[:, :8] = 1
+    return left, 1 - left
+
+
+def network_file(base, folder, decoder: bool, pooling: int):
+    card = Card("paperdoll")
+    made = randomised(RetrievalControlNet(base.unet.config, card, query_pooling=pooling), 1)
     if decoder:
         made.decoder = decoder_state(randomised(UNet(base.unet.config), 2))
     path = folder / "network.safetensors"
@@ -72,7 +81,18 @@ def in_the_core(base, path, count, masks, weights, decoder, sampler, strength=1.
     if kw.pop("controls", False):
         strengths = CONTROLS.site_strengths(site_groups(base.unet.config))
         kw |= {"curve": CONTROLS.curve, "site_strength": strengths}
-    retrieval = Retrieval(net.retrieval, net.bank(encoded), strength, **kw)
+    apart = kw.pop("apart", 0.0)
+    if apart:
+        retrieval = Several(
+            [
+                Retrieval(
+                    net.retrieval, net.bank([one]), strength, region=region, apart=apart, **kw
+                )
+                for one, region in zip(encoded, halves(), strict=True)
+            ]
+        )
+    else:
+        retrieval = Retrieval(net.retrieval, net.bank(encoded), strength, **kw)
     cond, uncond = base.text.encode(["standing, smile"] * 2), base.text.encode([""] * 2)
     denoise = guided_denoiser(
         net.apply_decoder(base.unet), base.schedule, cond, uncond, CFG, retrieval
@@ -94,7 +114,16 @@ def in_the_host(base, path, count, masks, weights, decoder, sampler, **kw):
         refs = references.References(net, (*refs.encoded, *more))
     start, end = kw.pop("start", 0.0), kw.pop("end", 1.0)
     controls = CONTROLS if kw.pop("controls", False) else None
-    patched = patch.apply(model, refs, 1.5, start, end, controls=controls, **kw)
+    apart = kw.pop("apart", 0.0)
+    if apart:
+        patched, controls = model, Controls(token_budget=None, apart=apart)
+        for one, region in zip(refs.encoded, halves(), strict=True):
+            alone = references.References(net, (one,))
+            patched = patch.apply(
+                patched, alone, 1.5, start, end, region=region, controls=controls, **kw
+            )
+    else:
+        patched = patch.apply(model, refs, 1.5, start, end, controls=controls, **kw)
     sigmas = torch.cat([base.schedule.sigmas()[base.schedule.timesteps(STEPS)], torch.zeros(1)])
     cond, uncond = (
         [[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("standing, smile", "")
@@ -121,7 +150,7 @@ def test_host_equals_core(base, tmp_path, case, sampler, record_property):
     if chosen.pop("region", False):
         chosen["region"] = torch.zeros(16, 16)
         chosen["region"][:, 5:] = 1
-    path = network_file(base, tmp_path, chosen["decoder"])
+    path = network_file(base, tmp_path, chosen["decoder"], chosen.pop("pooling", 1))
     chosen["weights"] = chosen["weights"][: chosen["count"]]
     core = in_the_core(base, path, sampler=sampler, **chosen)
     host = in_the_host(base, path, sampler=sampler, **chosen)

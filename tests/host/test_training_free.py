@@ -28,9 +28,9 @@ from making import (
     weights_of,
 )
 from retrieval_pack.nodes import patch, references
-from retrieval_pack.nodes.joint_attention import JointAttention
 from retrieval_pack.nodes.load import TRAINING_FREE, RetrievalLoadControlNet
 from retrieval_pack.nodes.paperdoll_model import host_clip, host_model, host_vae, unet_arguments
+from retrieval_pack.nodes.self_attention import JointAttention
 from retrieval_pack.nodes.training_free import fingerprints, training_free
 from retrieval_pack.retrieval_core import training_free as core
 from retrieval_pack.retrieval_core.bank_file import load_references, save_references
@@ -169,20 +169,20 @@ def test_strength_0_no_references_and_unpatching_are_bit_identical(model, net, r
 
 
 def test_a_clone_shares_the_patch_and_the_bank_is_dropped(model, refs):
-    patched = patch.apply(model, refs, 1.0)
+    patched = patch.apply(model, refs, 1.0, region=left_half())
     clone = patched.clone()
     assert attn1(clone) is not attn1(patched) and joint(clone) is joint(patched)
     (application,) = joint(patched).applications
     seen = []
 
     def look(h, hsp, to):
-        seen.append(len(application._banks))
+        seen.append((len(application._banks), len(application.region._kept)))
         return h, hsp
 
     clone.set_model_output_block_patch(look)
     assert torch.equal(sample(clone), sample(patched))
-    assert set(seen) == {1}  # of all levels, one at a time
-    assert not application._banks and not application._regions
+    assert set(seen) == {(1, 1)}  # of all levels, one at a time
+    assert not application._banks and not application.region._kept
 
 
 def test_the_estimate_grows_by_the_bank(model, refs, monkeypatch):
