@@ -45,16 +45,22 @@ def encoder_operations(config: UNetConfig, rows: int, height: int, width: int) -
     return counter.get_total_flops()
 
 
-def places(config: UNetConfig, height: int, width: int) -> dict[str, int]:
-    """site -> number of places of a latent of height x width."""
-    return {
-        site: -(-height // factor) * -(-width // factor)
+def places(config: UNetConfig, height: int, width: int, query_pooling: int = 1) -> dict[str, int]:
+    """site -> number of places, or of pooled queries, of a latent of height x width."""
+    factors = {
+        site: factor * query_pooling if factor == 1 else factor
         for site, factor in config.site_downsampling().items()
     }
+    return {site: -(-height // factor) * -(-width // factor) for site, factor in factors.items()}
 
 
 def trained_operations(
-    config: UNetConfig, rows: int, height: int, width: int, tokens: Mapping[str, int]
+    config: UNetConfig,
+    rows: int,
+    height: int,
+    width: int,
+    tokens: Mapping[str, int],
+    query_pooling: int = 1,
 ) -> int:
     """The least that retrieval adds to a step: one projection in, attention, one projection out.
 
@@ -62,8 +68,9 @@ def trained_operations(
 
     Args:
         rows: the rows that retrieve. tokens: site -> tokens of its bank, the null token included.
+        query_pooling: the network's.
     """
-    sizes, total = places(config, height, width), 0
+    sizes, total = places(config, height, width, query_pooling), 0
     for site, channels in config.site_channels().items():
         projections = 2 * channels * channels
         attention = 2 * tokens[site] * channels

@@ -155,7 +155,12 @@ class Workbench:
         bank = applied.retrieval.bank
         tokens = {site: one.keys.shape[1] for site, one in bank.sites.items()}
         added = arithmetic.trained_operations(
-            self.config, ROWS[rows], self.latent, self.latent, tokens
+            self.config,
+            ROWS[rows],
+            self.latent,
+            self.latent,
+            tokens,
+            applied.references.network.network.query_pooling,
         )
         return Run(model, self.positive, self.negative, added, bank.nbytes())
 

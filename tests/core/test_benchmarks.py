@@ -67,8 +67,9 @@ def test_the_base_models_operations_are_those_of_its_layers(rows):
     assert counted.total == arithmetic.encoder_operations(SMALL, rows, HEIGHT, WIDTH)
 
 
+@pytest.mark.parametrize("pooling", [1, 2])
 @pytest.mark.parametrize(("order", "rows"), [([0, 1], 2), ([0, 1], 1)])
-def test_the_floor_of_the_trained_mode_is_what_a_step_runs(order, rows):
+def test_the_floor_of_the_trained_mode_is_what_a_step_runs(order, rows, pooling):
     """What torch counts while retrieval runs, once the two output matrices are one.
 
     Attention is counted here: torch counts its CPU kernel in some versions and not in others.
@@ -81,8 +82,10 @@ def test_the_floor_of_the_trained_mode_is_what_a_step_runs(order, rows):
 
     places = arithmetic.places(SMALL, HEIGHT, WIDTH)
     layers, banks, tokens = {}, {}, {}
+    factors = SMALL.site_downsampling()
     for i, (site, channels) in enumerate(SMALL.site_channels().items()):
-        layers[site] = RetrievalSite(channels, SMALL.heads(channels), attend=attend).eval()
+        pool, heads = pooling if factors[site] == 1 else 1, SMALL.heads(channels)
+        layers[site] = RetrievalSite(channels, heads, attend=attend, pool=pool).eval()
         tokens[site] = 3 + 5 * i
         keys, values = (torch.randn(1, tokens[site], channels) for _ in range(2))
         banks[site] = SiteBank(keys, values, None, torch.zeros(tokens[site], dtype=torch.long))
@@ -100,7 +103,7 @@ def test_the_floor_of_the_trained_mode_is_what_a_step_runs(order, rows):
         with FlopCounterMode(display=False) as counter:
             for site, h in features.items():
                 hook(site, h)
-    floor = arithmetic.trained_operations(SMALL, rows, HEIGHT, WIDTH, tokens)
+    floor = arithmetic.trained_operations(SMALL, rows, HEIGHT, WIDTH, tokens, pooling)
     assert counter.get_total_flops() + counted.total == floor
 
 
@@ -126,6 +129,9 @@ def test_the_floors_of_sd15():
     places = arithmetic.places(SD15, 64, 64)
     both, cond = (arithmetic.trained_operations(SD15, r, 64, 64, places) for r in (2, 1))
     assert both == 2 * cond and 0.10 < both / base < 0.12
+    four = {site: 4 * count + 1 for site, count in places.items()}
+    each, pooled = (arithmetic.trained_operations(SD15, 2, 64, 64, four, p) for p in (1, 2))
+    assert 0.37 < each / base < 0.38 and 0.12 < pooled / base < 0.14
     assert 0.3 < arithmetic.controlnet_operations(SD15, 2, 64, 64) / base < 0.4
 
 

@@ -10,8 +10,10 @@ from refusal import sentence
 
 from retrieval_core.controlnet import Card, RetrievalControlNet, load
 from retrieval_core.dataset import Sample, reference
+from retrieval_core.objective import latent_mask, retrieval_loss
 from retrieval_core.references import prepare
 from retrieval_core.schedule import NoiseSchedule
+from retrieval_core.training import pairs
 from retrieval_core.training.joint import TrainableRetrieval
 from retrieval_core.training.settings import LOCKS, TrainingSettings
 from retrieval_core.training.trainer import Trainer
@@ -77,10 +79,11 @@ class Batch:
     def bank(self, model):
         return model.bank(self.references, self.reference_context, self.used, self.masks)
 
-    def loss(self, model, seed=0, bank=None):
+    def loss(self, model, seed=0, bank=None, **more):
         generator = torch.Generator().manual_seed(seed)
+        bank = bank or self.bank(model)
         return model.loss(
-            bank or self.bank(model), self.latents, self.context, generator, self.content, self.face
+            bank, self.latents, self.context, generator, self.content, self.face, **more
         )
 
 
@@ -470,3 +473,66 @@ def test_channel_weights_count_errors_by_channel():
         losses.append(float(batch.loss(trainee(channel_weights=chosen), 3)["content"]))
     assert losses[1] != pytest.approx(losses[0])
     assert losses[2] == pytest.approx(3 * losses[1])
+
+
+# Pairs
+
+
+def test_rows_are_joined_two_by_two_and_split_again():
+    rows = rand(4 * 3, 2, 5, 4)
+    wide = pairs.join(rows, 4)
+    assert wide.shape == (6, 2, 5, 8)
+    assert torch.equal(wide[1], torch.cat([rows[1], rows[4]], -1))  # targets of groups 0 and 1
+    assert torch.equal(wide[3], torch.cat([rows[6], rows[9]], -1))
+    assert torch.equal(pairs.split(wide, 4), rows)
+    values = torch.arange(12)
+    assert pairs.lefts(values, 4).tolist() == [0, 1, 2, 6, 7, 8]
+    assert pairs.both_as_left(values, 4).tolist() == [0, 1, 2] * 2 + [6, 7, 8] * 2
+
+
+def test_the_loss_of_pairs_is_put_together_by_hand():
+    """Both halves at one timestep by the left one's text, each with what its own bank gives."""
+    model, batch = trainee(), Batch()
+    with torch.no_grad():
+        found = batch.loss(model, 3, paired=True)
+        generator = torch.Generator().manual_seed(3)
+        steps = (torch.rand(len(batch.latents), generator=generator) * 1000).long()
+        steps = torch.cat([steps[:TARGETS]] * 2)
+        eps = torch.randn(batch.latents.shape, generator=generator).double()
+        noised = model.schedule.noised(batch.latents, eps, steps)
+        target = model.schedule.target(batch.latents, eps, steps)
+        keep = [
+            model.bank(
+                batch.references[part], batch.reference_context[part], batch.used[i : i + 1],
+                batch.masks[part],
+            )
+            for i, part in enumerate((slice(0, REFERENCES), slice(REFERENCES, 2 * REFERENCES)))
+        ]  # fmt: skip
+        total = []
+        for t in range(TARGETS):
+            left, right = t, TARGETS + t
+
+            def hook(site, h):
+                halves = [
+                    half + model.network.retrieval[site](half, bank.sites[site])
+                    for half, bank in zip(h.chunk(2, -1), keep)
+                ]
+                return torch.cat(halves, -1)
+
+            x = torch.cat([noised[left], noised[right]], -1)[None]
+            text = batch.context[left : left + 1]
+            total.append(model.unet(x, steps[left : left + 1], text, skip_hook=hook))
+        lefts, rights = torch.cat(total).chunk(2, -1)
+        prediction = torch.cat([lefts, rights])
+        small = [latent_mask(m, SIZE, SIZE) for m in (batch.content, batch.face)]
+        expected = retrieval_loss(prediction, target, *small, model.face_weight)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found["loss"], batch.loss(model, 3)["loss"])
+
+
+def test_an_odd_number_of_characters_cannot_be_paired():
+    model, batch = trainee(), Batch()
+    one = model.bank(
+        batch.references[:REFERENCES], batch.reference_context[:REFERENCES], batch.used[:1]
+    )
+    assert sentence(batch.loss, model, bank=one, paired=True).startswith("1 banks")

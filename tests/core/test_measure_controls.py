@@ -81,10 +81,16 @@ def test_every_line_is_measured_and_printed_as_one_json_object(monkeypatch, caps
     assert four["lost, points"] == pytest.approx(
         four["all tokens"]["mean"] - four["default budget"]["mean"], abs=0.01
     )
+    pooled = result["query pooling"]["composition"]
+    assert pooled["lost, points"] == pytest.approx(
+        pooled["each place"]["mean"] - pooled["pooled"]["mean"], abs=0.01
+    )
     assert result["masks"]["chance"] == 12.5
     assert set(result["regions"]) == {
         "chance",
         "two regions",
+        "two regions, kept apart",
+        "two regions, kept apart for half of sampling",
         "two regions, prompts by area",
         "without retrieval",
     }
@@ -93,3 +99,20 @@ def test_every_line_is_measured_and_printed_as_one_json_object(monkeypatch, caps
 def test_what_cannot_be_measured_is_one_sentence(capsys):
     assert m.main(["--count", "0"]) == 2 and "0 figures" in capsys.readouterr().err
     assert m.main(["--weights", "/nowhere"]) == 2 and "missing" in capsys.readouterr().err
+
+
+def test_pooling_is_measured_on_a_copy(bundle, monkeypatch):
+    seen = []
+
+    class Measured(m.Measurement):
+        def read(self, cases, retrieve, name):
+            layers = self.bundle.network.retrieval
+            seen.append({site: layer.pool for site, layer in layers.items()})
+            return super().read(cases, retrieve, name)
+
+    monkeypatch.setattr(m, "Measurement", Measured)
+    m.pooling_lines(bundle, 1, 3, QUICK)
+    factors = bundle.network.config.site_downsampling()
+    pooled = {site: 2 if factor == 1 else 1 for site, factor in factors.items()}
+    assert seen == [dict.fromkeys(factors, 1), pooled] * 2
+    assert {layer.pool for layer in bundle.network.retrieval.values()} == {1}

@@ -72,7 +72,7 @@ def test_batches_depend_on_seed_and_step_only(characters):
 def tensors(batch):
     if isinstance(batch, tuple):
         return list(batch)
-    return [getattr(batch, field.name) for field in fields(batch)]
+    return [getattr(batch, field.name) for field in fields(batch) if field.name != "paired"]
 
 
 def test_shapes_are_those_that_training_takes(characters):
@@ -121,6 +121,39 @@ def test_targets_are_of_the_character_and_never_among_its_references(characters)
                 assert names == ["face", "face", "clothes", "clothes"]
                 assert all(where(image) not in shown for image in batch.references[rows])
     assert tasks == {"same character", "composition"} and set(names) <= set(CONCEPTS)
+
+
+def test_every_other_batch_shows_two_characters_in_one_scene(characters):
+    """Half as many pictures, twice as wide; the halves differ in nothing but figure and place."""
+    batches = BaseBatches(characters, 6, 4, text_drop=0.0, tag_drop=0.0, pairs=True)
+    alone, ids = batches.batch(2)
+    assert torch.equal(alone, BaseBatches(characters, 6, 4, 0.0, 0.0).batch(2)[0])
+    pictures, ids = batches.batch(3)
+    assert pictures.shape == (3, 3, 64, 128) and ids.shape == (3, LENGTH)
+    for picture in pictures:
+        left, right = picture.chunk(2, -1)
+        same = (left == right).all(0)
+        assert same[:4].float().mean() > 0.5 and not same.all()  # the background's upper edge
+    assert not torch.equal(pictures, batches.batch(5)[0])
+
+
+def test_pairs_of_targets_share_their_scenes(characters):
+    batches = RetrievalBatches(characters, 4, 1, text_drop=0.0, tag_drop=0.0, pairs=True)
+    plain = RetrievalBatches(characters, 4, 1, text_drop=0.0, tag_drop=0.0)
+    assert not batches.batch(2).paired and not plain.batch(3).paired
+    assert torch.equal(batches.batch(2).targets, plain.batch(2).targets)
+    batch = batches.batch(3)
+    assert batch.paired
+    ids = batch.ids.unflatten(0, (2, 2, TARGETS))
+    assert torch.equal(ids[:, 0], ids[:, 1]) and not torch.equal(ids[0], ids[1])
+    truths = batch.truths.unflatten(0, (4, TARGETS))
+    known = {tuple(row) for row in plain.batch(3).truths.tolist()}
+    for group in truths.tolist():  # one character a group, drawn anew in every target
+        assert len({tuple(row) for row in group}) == 1
+        assert tuple(group[0]) in known
+    targets = batch.targets.unflatten(0, (4, TARGETS))
+    assert not torch.equal(targets[0], targets[1])
+    assert batch.face.flatten(1).any(1).all() and batch.target_parts.flatten(1).any(1).all()
 
 
 def test_text_tags_and_references_are_dropped_as_often_as_said(characters):
