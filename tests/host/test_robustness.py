@@ -85,7 +85,7 @@ def test_a_failing_allocation(model, net, monkeypatch):
             sample(patched)
     assert not ours(patched)._device
     with monkeypatch.context() as m:
-        m.setattr(type(net.network.retrieval["middle"]), "attended", fail)
+        m.setattr(type(net.network.retrieval["middle"]), "attended_pooled", fail)
         with pytest.raises(management.OOM_EXCEPTION):
             sample(patched)
     assert not ours(patched)._device
