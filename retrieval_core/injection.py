@@ -14,7 +14,7 @@ from .bank import Bank
 from .controls import CONSTANT, StrengthCurve
 from .errors import RetrievalError
 from .isolation import check_apart, isolation_hook
-from .regions import region_at
+from .regions import queries_in, region_at
 from .retrieval import RetrievalSite
 from .unet import SkipHook
 
@@ -40,6 +40,7 @@ class Retrieval:
             shared by `dataclasses.replace`; the weights are not to change meanwhile.
         apart: until which part of sampling the region is kept apart from those of other
             applications that are kept apart too (`isolation`); 0 for never.
+        places: the region at each site, filled while sampling.
 
     Raises:
         RetrievalError: a strength that is not finite, a schedule outside 0..1, an unknown
@@ -59,6 +60,7 @@ class Retrieval:
     site_strength: Mapping[str, float] = field(default_factory=dict)
     outputs: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
     apart: float = 0.0
+    places: dict[tuple, tuple] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_apart(self.apart)
@@ -152,20 +154,40 @@ class Retrieval:
         layer = self.sites[site]
         assert isinstance(layer, RetrievalSite)
         bank = self.bank.sites[site]
-        region = None if self.region is None else region_at(self.region, h)
+        region, asked = self._place(site, layer, h)
         if torch.is_grad_enabled():  # training: both matrices learn, and change with every step
             retrieved = layer(h, bank) * strength
             return h + (retrieved if region is None else retrieved * region)
-        tokens = layer.attended_pooled(h, bank).transpose(1, 2)
+        if asked is not None and not len(asked):
+            return h
+        tokens = layer.attended_pooled(h, bank, asked).transpose(1, 2)
         matrix = self._output(site, layer, h).expand(h.shape[0], -1, -1)
-        if layer.pool > 1:
-            retrieved = layer.spread(matrix @ tokens, h)
-            retrieved = retrieved if region is None else retrieved * region
-            return torch.add(h, retrieved, alpha=strength)
-        # One product with the two matrices' product, and the sum with h in the same pass.
-        if region is not None:
-            tokens = tokens * region.flatten(2)
-        return torch.baddbmm(h.flatten(2), matrix, tokens, alpha=strength).view_as(h)
+        if layer.pool == 1 and asked is None:
+            # One product with the two matrices' product, and the sum with h in the same pass.
+            if region is not None:
+                tokens = tokens * region.flatten(2)
+            return torch.baddbmm(h.flatten(2), matrix, tokens, alpha=strength).view_as(h)
+        found = matrix @ tokens
+        if asked is not None:
+            queries = [-(-edge // layer.pool) for edge in h.shape[-2:]]
+            everywhere = found.new_zeros(*found.shape[:2], queries[0] * queries[1])
+            everywhere[:, :, asked] = found
+            found = everywhere
+        retrieved = layer.spread(found, h)
+        retrieved = retrieved if region is None else retrieved * region
+        return torch.add(h, retrieved, alpha=strength)
+
+    def _place(
+        self, site: str, layer: RetrievalSite, h: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The region at the features h, and the queries that count in it; see `queries_in`."""
+        if self.region is None:
+            return None, None
+        key = (site, h.device, h.dtype, h.shape[-2:])
+        if key not in self.places:
+            region = region_at(self.region, h)
+            self.places[key] = region, queries_in(region, layer.pool)
+        return self.places[key]
 
     def _output(self, site: str, layer: RetrievalSite, h: Tensor) -> Tensor:
         key = (site, h.device, h.dtype)

@@ -17,6 +17,20 @@ def region_at(region: Tensor, h: Tensor) -> Tensor:
     return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True).to(h)
 
 
+def queries_in(region: Tensor, pool: int = 1) -> Tensor | None:
+    """[Q]: which of a site's queries count within a region [1, 1, h, w]; None for all of them.
+
+    Args:
+        pool: `RetrievalSite.pool`; places between two pooled queries need both.
+    """
+    inside = (region > 0).float()
+    if pool > 1:
+        inside = F.max_pool2d(inside, pool, ceil_mode=True)
+        inside = F.max_pool2d(inside, 3, stride=1, padding=1)
+    inside = inside.flatten() > 0
+    return None if bool(inside.all()) else inside.nonzero()[:, 0]
+
+
 def soften(region: Tensor, radius: float) -> Tensor:
     """A region [H, W] with its edges blurred by a Gaussian; beyond its border it goes on.
 

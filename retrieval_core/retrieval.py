@@ -97,9 +97,13 @@ class RetrievalSite(nn.Module):
             return found
         return self.spread(found.transpose(1, 2), h).flatten(2).transpose(1, 2)
 
-    def attended_pooled(self, h: Tensor, bank: SiteBank) -> Tensor:
-        """The same before it is laid out again: [B, Q, C], one token a query."""
-        query = self._query(h, bank)
+    def attended_pooled(self, h: Tensor, bank: SiteBank, asked: Tensor | None = None) -> Tensor:
+        """The same before it is laid out again: [B, Q, C], one token a query.
+
+        Args:
+            asked: [Q] indices of the queries wanted (`regions.queries_in`), None for all.
+        """
+        query = self._query(h, bank, asked)
         out = self.attend(query, bank.keys, bank.values, self.heads, mask=_mask(bank.bias))
         return out.view(h.shape[0], -1, h.shape[1])
 
@@ -168,10 +172,11 @@ class RetrievalSite(nn.Module):
         down, across = -(-height // self.pool), -(-width // self.pool)
         return (row * down + y // self.pool) * across + x // self.pool
 
-    def _query(self, h: Tensor, bank: SiteBank) -> Tensor:
+    def _query(self, h: Tensor, bank: SiteBank, asked: Tensor | None = None) -> Tensor:
         if self.pool > 1:
             h = F.avg_pool2d(h, self.pool, ceil_mode=True, count_include_pad=False)
-        query = self.to_q(self.norm_query(h.flatten(2).transpose(1, 2)))
+        tokens = h.flatten(2).transpose(1, 2)
+        query = self.to_q(self.norm_query(tokens if asked is None else tokens[:, asked]))
         return query.reshape(bank.keys.shape[0], -1, h.shape[1])
 
 

@@ -143,26 +143,61 @@ class Workbench:
         """The trained mode with `count` references; rows "both" or "cond"."""
         from retrieval_pack.nodes import patch
 
-        factors, masked = self.config.site_downsampling(), what == MASKED
+        references, controls = self._trained(count, what == MASKED), self._controls(what)
+        model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
+        added, kept = self._last_applied(model, ROWS[rows])
+        return Run(model, self.positive, self.negative, added, kept)
+
+    def regions(self, apart: bool) -> Run:
+        """Two applications of 4 references, each in its half of the picture, on both rows.
+
+        Kept apart, each place's self-attention looks at half of the places.
+        """
+        from retrieval_pack.nodes import patch
+        from retrieval_pack.retrieval_core.controls import Controls
+
+        model, added, kept = self.model, 0, 0
+        for left in (True, False):
+            region = torch.zeros(self.size, self.size)
+            region[:, : self.size // 2] = 1
+            controls = Controls(apart=float(apart))
+            model = patch.apply(
+                model,
+                self._trained(4, False),
+                1.0,
+                guidance="both",
+                region=region if left else 1 - region,
+                controls=controls,
+            )
+            here = self._last_applied(model, 2)
+            added, kept = added + here[0], kept + here[1]
+        if apart:
+            shapes = {}
+            for name, layer in self_attention_layers(self.config).items():
+                places = (-(-self.latent // layer.downsampling)) ** 2
+                shapes[name] = (places, layer.width, places // 2)
+            added -= arithmetic.self_attention_operations(shapes, 2)
+        return Run(model, self.positive, self.negative, added, kept)
+
+    def _trained(self, count: int, masked: bool) -> Any:
+        """References of the trained mode."""
+        factors = self.config.site_downsampling()
         sites = {s: (width, factors[s]) for s, width in self.config.site_channels().items()}
-        references = self._once(
+        return self._once(
             ("trained", count, masked),
             lambda: self._references(self.network(), sites, count, masked),
         )
-        controls = self._controls(what)
-        model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
+
+    def _last_applied(self, model: Any, rows: int) -> tuple[int, int]:
+        """Operations and bytes that the last application to a model adds."""
         applied = model.model_options["transformer_options"]["patches"]["output_block_patch"][-1]
         bank = applied.retrieval.bank
         tokens = {site: one.keys.shape[1] for site, one in bank.sites.items()}
+        pooling = applied.references.network.network.query_pooling
         added = arithmetic.trained_operations(
-            self.config,
-            ROWS[rows],
-            self.latent,
-            self.latent,
-            tokens,
-            applied.references.network.network.query_pooling,
+            self.config, rows, self.latent, self.latent, tokens, pooling
         )
-        return Run(model, self.positive, self.negative, added, bank.nbytes())
+        return added, bank.nbytes()
 
     def without_training(self, count: int, what: str, rows: str) -> Run:
         """The training-free mode, as `trained`; all self-attention layers."""
@@ -257,6 +292,14 @@ def variants(bench: Workbench, counts: Sequence[int]) -> list[Variant]:
                             lambda f=make, c=count, w=what, r=rows: f(c, w, r),
                         )
                     )
+    for apart in (False, True):
+        found.append(
+            Variant(
+                f"regions{'-apart' * apart}",
+                f"trained, two regions of 4 references, budget{', kept apart' * apart}, both rows",
+                lambda a=apart: bench.regions(a),
+            )
+        )
     found.append(Variant("controlnet", "ControlNet (the host's own)", bench.controlnet))
     if external.checkout(external.IP_ADAPTER) is not None:
         for count in counts:
