@@ -216,7 +216,8 @@ def test_the_list_needs_no_host(capsys, monkeypatch):
     assert step_cost.main(["--list", "--references", "4"]) == 0
     keys = capsys.readouterr().out.split()
     assert "trained-4-budget-cond" in keys and "training-free-4-masked-both" in keys
-    assert len(keys) == 2 * 3 * 2 + 1
+    assert {"regions", "regions-apart", "controlnet"} <= set(keys)
+    assert len(keys) == 2 * 3 * 2 + 3
     monkeypatch.setenv("IPADAPTER_PLUS_PATH", "/nowhere")
     assert step_cost.main(["--list"]) == 2
     assert "/nowhere" in capsys.readouterr().err

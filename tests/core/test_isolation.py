@@ -76,6 +76,18 @@ def test_attention_apart_is_attention_under_a_mask():
     assert blocked.any() and not blocked.all()
 
 
+def test_halves_kept_apart_look_at_half_of_the_pairs():
+    pairs = []
+
+    def attend(q, k, v, places):
+        pairs.append(q.shape[1] * k.shape[1])
+        return q
+
+    x = rand(1, 64, 8)
+    attend_apart(attend, x, x, x, partition([box(0, 4), box(4, 8)], (8, 8)))
+    assert sum(pairs) == 64 * 64 // 2
+
+
 def test_a_region_does_not_see_the_other_ones_tokens():
     hook = isolation_hook([box(0, 4), box(4, 8)])
     layer = UNet(CONFIG).middle_block[1].transformer_blocks[0].attn1

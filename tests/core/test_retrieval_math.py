@@ -13,7 +13,7 @@ from retrieval_core.errors import RetrievalError
 from retrieval_core.injection import Retrieval
 from retrieval_core.objective import retrieval_loss
 from retrieval_core.schedule import NoiseSchedule
-from retrieval_core.unet import UNet, UNetConfig
+from retrieval_core.unet import UNet, UNetConfig, attention
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
 
@@ -166,6 +166,42 @@ def test_pooled_queries_ask_once_for_a_square(height, width):
     with torch.no_grad():
         found = retrieval.apply("input_0", h, [0])
     torch.testing.assert_close(found, h + 1.5 * region * expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize(("edges", "squares"), [((0, 3), 9), ((2, 5), 12), ((4, 7), 9)])
+def test_only_the_places_of_a_region_are_asked_for(pool, edges, squares):
+    """A seventh of the picture is painted; the result is that of asking everywhere."""
+    site = pooled_site(pool)
+    h = rand(2, 32, 5, 7, seed=2, dtype=torch.float64)
+    bank = bank_of(site, [rand(32, 3, 2, seed=3, dtype=torch.float64)])
+    region = torch.zeros(5, 7, dtype=torch.float64)
+    region[1:3, slice(*edges)] = 0.7
+    asked = []
+
+    def attend(q, k, v, heads, mask=None):
+        asked.append(q.shape[1])
+        return attention(q, k, v, heads, mask)
+
+    with torch.no_grad():
+        everywhere = site(h, bank)
+        site.attend = attend
+        retrieval = Retrieval({"input_0": site}, Bank({"input_0": bank}, 1), 1.5, region=region)
+        found = [retrieval.apply("input_0", h, [0]) for _ in range(2)]
+    torch.testing.assert_close(found[0], h + 1.5 * region * everywhere, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0][..., region == 0], h[..., region == 0])
+    # Rows share the bank, so theirs are one long query. Pooled: the squares that the six places
+    # lie in, and those beside them, of 3 x 4.
+    assert asked == [2 * (6 if pool == 1 else squares)] * 2
+
+
+def test_a_region_too_small_for_a_site_asks_for_nothing_there(network):
+    bank = network.bank(network.encode(rand(1, 4, 8, 8), rand(1, 3, 16, seed=5)))
+    h = rand(1, 32, 8, 8, seed=6)
+    retrieval = Retrieval(network.retrieval, bank, region=torch.zeros(16, 16))
+    with torch.no_grad():
+        assert retrieval.apply("input_0", h, [0]) is h
 
 
 def test_pooled_queries_in_maps_and_in_training_are_those_of_their_square():

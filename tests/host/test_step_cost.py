@@ -26,11 +26,12 @@ def measured():
 
 def test_every_variant_is_measured_beside_the_base(measured):
     rows = {row["key"]: row for row in measured["steps"]}
-    assert len(rows) == 1 + 2 * 2 * 3 * 2 + 1
+    assert len(rows) == 1 + 2 * 2 * 3 * 2 + 3
     assert measured["rows a call"] == [2]  # both prompts in one call
     for key, row in rows.items():
         assert row["seconds a step"] > 0 and row["peak MiB"] > 0
-        assert (row["floor"] > 1) == (key != "base model")
+        assert key in ("base model", "regions-apart") or row["floor"] > 1
+    assert rows["regions-apart"]["floor"] < rows["regions"]["floor"]
     assert measured["encoding"]["ratio"] > 0
     text = table.text(json.loads(json.dumps(measured)))
     assert all(row["title"] in text for row in rows.values())
