@@ -172,7 +172,7 @@ def train_base(
         BaseBatches(data, settings.batch_size, settings.seed, pairs=start is not None),
         settings,
         out / "base",
-        description={"stage": "base", "characters": characters},
+        description={"stage": "base", "pairs": start is not None, "characters": characters},
         prefetch=2,
         label="base",
     )
@@ -222,6 +222,7 @@ def train_retrieval(
     owner.unet.load_state_dict(network.decoder, strict=False)
     description = {
         "stage": "retrieval",
+        "pairs": start is not None,
         **asdict(options),
         "noise_power": NOISE_POWER,
         "background": BACKGROUND,
