@@ -13,138 +13,51 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..controlnet import RetrievalControlNet, load
 from ..errors import RetrievalError
 from ..files import read_safetensors, save_safetensors
-from ..objective import retrieval_loss
-from ..training.attributes import AttributeReader, deeper_sites
-from ..training.critic import Critic, undecided
-from ..training.joint import TrainableRetrieval
-from ..training.settings import LOCKS, PRECISIONS, Lock, Precision, TrainingSettings
+from ..training.critic import Critic
+from ..training.settings import LOCKS, PRECISIONS, Precision, TrainingSettings
 from ..training.trainer import Trainer
 from ..unet import load_strictly
 from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
 from .data import (
-    READ_SIZES,
     BaseBatches,
     CriticBatches,
-    RetrievalBatch,
     RetrievalBatches,
     render_any,
     render_characters,
     to_images,
 )
-from .draw import PARTS
 from .judge import Judge, load_judge, truth_ids
 from .model import PaperdollModel, load_base
+from .trainees import (
+    BACKGROUND,
+    CHARACTERS,
+    CORRESPONDENCE,
+    DRAWING,
+    NOISE_POWER,
+    READING,
+    BaseTraining,
+    CriticTraining,
+    PaperdollRetrieval,
+    RetrievalOptions,
+    contiguous_norms,
+    new_critic,
+)
 from .vae import PatchVAE
-
-Module = TypeVar("Module", bound=nn.Module)
 
 STAGES = ("base", "critic", "retrieval", "pairs", "judge")
 PAIRS = "pairs"  # the folder of that stage's files
-CHARACTERS = 3000
-CORRESPONDENCE = 0.2
-NOISE_POWER = 0.6
 # The network's encoder and the decoder start as copies of trained layers.
 RATE_FACTORS = {"network.encoder.": 0.5, "unet.": 0.7}
-READING = 0.3  # weight of the attribute loss
-DRAWING = 0.3  # weight of the critic's loss
 CRITIC_FILE = "paperdoll_critic.safetensors"
 CRITIC_FORMAT = "paperdoll_critic"
-BACKGROUND = 0.3  # what the loss counts there, beside 1 on the figure
-
-
-class BaseTraining(nn.Module):
-    """The base model's diffusion loss on pictures and tags."""
-
-    def __init__(self, model: PaperdollModel) -> None:
-        super().__init__()
-        self.unet, self.text = model.unet, model.text
-        self.vae, self.schedule = [model.vae], model.schedule  # the VAE is fixed: not a child
-
-    def loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        images, ids = batch
-        latents = self.vae[0].encode(images)
-        steps = torch.randint(self.schedule.steps, (len(ids),), generator=generator)
-        eps = torch.randn(latents.shape, generator=generator)
-        prediction = self.unet(self.schedule.noised(latents, eps, steps), steps, self.text(ids))
-        target = self.schedule.target(latents, eps, steps)
-        return retrieval_loss(prediction, target, channel_weights=channel_weights(self.vae[0]))
-
-
-def channel_weights(vae: PatchVAE) -> Tensor:
-    """[C]: an error counts by what it changes in pixels, tempered, as details count too."""
-    weights = 1 / vae.scale
-    return weights / weights.mean()
-
-
-def contiguous_norms(owner: Module) -> Module:
-    """The module, its group norms fed contiguous maps: on CPUs they are up to 20 times as fast
-    in bfloat16 as on the channels-last maps that convolutions leave.
-    """
-    for module in owner.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    return owner
-
-
-class PaperdollRetrieval(TrainableRetrieval):
-    """`TrainableRetrieval` fed with the world's batches through the base's text encoder and VAE."""
-
-    def __init__(
-        self,
-        base: PaperdollModel,
-        network: RetrievalControlNet,
-        options: RetrievalOptions,
-        critic: Critic | None = None,
-    ) -> None:
-        reader = None
-        if options.reading:
-            widths = network.config.site_channels()
-            widths = {site: widths[site] for site in deeper_sites(list(widths))}
-            reader = AttributeReader(widths, READ_SIZES)
-        super().__init__(
-            network,
-            base.unet,
-            base.schedule,
-            options.lock,
-            options.face_weight,
-            options.correspondence,
-            channel_weights(base.vae),
-            NOISE_POWER,
-            reader,
-            options.reading,
-            critic,
-            options.drawing,
-        )
-        self.frozen = [base.text, base.vae]
-
-    def batch_loss(self, batch: RetrievalBatch, generator: torch.Generator) -> dict[str, Tensor]:
-        text, vae = self.frozen
-        with torch.no_grad():
-            context, reference_context = text(batch.ids), text(batch.reference_ids)
-            latents, references = vae.encode(batch.targets), vae.encode(batch.references)
-        bank = self.bank(references, reference_context, batch.used, batch.masks)
-        parts = (batch.target_parts, batch.reference_parts, PARTS)
-        content = torch.where(batch.target_parts > 0, 1.0, BACKGROUND)
-        return self.loss(
-            bank,
-            latents,
-            context,
-            generator,
-            content,
-            batch.face,
-            parts=parts,
-            attributes=batch.truths,
-            paired=batch.paired,
-        )
 
 
 def train_base(
@@ -180,19 +93,6 @@ def train_base(
     with trainer.ema_weights():
         model.save(out / BASE_FILE, torch.float16)
     return load_base(out / BASE_FILE)
-
-
-@dataclass(frozen=True)
-class RetrievalOptions:
-    """What `train_retrieval` takes beside the settings; see `TrainableRetrieval`."""
-
-    characters: int = CHARACTERS
-    lock: Lock = "train_both"
-    text_drop: float = 0.3
-    face_weight: float = 1.0
-    correspondence: float = CORRESPONDENCE
-    reading: float = READING
-    drawing: float = DRAWING
 
 
 def train_retrieval(
@@ -261,26 +161,6 @@ def train_pairs(
     into = out / PAIRS
     trained = train_base(into, base, options.characters, out)
     train_retrieval(into, retrieval, trained, replace(options, reading=0.0), out)
-
-
-class CriticTraining(nn.Module):
-    """The critic's loss on latents as they look at high noise (`undecided`)."""
-
-    def __init__(self, base: PaperdollModel) -> None:
-        super().__init__()
-        self.critic = new_critic(base)
-        self.vae = [base.vae]  # fixed: not a child
-
-    def batch_loss(
-        self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        images, others, values = batch
-        one, other = self.vae[0].encode(images), self.vae[0].encode(others)
-        return {"loss": self.critic.loss(undecided(one, other, generator), values, generator)}
-
-
-def new_critic(base: PaperdollModel) -> Critic:
-    return Critic(base.unet.config.in_channels, base.latent_size, READ_SIZES)
 
 
 def train_critic(

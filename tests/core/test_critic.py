@@ -10,7 +10,8 @@ from retrieval_core.files import save_safetensors
 from retrieval_core.paperdoll.bundle import BASE_FILE, bundled
 from retrieval_core.paperdoll.data import READ_SIZES, CriticBatches, render_characters
 from retrieval_core.paperdoll.model import load_base
-from retrieval_core.paperdoll.train import CriticTraining, load_critic
+from retrieval_core.paperdoll.train import load_critic
+from retrieval_core.paperdoll.trainees import CriticTraining
 from retrieval_core.training.critic import NOISE, Critic, undecided
 
 CHANNELS, SIZE, ROWS = 6, 8, 5
