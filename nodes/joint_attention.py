@@ -35,7 +35,6 @@ class Application:
     network: TrainingFree
     retrieval: JointRetrieval
     reference_count: int = 0
-    region: Region | None = None
     _banks: dict[Any, dict[str, SiteBank]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Application:
@@ -71,6 +70,11 @@ class Application:
             for area in set(areas)
         }
         return [made[area] if seen else None for area, seen in zip(areas, wanted, strict=True)]
+
+    @cached_property
+    def region(self) -> Region | None:
+        """Where it acts; None for everywhere."""
+        return Region.of(self.retrieval)
 
     @cached_property
     def map_layer(self) -> str:

@@ -39,9 +39,10 @@ class RetrievalPatch:
     What it holds on the device exists only while a sampler runs.
     """
 
-    def __init__(self, references: References, retrieval: Retrieval, region: Region | None = None):
+    def __init__(self, references: References, retrieval: Retrieval):
         network = references.network
-        self.references, self.retrieval, self.region = references, retrieval, region
+        self.references, self.retrieval = references, retrieval
+        self.region = Region.of(retrieval)
         self.sites = network.sites
         self.config = network.network.config
         self.last = len(self.config.site_channels()) - 2
@@ -192,12 +193,9 @@ def apply(
         raise RetrievalError(f"The strength is {strength}; give a number, 0 for no retrieval.")
     guidance = guidance or network.network.card.recommended.get("guidance", "cond")
     controls = controls or Controls(token_budget=None)
-    place = None
-    if region is not None:
-        region = soften(_check_region(region), controls.region_blur)
-        place = Region(region, controls.apart)
+    region = None if region is None else soften(_check_region(region), controls.region_blur)
     if not isinstance(network, Network):
-        return network.apply(model, references, strength, start, end, guidance, place, controls)
+        return network.apply(model, references, strength, start, end, guidance, region, controls)
     retrieval = Retrieval(
         network.network.retrieval,
         Bank(),
@@ -208,18 +206,18 @@ def apply(
         region,
         controls.curve,
         controls.site_strengths(site_groups(base.config)),
+        apart=controls.apart,
     )
     patched = model.clone()
     if strength == 0 or not any(controls.groups) or not references.encoded:
         return patched
     bank = references.bank(controls.token_budget)
-    patch = RetrievalPatch(references, replace(retrieval, bank=bank), place)
+    patch = RetrievalPatch(references, replace(retrieval, bank=bank))
     patched.set_model_output_block_patch(patch)
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step.KEY, patch.cleanup)
     patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, step.KEY, patch.prepare_sampling)
     step.add_wrappers(patched)
-    if place is not None and place.apart > 0:
-        attach(patched, base.config, region=place)
+    attach(patched, base.config, region=patch.region)
     _replace_decoder(patched, references)
     return patched
 

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.utils
 from torch import Tensor
 
+from ..retrieval_core.injection import Retrieval
 from . import step
 
 Area = tuple[int, ...]  # height, width, y, x in latent pixels
@@ -25,6 +26,11 @@ class Region:
 
     def __deepcopy__(self, memo: dict) -> Region:
         return self
+
+    @classmethod
+    def of(cls, retrieval: Retrieval) -> Region | None:
+        """Where an application acts; None for everywhere."""
+        return None if retrieval.region is None else cls(retrieval.region, retrieval.apart)
 
     def over(self, noted: step.Step, area: Area | None) -> Tensor:
         """[h, w] at the latent's resolution, cut out at a conditioning's area, if it has one."""

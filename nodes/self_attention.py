@@ -145,15 +145,17 @@ def attach(
     application: Any = None,
     region: Region | None = None,
 ) -> None:
-    """Puts an application, or a region to be kept apart, into the layers' place, beside those
-    already there.
+    """Puts an application, and a region if it is to be kept apart, into the layers' place, beside
+    those already there.
     """
+    applications = () if application is None else (application,)
+    regions = () if region is None or region.apart == 0 else (region,)
+    if not applications and not regions:
+        return
     options = model.model_options["transformer_options"]
     held = options.get("patches_replace", {}).get(ATTN1, {})
     before = {key: value for key, value in held.items() if not isinstance(value, JointAttention)}
     ours = next((value for value in held.values() if isinstance(value, JointAttention)), None)
-    applications = () if application is None else (application,)
-    regions = () if region is None else (region,)
     if ours is not None:
         applications, regions = ours.applications + applications, ours.regions + regions
         before = {**ours.before, **before}

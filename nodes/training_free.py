@@ -26,7 +26,6 @@ from ..retrieval_core.training_free import JointRetrieval, TrainingFree, fixed_n
 from ..retrieval_core.training_free.network import LAYERS, LEVELS, site_name
 from . import host, step
 from .joint_attention import Application
-from .regions import Region
 from .self_attention import ATTN1, LAST, attach, attention_of, block_of
 
 NAME = "training-free"
@@ -118,7 +117,7 @@ class TrainingFreeNetwork:
         start: float,
         end: float,
         guidance: Guidance,
-        region: Region | None,
+        region: Tensor | None,
         controls: Controls,
     ) -> Any:
         """See `patch.apply`, which has checked model, guidance and region."""
@@ -129,21 +128,21 @@ class TrainingFreeNetwork:
             start,
             end,
             guidance,
-            None if region is None else region.mask,
+            region,
             controls.curve,
             controls.site_strengths(self.network.groups()),
             timesteps=self.network.timesteps(),
             adain=self.network.adain,
+            apart=controls.apart,
         )
         patched = model.clone()
         if strength == 0 or not any(controls.groups) or not references.encoded:
             return patched
         bank = references.bank(controls.token_budget)
         application = Application(
-            self.network, replace(retrieval, bank=bank), len(references.encoded), region
+            self.network, replace(retrieval, bank=bank), len(references.encoded)
         )
-        apart = region is not None and region.apart > 0
-        attach(patched, self.network.config, application, region if apart else None)
+        attach(patched, self.network.config, application, application.region)
         patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step.KEY, application.cleanup)
         patched.add_wrapper_with_key(
             WrappersMP.PREPARE_SAMPLING, step.KEY, application.prepare_sampling

@@ -23,7 +23,7 @@ from .errors import RetrievalError
 from .files import parse_json, read_safetensors, save_safetensors
 from .injection import GUIDANCES
 from .references import token_mask
-from .retrieval import RetrievalSite
+from .retrieval import RetrievalSite, query_pools
 from .unet import (
     AttentionFunction,
     UNet,
@@ -86,7 +86,7 @@ class RetrievalControlNet(nn.Module):
         kw = {"device": device, "dtype": dtype}
         self.config, self.card = config, card
         self.query_pooling = query_pooling or QUERY_POOLING.get(card.base, 1)
-        factors = config.site_downsampling()
+        pools = query_pools(config, self.query_pooling)
         self.encoder = RetrievalEncoder(config, operations, attend, **kw)
         self.retrieval = nn.ModuleDict(
             {
@@ -95,7 +95,7 @@ class RetrievalControlNet(nn.Module):
                     config.heads(channels),
                     operations,
                     attend,
-                    self.query_pooling if factors[site] == 1 else 1,
+                    pools[site],
                     **kw,
                 )
                 for site, channels in config.site_channels().items()

@@ -16,7 +16,7 @@ from .errors import RetrievalError
 from .isolation import check_apart, isolation_hook
 from .regions import queries_in, region_at
 from .retrieval import RetrievalSite
-from .unet import SkipHook
+from .unet import SelfAttentionHook, SkipHook
 
 Guidance = Literal["cond", "both"]
 GUIDANCES: tuple[str, ...] = get_args(Guidance)
@@ -167,13 +167,7 @@ class Retrieval:
             if region is not None:
                 tokens = tokens * region.flatten(2)
             return torch.baddbmm(h.flatten(2), matrix, tokens, alpha=strength).view_as(h)
-        found = matrix @ tokens
-        if asked is not None:
-            queries = [-(-edge // layer.pool) for edge in h.shape[-2:]]
-            everywhere = found.new_zeros(*found.shape[:2], queries[0] * queries[1])
-            everywhere[:, :, asked] = found
-            found = everywhere
-        retrieved = layer.spread(found, h)
+        retrieved = layer.spread(matrix @ tokens, h, asked)
         retrieved = retrieved if region is None else retrieved * region
         return torch.add(h, retrieved, alpha=strength)
 
@@ -201,17 +195,19 @@ class Several:
     """Several applications on one U-Net, in order, such as one a region; see `Retrieval`."""
 
     applied: Sequence[Retrieval]
+    isolations: dict[tuple[int, ...], SelfAttentionHook | None] = field(
+        init=False, default_factory=dict, repr=False
+    )  # by the applications kept apart: what a hook knows of the regions serves all steps
 
     def arguments(self, cond_or_uncond: Sequence[int], progress: float) -> dict[str, Any]:
         """As of a single one, and the base's self-attention kept within regions."""
-        regions = [
-            one.region
-            for one in self.applied
-            if one.region is not None and one.isolated_at(progress)
-        ]
+        apart = tuple(i for i, one in enumerate(self.applied) if one.isolated_at(progress))
+        if apart not in self.isolations:
+            regions = (self.applied[i].region for i in apart)
+            self.isolations[apart] = isolation_hook([r for r in regions if r is not None])
         return {
             Retrieval.hooks: self.hook(cond_or_uncond, progress),
-            "self_attention": isolation_hook(regions),
+            "self_attention": self.isolations[apart],
         }
 
     def hook(self, cond_or_uncond: Sequence[int], progress: float) -> SkipHook | None:

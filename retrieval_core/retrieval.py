@@ -17,9 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bank import SiteBank
-from .unet import AttentionFunction, attention
+from .unet import AttentionFunction, UNetConfig, attention
 
 _LOGITS = 1 << 24  # held at once where shares are read off
+
+
+def query_pools(config: UNetConfig, pooling: int) -> dict[str, int]:
+    """site -> `RetrievalSite.pool`: queries are pooled at the latent's own resolution only."""
+    factors = config.site_downsampling()
+    return {site: pooling if factor == 1 else 1 for site, factor in factors.items()}
 
 
 class RetrievalSite(nn.Module):
@@ -92,10 +98,8 @@ class RetrievalSite(nn.Module):
 
     def attended(self, h: Tensor, bank: SiteBank) -> Tensor:
         """softmax(q K^T / sqrt(d) + log w) V of the features h [B, C, H, W]: [B, H * W, C]."""
-        found = self.attended_pooled(h, bank)
-        if self.pool == 1:
-            return found
-        return self.spread(found.transpose(1, 2), h).flatten(2).transpose(1, 2)
+        found = self.attended_pooled(h, bank).transpose(1, 2)
+        return self.spread(found, h).flatten(2).transpose(1, 2)
 
     def attended_pooled(self, h: Tensor, bank: SiteBank, asked: Tensor | None = None) -> Tensor:
         """The same before it is laid out again: [B, Q, C], one token a query.
@@ -107,13 +111,25 @@ class RetrievalSite(nn.Module):
         out = self.attend(query, bank.keys, bank.values, self.heads, mask=_mask(bank.bias))
         return out.view(h.shape[0], -1, h.shape[1])
 
-    def spread(self, found: Tensor, h: Tensor) -> Tensor:
-        """What pooled queries found [B, C, Q], over the places of h [B, *, H, W]: [B, C, H, W].
+    def grid(self, h: Tensor) -> tuple[int, int]:
+        """Rows and columns of the queries of the features h [B, C, H, W]."""
+        height, width = h.shape[-2:]
+        return -(-height // self.pool), -(-width // self.pool)
+
+    def spread(self, found: Tensor, h: Tensor, asked: Tensor | None = None) -> Tensor:
+        """What queries found [B, C, Q], over the places of h [B, *, H, W]: [B, C, H, W].
 
         Linear maps of the channels may be applied before or after alike.
+
+        Args:
+            asked: the queries that found it, see `attended_pooled`; the others found zeros.
         """
-        height, width = h.shape[-2:]
-        pooled = found.unflatten(2, (-(-height // self.pool), -(-width // self.pool)))
+        (rows, columns), (height, width) = self.grid(h), h.shape[-2:]
+        if asked is not None:
+            everywhere = found.new_zeros(*found.shape[:2], rows * columns)
+            everywhere[:, :, asked] = found
+            found = everywhere
+        pooled = found.unflatten(2, (rows, columns))
         if self.pool == 1:
             return pooled
         wide = F.interpolate(pooled, scale_factor=float(self.pool), mode="bilinear")
@@ -155,7 +171,7 @@ class RetrievalSite(nn.Module):
             places: [Q] indices into the B / G * H * W places that each bank serves.
         """
         split = (self.heads, h.shape[1] // self.heads)
-        query = self._query(h, bank)[:, self._asked(places, h)]
+        query = self._query(h, bank)[:, self._queries_of(places, h)]
         query = query.unflatten(2, split).transpose(1, 2)
         keys = bank.keys.unflatten(2, split).transpose(1, 2)
         logits = query @ keys.transpose(2, 3) / split[1] ** 0.5
@@ -163,14 +179,11 @@ class RetrievalSite(nn.Module):
             logits = logits + bank.bias[:, None, None]
         return logits.softmax(-1).mean(1)
 
-    def _asked(self, places: Tensor, h: Tensor) -> Tensor:
-        """Which query places of the features h are part of."""
-        if self.pool == 1:
-            return places
-        height, width = h.shape[-2:]
+    def _queries_of(self, places: Tensor, h: Tensor) -> Tensor:
+        """Which queries places of the features h are part of."""
+        (rows, columns), (height, width) = self.grid(h), h.shape[-2:]
         row, y, x = places // (height * width), places // width % height, places % width
-        down, across = -(-height // self.pool), -(-width // self.pool)
-        return (row * down + y // self.pool) * across + x // self.pool
+        return (row * rows + y // self.pool) * columns + x // self.pool
 
     def _query(self, h: Tensor, bank: SiteBank, asked: Tensor | None = None) -> Tensor:
         if self.pool > 1:

@@ -125,6 +125,14 @@ def to_images(pixels: np.ndarray) -> Tensor:
     return flat.movedim(-1, 1).float() / 255
 
 
+def prompt_of(
+    tags: Sequence[str], rng: np.random.Generator, tag_drop: float, text_drop: float
+) -> str:
+    """A prompt of tags, each left out with one probability and all of them with another."""
+    kept = [tag for tag in tags if rng.random() >= tag_drop]
+    return "" if rng.random() < text_drop else ", ".join(kept)
+
+
 @dataclass(frozen=True)
 class BaseBatches:
     """Pictures and tags for the base model; a batch depends on the seed and the step only.
@@ -161,8 +169,7 @@ class BaseBatches:
         return to_images(np.stack(pictures)), torch.tensor(ids)
 
     def _ids(self, tags: Sequence[str], rng: np.random.Generator) -> list[int]:
-        tags = [tag for tag in tags if rng.random() >= self.tag_drop]
-        return Tokenizer()("" if rng.random() < self.text_drop else ", ".join(tags))
+        return Tokenizer()(prompt_of(tags, rng, self.tag_drop, self.text_drop))
 
 
 @dataclass(frozen=True)
@@ -313,7 +320,8 @@ class RetrievalBatches:
         for row, sample in enumerate(shown):
             x0, y0, x1, y1 = sample.head_box or (0, 0, 0, 0)
             head[row, y0:y1, x0:x1] = True
-            ids.append(tokenizer(self._prompt(sample.tags, rng)))
+            prompt = prompt_of(sample.tags, rng, self.tag_drop, self.text_drop)
+            ids.append(tokenizer(prompt))
         everything = np.ones((SIZE, SIZE), bool)
         return (
             np.stack([sample.image for sample in shown]),
@@ -332,10 +340,6 @@ class RetrievalBatches:
             ),
             self.characters.truths[index][targets][:, _READ_COLUMNS],
         )
-
-    def _prompt(self, tags: Sequence[str], rng: np.random.Generator) -> str:
-        kept = [tag for tag in tags if rng.random() >= self.tag_drop]
-        return "" if rng.random() < self.text_drop else ", ".join(kept)
 
     def _used(self, rng: np.random.Generator) -> np.ndarray:
         """Which references count: all, with some probability fewer, rarely none."""

@@ -11,7 +11,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import RetrievalError
 from ..injection import Retrieval, Several
-from ..retrieval import RetrievalSite
+from ..retrieval import RetrievalSite, query_pools
 from ..sampling import Denoise, guided_denoiser, sample
 from ..token_budget import DEFAULT_BUDGET
 from .bundle import Bundle, load_bundle
@@ -44,37 +44,38 @@ TASKS = {"four references": same_character_case, "composition": composition_case
 
 
 def budget_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
-    """Attribute match with all tokens and with the default budget, from the same noise."""
-    lines: dict[str, Any] = {"tokens a site at most": DEFAULT_BUDGET}
-    for task, make in TASKS.items():
-        cases = [make(seed, i) for i in range(count)]
-        rates = {}
-        for name, budget in (("all tokens", None), ("default budget", DEFAULT_BUDGET)):
-            run = Measurement(bundle, replace(how, token_budget=budget), seed)
-            rates[name] = match_rates(cases, run.read(cases, True, f"{task}, {name}"))
-        lost = rates["all tokens"]["mean"] - rates["default budget"]["mean"]
-        lines[task] = {**rates, "lost, points": round(lost, 2)}
-    return lines
+    """Attribute match with all tokens and with the default budget."""
+    runs = {
+        name: Measurement(bundle, replace(how, token_budget=budget), seed)
+        for name, budget in (("all tokens", None), ("default budget", DEFAULT_BUDGET))
+    }
+    return {"tokens a site at most": DEFAULT_BUDGET, **_lost(runs, count, seed)}
 
 
 def pooling_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
     """Attribute match with queries pooled two by two at the sites of the finest level, as networks
-    of the larger bases have them, from the same noise. This one was not trained for it.
+    of the larger bases have them. This one was not trained for it.
     """
     pooled = replace(bundle, network=copy.deepcopy(bundle.network))
-    for site, factor in pooled.network.config.site_downsampling().items():
+    for site, pool in query_pools(pooled.network.config, 2).items():
         layer = pooled.network.retrieval[site]
         assert isinstance(layer, RetrievalSite)
-        layer.pool = 2 if factor == 1 else 1
-    lines: dict[str, Any] = {}
+        layer.pool = pool
+    runs = {"each place": bundle, "pooled": pooled}
+    return _lost({name: Measurement(b, how, seed) for name, b in runs.items()}, count, seed)
+
+
+def _lost(runs: Mapping[str, Measurement], count: int, seed: int) -> dict[str, Any]:
+    """Attribute match of two runs from the same noise, and what the second loses by the first."""
+    lines = {}
     for task, make in TASKS.items():
         cases = [make(seed, i) for i in range(count)]
-        rates = {}
-        for name, used in (("each place", bundle), ("pooled", pooled)):
-            run = Measurement(used, how, seed)
-            rates[name] = match_rates(cases, run.read(cases, True, f"{task}, {name}"))
-        lost = rates["each place"]["mean"] - rates["pooled"]["mean"]
-        lines[task] = {**rates, "lost, points": round(lost, 2)}
+        rates = {
+            name: match_rates(cases, run.read(cases, True, f"{task}, {name}"))
+            for name, run in runs.items()
+        }
+        before, after = (rate["mean"] for rate in rates.values())
+        lines[task] = {**rates, "lost, points": round(before - after, 2)}
     return lines
 
 

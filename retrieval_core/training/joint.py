@@ -156,8 +156,14 @@ class TrainableRetrieval(nn.Module):
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)
         hook = Retrieval(self.network.retrieval, bank, guidance="both").hook([0], 0.0)
-        run = self._paired if paired else self._single
-        prediction, features = run(noised, steps.to(latents.device), context, y, hook, groups)
+        at = steps.to(latents.device)
+        if paired:
+            left = [None if t is None else lefts(t, groups) for t in (at, context, y)]
+            halves = hook and hook_of_halves(hook, groups)
+            prediction, features = self._run(join(noised, groups), *left, halves)
+            prediction, *features = (split(t, groups) for t in (prediction, *features))
+        else:
+            prediction, features = self._run(noised, at, context, y, hook)
         masks = [None if m is None else latent_mask(m, height, width) for m in (content, face)]
         losses = retrieval_loss(
             prediction, target, masks[0], masks[1], self.face_weight, self.channel_weights
@@ -183,40 +189,19 @@ class TrainableRetrieval(nn.Module):
             losses["drawn"] = loss.detach()
         return losses
 
-    def _single(
+    def _run(
         self,
         noised: Tensor,
         steps: Tensor,
         context: Tensor,
         y: Tensor | None,
         hook: SkipHook | None,
-        groups: int,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The prediction and the features of all sites, one picture a row."""
+        """The prediction and the features of all sites, a row a picture."""
         with torch.no_grad():  # the base encoder is never trained
             emb = self.unet.embed(steps, y, noised.dtype)
             features = self.unet.encode(noised, emb, context)
         return self.unet.decode(features, emb, context, hook), features
-
-    def _paired(
-        self,
-        noised: Tensor,
-        steps: Tensor,
-        context: Tensor,
-        y: Tensor | None,
-        hook: SkipHook | None,
-        groups: int,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The same, two rows a picture."""
-        prediction, features = self._single(
-            join(noised, groups),
-            lefts(steps, groups),
-            lefts(context, groups),
-            None if y is None else lefts(y, groups),
-            hook and hook_of_halves(hook, groups),
-            groups,
-        )
-        return split(prediction, groups), [split(h, groups) for h in features]
 
     def finished(self, weights: Mapping[str, Tensor]) -> RetrievalControlNet:
         """The network with (averaged) trained weights put in, by their names in this module."""

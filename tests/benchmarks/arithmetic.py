@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from retrieval_core.retrieval import query_pools
 from retrieval_core.unet import UNet, UNetConfig, UNetEncoder
 
 TEXT_TOKENS = 77
@@ -47,11 +48,9 @@ def encoder_operations(config: UNetConfig, rows: int, height: int, width: int) -
 
 def places(config: UNetConfig, height: int, width: int, query_pooling: int = 1) -> dict[str, int]:
     """site -> number of places, or of pooled queries, of a latent of height x width."""
-    factors = {
-        site: factor * query_pooling if factor == 1 else factor
-        for site, factor in config.site_downsampling().items()
-    }
-    return {site: -(-height // factor) * -(-width // factor) for site, factor in factors.items()}
+    factors, pools = config.site_downsampling(), query_pools(config, query_pooling)
+    edges = {site: factor * pools[site] for site, factor in factors.items()}
+    return {site: -(-height // edge) * -(-width // edge) for site, edge in edges.items()}
 
 
 def trained_operations(

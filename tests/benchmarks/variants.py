@@ -157,27 +157,27 @@ class Workbench:
         from retrieval_pack.retrieval_core.controls import Controls
 
         model, added, kept = self.model, 0, 0
-        for left in (True, False):
-            region = torch.zeros(self.size, self.size)
-            region[:, : self.size // 2] = 1
-            controls = Controls(apart=float(apart))
+        references, controls = self._trained(4, False), Controls(apart=float(apart))
+        left = torch.zeros(self.size, self.size)
+        left[:, : self.size // 2] = 1
+        for region in (left, 1 - left):
             model = patch.apply(
-                model,
-                self._trained(4, False),
-                1.0,
-                guidance="both",
-                region=region if left else 1 - region,
-                controls=controls,
+                model, references, 1.0, guidance="both", region=region, controls=controls
             )
             here = self._last_applied(model, 2)
             added, kept = added + here[0], kept + here[1]
         if apart:
-            shapes = {}
-            for name, layer in self_attention_layers(self.config).items():
-                places = (-(-self.latent // layer.downsampling)) ** 2
-                shapes[name] = (places, layer.width, places // 2)
+            layers = self._layers().items()
+            shapes = {name: (places, width, places // 2) for name, (places, width) in layers}
             added -= arithmetic.self_attention_operations(shapes, 2)
         return Run(model, self.positive, self.negative, added, kept)
+
+    def _layers(self) -> dict[str, tuple[int, int]]:
+        """Self-attention layer -> its places and its width."""
+        return {
+            name: ((-(-self.latent // layer.downsampling)) ** 2, layer.width)
+            for name, layer in self_attention_layers(self.config).items()
+        }
 
     def _trained(self, count: int, masked: bool) -> Any:
         """References of the trained mode."""
@@ -217,11 +217,10 @@ class Workbench:
         controls = self._controls(what)
         model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
         bank = references.bank(controls.token_budget)
-        shapes = {}
+        shapes, places = {}, self._layers()
         for name in names:
-            edge = -(-self.latent // layers[name].downsampling)
             tokens = bank.sites[site_name(name, level)].keys.shape[1]
-            shapes[name] = (edge**2, layers[name].width, tokens)
+            shapes[name] = (*places[name], tokens)
         added = arithmetic.self_attention_operations(shapes, ROWS[rows])
         return Run(model, self.positive, self.negative, added, bank.nbytes())
 
@@ -259,11 +258,8 @@ class Workbench:
     def ip_adapter(self, count: int) -> Run:
         """IP-Adapter Plus with `count` pictures, in the checkout that the environment names."""
         model = external.ip_adapter_plus(self.model, count)
-        layers = self_attention_layers(self.config)  # text is attended to in the same places
-        shapes = {
-            name: ((-(-self.latent // layer.downsampling)) ** 2, layer.width, 16 * count)
-            for name, layer in layers.items()
-        }
+        layers = self._layers().items()  # text is attended to in the same places
+        shapes = {name: (*layer, 16 * count) for name, layer in layers}
         added = arithmetic.self_attention_operations(shapes, 2)
         return Run(model, self.positive, self.negative, added)
 

@@ -30,7 +30,8 @@ def test_every_variant_is_measured_beside_the_base(measured):
     assert measured["rows a call"] == [2]  # both prompts in one call
     for key, row in rows.items():
         assert row["seconds a step"] > 0 and row["peak MiB"] > 0
-        assert key in ("base model", "regions-apart") or row["floor"] > 1
+        # Regions kept apart save self-attention, as much of it as the base has.
+        assert (row["floor"] > 1) == (key != "base model") or key == "regions-apart"
     assert rows["regions-apart"]["floor"] < rows["regions"]["floor"]
     assert measured["encoding"]["ratio"] > 0
     text = table.text(json.loads(json.dumps(measured)))
