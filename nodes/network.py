@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from ..retrieval_core.bank_file import Maker, fingerprint_of
 from ..retrieval_core.controlnet import RetrievalControlNet, load
@@ -35,7 +33,6 @@ class Network:
         network: the core's module; its two halves are moved by `encoder` and `sites` alone.
         encoder, sites: ModelPatchers of the retrieval encoder and of the sites' layers. Sampling
             needs the sites only, so the larger half can leave the GPU.
-        null_keys: site -> [C], on the CPU.
         latent_format: of the base model, which scales its VAE's latents.
         compute_dtype: what the encoder computes in and encoded references are kept in.
         fingerprint: of the encoder and the sites; references of equal ones fit together.
@@ -45,7 +42,6 @@ class Network:
     network: RetrievalControlNet
     encoder: Any
     sites: Any
-    null_keys: Mapping[str, Tensor]
     latent_format: Any
     compute_dtype: torch.dtype
     fingerprint: str
@@ -53,6 +49,11 @@ class Network:
     @property
     def base(self) -> str:
         return self.network.card.base
+
+    @property
+    def layers(self) -> Any:
+        """The sites' layers, which make banks of references."""
+        return self.network.retrieval
 
     @property
     def maker(self) -> Maker:
@@ -130,13 +131,11 @@ def in_hosts_care(
             machine keeps them in, and saved references are for others too.
     """
     network.eval().requires_grad_(False)
-    nulls = {n: s.null_key.weight[0].to("cpu", compute) for n, s in network.retrieval.items()}
     return Network(
         name,
         network,
         host.patcher(network.encoder),
         host.patcher(network.retrieval),
-        nulls,
         latent_format,
         compute,
         fingerprint or fingerprint_of(network.state_dict()),

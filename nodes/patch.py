@@ -104,7 +104,8 @@ class RetrievalPatch:
         """Where the features h [B, C, H, W] look, in a crop of the picture or all of it."""
         key = (h.device, h.dtype, RECORDERS)
         if key not in self._device:
-            self._device[key] = self.references.site_bank(self.map_site).to(h.device, h.dtype)
+            bank = self.references.site_bank(self.map_site, h.device)
+            self._device[key] = bank.to(h.device, h.dtype)
         retrieval, bank = self._within(h, noted, area), self._device[key]
         shares = shares_of(retrieval, self.map_site, h, bank, self.reference_count)
         if noted is None or area is None:

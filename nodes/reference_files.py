@@ -9,10 +9,10 @@ from typing import Any
 import folder_paths
 from torch import Tensor
 
-from ..retrieval_core.bank import EncodedReference, check_weight
 from ..retrieval_core.bank_file import load_references, save_references
 from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.thumbnails import sheet
+from ..retrieval_core.tokens import EncodedReference, check_weight
 from . import host
 from .references import References
 

@@ -14,15 +14,18 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..retrieval_core.bank import Bank, EncodedReference, SiteBank, check_weight, join
+from ..retrieval_core.bank import Bank, SiteBank, project
 from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.references import PreparedReference, prepare
 from ..retrieval_core.thumbnails import thumbnail
-from ..retrieval_core.token_budget import limit_tokens
+from ..retrieval_core.tokens import EncodedReference, Tokens, check_weight, gather
 from . import host
 from .network import Network
 
 _REMEMBERED_BYTES = 256 << 20
+# Copies of a site's tokens alive at once while a bank is made: as they are, normed, keys, values,
+# and both joined with the null token.
+_ALIVE = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,40 +34,35 @@ class References:
 
     network: Network
     encoded: tuple[EncodedReference, ...] = ()
-    _limited: dict[int, Bank] = field(default_factory=dict, repr=False)
+    _banks: dict[int | None, Bank] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict) -> References:
         return self
 
     def get_ram_usage(self) -> int:
         """Bytes, for the host's cache."""
-        limited = sum(bank.nbytes() for bank in self._limited.values())
-        return limited + sum(_size(reference) for reference in self.encoded)
+        banks = sum(bank.nbytes() for bank in self._banks.values())
+        return banks + sum(reference.nbytes() for reference in self.encoded)
 
     def bank(self, token_budget: int | None = None) -> Bank:
-        """The bank of all references, of at most `token_budget` tokens a site.
+        """The bank of all references, of at most `token_budget` tokens a site, on the CPU.
 
-        The last limited one is kept for when something else of an application changes.
+        The last one is kept for when something else of an application changes.
 
         Raises:
             RetrievalError: all weights are 0, or the budget is below 1.
         """
-        if token_budget is None:
-            return join(self.encoded, self.network.null_keys)
-        if token_budget not in self._limited:
-            bank = _limit(self.bank(), token_budget)
-            self._limited.clear()
-            self._limited[token_budget] = bank
-        return self._limited[token_budget]
+        if token_budget not in self._banks:
+            bank = _project(self.network, gather(self.encoded), token_budget)
+            self._banks.clear()
+            self._banks[token_budget] = bank
+        return self._banks[token_budget]
 
-    def site_bank(self, site: str) -> SiteBank:
-        """One site of the bank, all tokens of all references."""
-        nulls = self.network.null_keys
-        alone = [
-            replace(r, keys={site: r.keys[site]}, values={site: r.values[site]})
-            for r in self.encoded
-        ]
-        return join(alone, None if nulls is None else {site: nulls[site]}).sites[site]
+    def site_bank(self, site: str, device: torch.device) -> SiteBank:
+        """One site of the bank, all tokens of all references; for use while sampling, when the
+        site's layers are on the device."""
+        tokens = gather([reference.at(site).to(device) for reference in self.encoded])
+        return project(tokens, self.network.layers).sites[site]
 
     def check_network(self, network: Network) -> None:
         """RetrievalError unless `network` has the weights that encoded these references."""
@@ -76,21 +74,24 @@ class References:
             )
 
 
-def _limit(bank: Bank, token_budget: int) -> Bank:
-    """`limit_tokens` on the host's device, or on the CPU where that has no room."""
-    device, bar = management.get_torch_device(), comfy.utils.ProgressBar(len(bank.sites))
+def _project(network: Any, tokens: Tokens, token_budget: int | None) -> Bank:
+    """`bank.project` on the host's device, or on the CPU where that has no room."""
+    device, bar = management.get_torch_device(), comfy.utils.ProgressBar(len(tokens.sites))
 
     def on_site(done: int, count: int) -> None:
         management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, count)
 
-    large = [site for site in bank.sites.values() if site.keys.shape[1] > token_budget + 1]
-    tokens = max((site.keys.numel() + site.values.numel() for site in large), default=0)
-    management.free_memory(2 * tokens * torch.float32.itemsize, device)
+    largest = max((site.parts.numel() for site in tokens.sites.values()), default=0)
+    needed = _ALIVE * largest * torch.float32.itemsize
+    if network.layers is not None:
+        management.load_models_gpu([network.sites], memory_required=needed)
+    elif token_budget is not None:
+        management.free_memory(needed, device)
     try:
-        return limit_tokens(bank, token_budget, device, on_site)
+        return project(tokens, network.layers, token_budget, device, on_site)
     except management.OOM_EXCEPTION:
-        return limit_tokens(bank, token_budget, "cpu", on_site)
+        return project(tokens, network.layers, token_budget, "cpu", on_site)
 
 
 class _Memory:
@@ -106,12 +107,12 @@ class _Memory:
         return self.kept.get(key)
 
     def put(self, key: tuple, reference: EncodedReference) -> None:
-        if key in self.kept or _size(reference) > self.limit:
+        if key in self.kept or reference.nbytes() > self.limit:
             return
         self.kept[key] = reference
-        self.used += _size(reference)
+        self.used += reference.nbytes()
         while self.used > self.limit:
-            self.used -= _size(self.kept.popitem(last=False)[1])
+            self.used -= self.kept.popitem(last=False)[1].nbytes()
 
     def clear(self) -> None:
         self.kept.clear()
@@ -234,15 +235,9 @@ def _encode(
         (one,) = network.network.encode(
             latent[None].to(device, kind), *inputs, masks=[reference.mask], concepts=[concept]
         )
-        encoded.append(_on_cpu(one))
+        encoded.append(one.to("cpu"))
         progress.update(1)
     return encoded
-
-
-def _on_cpu(reference: EncodedReference) -> EncodedReference:
-    keys = {site: tensor.cpu().contiguous() for site, tensor in reference.keys.items()}
-    values = {site: tensor.cpu().contiguous() for site, tensor in reference.values.items()}
-    return replace(reference, keys=keys, values=values)
 
 
 def _digest(reference: PreparedReference) -> str:
@@ -250,8 +245,3 @@ def _digest(reference: PreparedReference) -> str:
     if reference.mask is not None:
         digest.update(reference.mask.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _size(reference: EncodedReference) -> int:
-    tensors = (*reference.keys.values(), *reference.values.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -6,7 +6,7 @@ The value of RETRIEVAL_CONTROLNET is here a `TrainingFreeNetwork`; it encodes an
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ..retrieval_core.bank import Bank, EncodedReference
+from ..retrieval_core.bank import Bank
 from ..retrieval_core.bank_file import Maker, fingerprint_of
 from ..retrieval_core.controls import Controls
 from ..retrieval_core.injection import Guidance
 from ..retrieval_core.references import PreparedReference
+from ..retrieval_core.tokens import EncodedReference
 from ..retrieval_core.training_free import JointRetrieval, TrainingFree, fixed_noise, split
 from ..retrieval_core.training_free.network import LAYERS, LEVELS, site_name
 from . import host, step
@@ -47,7 +48,7 @@ class TrainingFreeNetwork:
     model: Any
     latent_format: Any
     name: str = NAME
-    null_keys: Mapping[str, Tensor] | None = None
+    layers: None = None  # references hold keys and values
 
     @property
     def base(self) -> str:

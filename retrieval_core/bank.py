@@ -1,41 +1,22 @@
-"""The bank: what was encoded of the references, as keys and values of every site (DESIGN §3).
+"""The bank: keys and values of every site, of all references and the null token (DESIGN §3).
 
-A reference is encoded and projected once; a `Bank` joins the projections of several references,
-their weights and the null token, and is only read while sampling.
+K_s = W_k LN(f_s), V_s = W_v LN(f_s). Both are linear in LN(f_s), so a token budget is kept before
+they are projected: the mean of merged tokens has their mean key and mean value, and only the tokens
+that are left cost a projection. A `Bank` is made once and only read while sampling.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import RetrievalError
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedReference:
-    """One reference, projected: per site keys and values [N, D] of the tokens that were kept.
-
-    Attributes:
-        keys, values: site -> [N, D]; tokens wholly outside the reference's mask are not in it.
-        weight: >= 0; enters as log(weight) on the attention logits, 0 removes the reference.
-        concept: what was to be taken ("face", "clothes", "figure", or tags).
-        thumbnail: a small picture of it, uint8 [h, w, 3], or None.
-    """
-
-    keys: Mapping[str, Tensor]
-    values: Mapping[str, Tensor]
-    weight: float = 1.0
-    concept: str = "figure"
-    thumbnail: Tensor | None = None
-
-    def with_weight(self, weight: float) -> EncodedReference:
-        """The same reference with another weight; RetrievalError as in `check_weight`."""
-        return replace(self, weight=check_weight(weight))
+from .token_budget import check_budget, limit_tokens
+from .tokens import SiteTokens, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,88 +66,66 @@ class Bank:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def check_weight(weight: float) -> float:
-    """A reference's weight as a float; RetrievalError for NaN, infinite or negative ones."""
-    value = float(weight)
-    if not math.isfinite(value) or value < 0:
-        raise RetrievalError(
-            f"A reference has weight {value}, which is not a number of 0 or more; set it between "
-            "0 and 2 (0 leaves the reference out)."
-        )
-    return value
+class Projection(Protocol):
+    """What `project` needs of a site's layers (`retrieval.RetrievalSite`)."""
+
+    def normed(self, tokens: Tensor) -> Tensor: ...
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def null(self) -> Tensor: ...
 
 
-def join(references: Sequence[EncodedReference], null_keys: Mapping[str, Tensor] | None) -> Bank:
-    """One bank (G = 1) of several references and the null token.
-
-    Args:
-        references: in the order that `SiteBank.owner` counts; an empty list gives an empty bank.
-        null_keys: site -> [D], the learned key of "retrieve nothing"; its value is zero. None
-            for a bank without null tokens.
-
-    Raises:
-        RetrievalError: a weight is NaN, infinite or negative, or all of them are 0.
-    """
-    if not references:
-        return Bank()
-    weights = [check_weight(reference.weight) for reference in references]
-    if not any(weights):
-        raise RetrievalError(
-            f"All {len(weights)} references have weight 0, so there is nothing to retrieve; give "
-            "at least one a weight above 0, or set the strength to 0 to switch retrieval off."
-        )
-    kept = [(i, r, w) for i, (r, w) in enumerate(zip(references, weights, strict=True)) if w > 0]
-    sites = {}
-    for site, first in kept[0][1].keys.items():
-        null = _null(null_keys, site, first)
-        keys = torch.cat([null, *(r.keys[site] for _, r, _ in kept)])
-        values = torch.cat([torch.zeros_like(null), *(r.values[site] for _, r, _ in kept)])
-        counts = [len(null), *(r.keys[site].shape[0] for _, r, _ in kept)]
-        owner = _spread([-1, *(i for i, _, _ in kept)], counts, keys.device)
-        bias = None
-        if any(w != 1.0 for _, _, w in kept):
-            logs = torch.tensor([0.0, *(math.log(w) for _, _, w in kept)], dtype=torch.float64)
-            bias = logs.repeat_interleave(torch.tensor(counts)).to(keys)[None]
-        sites[site] = SiteBank(keys[None], values[None], bias, owner)
-    return Bank(sites, len(kept))
-
-
-def stack(
-    keys: Mapping[str, Tensor],
-    values: Mapping[str, Tensor],
-    null_keys: Mapping[str, Tensor] | None,
-    keep: Mapping[str, Tensor] | None = None,
+def project(
+    tokens: Tokens,
+    layers: Mapping[str, Projection] | None,
+    token_budget: int | None = None,
+    device: torch.device | str | None = None,
+    on_site: Callable[[int, int], None] | None = None,
 ) -> Bank:
-    """G banks of R references each, side by side, as training uses them.
+    """The bank of the tokens.
 
     The null token cannot be masked, so a bank whose references are all dropped retrieves nothing.
 
     Args:
-        keys, values: site -> [G, R, N, D].
-        keep: site -> bool [G, R, N], False for tokens left out (masked, or a dropped reference).
+        layers: of the sites; their null token is put first. None, in the training-free mode: the
+            tokens are keys and values, and there is no null token.
+        token_budget: the most tokens at a site, null token aside (`limit_tokens`); None: all.
+        device: where to compute; the bank is where the tokens were. None: where the tokens are.
+        on_site: called with (sites done, sites in all); may raise to interrupt.
+
+    Raises:
+        RetrievalError: a budget below 1.
     """
-    sites, count = {}, 0
-    for site, k in keys.items():
-        groups, count, tokens, _ = k.shape
-        null = _null(null_keys, site, k).expand(groups, -1, -1)
-        joined_keys = torch.cat([null, k.flatten(1, 2)], 1)
-        joined_values = torch.cat([torch.zeros_like(null), values[site].flatten(1, 2)], 1)
-        owner = _spread([-1, *range(count)], [null.shape[1]] + [tokens] * count, k.device)
-        bias = None
-        if keep is not None and not bool(keep[site].all()):
-            bias = torch.zeros(joined_keys.shape[:2], dtype=k.dtype, device=k.device)
-            bias[:, null.shape[1] :].masked_fill_(~keep[site].flatten(1, 2), float("-inf"))
-        sites[site] = SiteBank(joined_keys, joined_values, bias, owner)
-    return Bank(sites, count)
+    budget = None if token_budget is None else check_budget(token_budget)
+    sites = {}
+    for name, given in tokens.sites.items():
+        sites[name] = _project(given, None if layers is None else layers[name], budget, device)
+        if on_site is not None:
+            on_site(len(sites), len(tokens.sites))
+    return Bank(sites, tokens.references)
 
 
-def _null(null_keys: Mapping[str, Tensor] | None, site: str, like: Tensor) -> Tensor:
-    """The null token's key [1, D], or none, [0, D]."""
-    if null_keys is None:
-        return like.new_zeros(0, like.shape[-1])
-    return null_keys[site][None].to(like)
-
-
-def _spread(values: Iterable[int], counts: Sequence[int], device: torch.device) -> Tensor:
-    spread = torch.tensor(list(values)).repeat_interleave(torch.tensor(list(counts)))
-    return spread.to(device)
+def _project(
+    given: SiteTokens,
+    layer: Projection | None,
+    budget: int | None,
+    device: torch.device | str | None,
+) -> SiteBank:
+    home = given.parts.device
+    work = layer is not None or (budget is not None and given.count > budget)
+    if device is not None and work:
+        given = given.to(device)
+    features = layer is not None and given.parts.shape[1] == 1
+    if features:
+        given = replace(given, parts=layer.normed(given.parts))
+    if budget is not None:
+        given = limit_tokens(given, budget)
+    keys, values = layer.project(given.parts[:, 0]) if features else given.parts.unbind(1)
+    bias, owner = given.bias, given.owner
+    if layer is not None:
+        null = layer.null()[None, None].to(keys).expand(len(keys), -1, -1)
+        keys, values = torch.cat([null, keys], 1), torch.cat([torch.zeros_like(null), values], 1)
+        owner = F.pad(owner, (1, 0), value=-1)
+        bias = None if bias is None else F.pad(bias, (1, 0))
+    return SiteBank(keys, values, bias, owner).to(home, keys.dtype)

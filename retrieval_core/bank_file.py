@@ -1,10 +1,11 @@
 """Saving and loading encoded references, bound to the network that made them by a fingerprint.
 
-File format: one safetensors file, keys `<i>.keys.<site>` and `<i>.values.<site>`, each [N, D], and
-optionally `<i>.thumbnail`, uint8 [h, w, 3], of each reference i; metadata `format`,
-`format_version`, `base`, `fingerprint`, `references` (JSON list of weight and concept), and
-`ssmd_cover_images` (JSON list of base64 images), the field in which model files carry their
-pictures and ComfyUI looks for them.
+File format: one safetensors file, of each reference i keys `<i>.<part>.<site>`, [N, D], and
+optionally `<i>.thumbnail`, uint8 [h, w, 3]. The parts are `features`, or `keys` and `values` in the
+training-free mode. Metadata: `format`, `format_version` (1 kept keys and values in both modes),
+`base`, `fingerprint`, `references` (JSON list of weight and concept), and `ssmd_cover_images` (JSON
+list of base64 images), the field in which model files carry their pictures and ComfyUI looks for
+them.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .bank import EncodedReference, check_weight
 from .controlnet import RetrievalControlNet
 from .errors import RetrievalError
 from .files import read_safetensors, save_safetensors
 from .thumbnails import as_base64_jpeg, sheet
+from .tokens import EncodedReference, check_weight
 
 if TYPE_CHECKING:
     from .training_free import TrainingFree
 
 FORMAT = "retrieval_references"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COVER = "ssmd_cover_images"
+FEATURES, KEYS_AND_VALUES = ("features",), ("keys", "values")
 _SAMPLED = 256
 
 
@@ -40,19 +42,22 @@ class Maker:
 
     Attributes:
         base: the base model's name. fingerprint: of the network that encoded them.
-        sites: site -> width of its keys and values.
+        sites: site -> width of its tokens.
+        parts: what is kept of a token, in the order of `EncodedReference.tokens`.
     """
 
     base: str
     fingerprint: str
     sites: Mapping[str, int]
+    parts: Sequence[str] = FEATURES
 
     @classmethod
     def of(cls, network: RetrievalControlNet | TrainingFree) -> Maker:
         """A trained network, or the training-free mode, as a maker of references."""
         if isinstance(network, RetrievalControlNet):
             return cls(network.card.base, fingerprint(network), network.config.site_channels())
-        return cls(network.card.base, network.fingerprint, network.site_channels())
+        channels = network.site_channels()
+        return cls(network.card.base, network.fingerprint, channels, KEYS_AND_VALUES)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -91,8 +96,9 @@ def save_references(
     maker = network if isinstance(network, Maker) else Maker.of(network)
     tensors: dict[str, Tensor] = {}
     for index, reference in enumerate(references):
-        tensors |= {f"{index}.keys.{site}": k for site, k in reference.keys.items()}
-        tensors |= {f"{index}.values.{site}": v for site, v in reference.values.items()}
+        for site, tokens in reference.tokens.items():
+            for part, held in zip(maker.parts, tokens, strict=True):
+                tensors[f"{index}.{part}.{site}"] = held
         if reference.thumbnail is not None:
             tensors[f"{index}.thumbnail"] = reference.thumbnail
     about = [{"weight": r.weight, "concept": r.concept} for r in references]
@@ -131,6 +137,11 @@ def load_references(
             f"'{path}' has format version {version or 'none'} and this pack reads up to "
             f"{FORMAT_VERSION}; update the pack."
         )
+    if int(version) == 1 and maker.parts == FEATURES:
+        raise RetrievalError(
+            f"'{path}' has format version 1, which kept keys and values where this pack keeps the "
+            "features that they are made of; encode the references again and save them anew."
+        )
     if metadata.get("fingerprint") != maker.fingerprint:
         raise RetrievalError(
             f"'{path}' was encoded by another network (for base '{metadata.get('base')}') than the "
@@ -143,16 +154,20 @@ def load_references(
         raise RetrievalError(
             f"The list of references in '{path}' cannot be read ({error}); save them again."
         ) from error
-    expected = {
-        f"{i}.{kind}.{site}": width
+    keys = [
+        {site: [f"{i}.{part}.{site}" for part in maker.parts] for site in maker.sites}
         for i in range(len(entries))
-        for kind in ("keys", "values")
-        for site, width in maker.sites.items()
+    ]
+    expected = {
+        key: maker.sites[site]
+        for of_reference in keys
+        for site, parts in of_reference.items()
+        for key in parts
     }
     pictures = {f"{i}.thumbnail" for i in range(len(entries))} & tensors.keys()
     wrong = sorted(expected.keys() ^ (tensors.keys() - pictures))
     wrong = wrong or [key for key, width in expected.items() if tensors[key].shape[1:] != (width,)]
-    wrong = wrong or _uneven(tensors, len(entries), maker.sites)
+    wrong = wrong or _uneven(tensors, keys)
     wrong = wrong or sorted(key for key in pictures if not _is_picture(tensors[key]))
     if wrong or not entries:
         raise RetrievalError(
@@ -160,27 +175,27 @@ def load_references(
             f"key: {wrong[0] if wrong else 'none at all'}); save the references again."
         )
     # Copies: what safetensors hands out is a view of the file, which may be overwritten.
-    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    read = [
+        {site: torch.stack([tensors[key] for key in parts]) for site, parts in of_reference.items()}
+        for of_reference in keys
+    ]
+    thumbnails = {key: tensors[key].clone() for key in pictures}
     return [
-        EncodedReference(
-            {site: tensors[f"{i}.keys.{site}"] for site in maker.sites},
-            {site: tensors[f"{i}.values.{site}"] for site in maker.sites},
-            weight,
-            concept,
-            tensors.get(f"{i}.thumbnail"),
-        )
-        for i, (weight, concept) in enumerate(entries)
+        EncodedReference(tokens, weight, concept, thumbnails.get(f"{i}.thumbnail"))
+        for i, (tokens, (weight, concept)) in enumerate(zip(read, entries, strict=True))
     ]
 
 
-def _uneven(tensors: Mapping[str, Tensor], count: int, sites: Mapping[str, int]) -> list[str]:
-    """Keys whose values are not as many, or are not floating-point numbers."""
-    pairs = [(f"{i}.keys.{site}", f"{i}.values.{site}") for i in range(count) for site in sites]
+def _uneven(
+    tensors: Mapping[str, Tensor], keys: Sequence[Mapping[str, Sequence[str]]]
+) -> list[str]:
+    """Keys whose parts are not as many, of one type, or are not floating-point numbers."""
     return [
-        keys
-        for keys, values in pairs
-        if len(tensors[keys]) != len(tensors[values])
-        or not (tensors[keys].is_floating_point() and tensors[values].is_floating_point())
+        parts[0]
+        for of_reference in keys
+        for parts in of_reference.values()
+        if len({(len(tensors[key]), tensors[key].dtype) for key in parts}) != 1
+        or not tensors[parts[0]].is_floating_point()
     ]
 
 

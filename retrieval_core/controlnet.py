@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bank import Bank, EncodedReference, join
+from .bank import Bank, project
 from .encoder import RetrievalEncoder
 from .errors import RetrievalError
 from .files import parse_json, read_safetensors, save_safetensors
 from .injection import GUIDANCES
 from .references import token_mask
 from .retrieval import RetrievalSite, query_pools
+from .tokens import EncodedReference, Tokens, gather
 from .unet import (
     AttentionFunction,
     UNet,
@@ -128,14 +129,10 @@ class RetrievalControlNet(nn.Module):
             site.initialise(generator)
         return network
 
-    def null_keys(self) -> dict[str, Tensor]:
-        """site -> [C_s], the keys of the null token."""
-        return {name: site.null() for name, site in self.retrieval.items()}
-
-    def project(
+    def features(
         self, latents: Tensor, context: Tensor, y: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Keys and values of each reference at each site, site -> [R, H_s * W_s, C_s].
+    ) -> dict[str, Tensor]:
+        """What the encoder reads of each reference, as tokens: site -> f_s [R, H_s * W_s, C_s].
 
         Args:
             latents: clean reference latents [R, C, H, W].
@@ -143,8 +140,7 @@ class RetrievalControlNet(nn.Module):
             y: [R, A] where the base has a vector conditioning.
         """
         features = self.encoder(latents, context, y)
-        projected = {name: self.retrieval[name].project(f) for name, f in features.items()}
-        return {n: kv[0] for n, kv in projected.items()}, {n: kv[1] for n, kv in projected.items()}
+        return {name: f.flatten(2).transpose(1, 2) for name, f in features.items()}
 
     def encode(
         self,
@@ -157,6 +153,8 @@ class RetrievalControlNet(nn.Module):
     ) -> list[EncodedReference]:
         """Encodes references once, dropping tokens that fall wholly outside their masks.
 
+        It takes one pass of the encoder; keys and values are made with the bank.
+
         Args:
             masks: one [H, W] mask a reference, of any size, above 0 where it counts; None: all.
             weights: one a reference, 1 by default.
@@ -166,7 +164,7 @@ class RetrievalControlNet(nn.Module):
             RetrievalError: a mask selects nothing.
         """
         count = latents.shape[0]
-        keys, values = self.project(latents, context, y)
+        features = self.features(latents, context, y)
         factors = self.config.site_downsampling()
         encoded = []
         for i in range(count):
@@ -176,27 +174,29 @@ class RetrievalControlNet(nn.Module):
                     f"The mask of reference {i + 1} of {count} selects nothing; select what is to "
                     "be taken, or leave the mask out."
                 )
-            own_keys, own_values = {}, {}
-            for site in keys:
-                k, v = keys[site][i], values[site][i]
+            tokens = {}
+            for site, f in features.items():
+                own = f[i]
                 if mask is not None:
                     size = tuple(-(-edge // factors[site]) for edge in latents.shape[-2:])
-                    keep = token_mask(mask, *size).flatten().to(k.device)
-                    k, v = k[keep], v[keep]
-                own_keys[site], own_values[site] = k, v
+                    own = own[token_mask(mask, *size).flatten().to(own.device)]
+                tokens[site] = own[None]
             encoded.append(
                 EncodedReference(
-                    own_keys,
-                    own_values,
+                    tokens,
                     1.0 if weights is None else weights[i],
                     "figure" if concepts is None else concepts[i],
                 )
             )
         return encoded
 
-    def bank(self, references: Sequence[EncodedReference]) -> Bank:
-        """One bank of several references (see `bank.join`)."""
-        return join(references, self.null_keys())
+    def bank(self, references: Sequence[EncodedReference], token_budget: int | None = None) -> Bank:
+        """One bank of several references (see `tokens.gather` and `bank.project`)."""
+        return self.project(gather(references), token_budget)
+
+    def project(self, tokens: Tokens, token_budget: int | None = None) -> Bank:
+        """`bank.project` with this network's layers."""
+        return project(tokens, self.retrieval, token_budget)  # type: ignore[arg-type]
 
     def apply_decoder(self, unet: UNet) -> UNet:
         """A U-Net that shares the base's encoder and has the trained decoder, if there is one.

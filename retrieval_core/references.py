@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .bank import check_weight
 from .dataset.placing import Region, picture_on_square, place
 from .dataset.sample import NEUTRAL, Box, Colour
 from .errors import RetrievalError
+from .tokens import check_weight
 
 # Pillow only warns at this number of pixels, and the host may have switched its check off.
 LARGEST_IMAGE = 89_478_485

@@ -77,10 +77,13 @@ class RetrievalSite(nn.Module):
             self.null_key.weight.zero_()
             self.zero_conv.weight.zero_()
 
-    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, H * W, C] of reference features [R, C, H, W]."""
-        tokens = self.norm_reference(features.flatten(2).transpose(1, 2))
-        return self.to_k(tokens), self.to_v(tokens)
+    def normed(self, tokens: Tensor) -> Tensor:
+        """LN(f) of reference features f [..., N, C]."""
+        return self.norm_reference(tokens)
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., N, C] of LN(f) [..., N, C]; both are linear in it."""
+        return self.to_k(normed), self.to_v(normed)
 
     def null(self) -> Tensor:
         """The null token's key, [C]."""

@@ -207,6 +207,15 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def _onto(fresh: Tensor, x: Tensor) -> Tensor:
+    """fresh + x, written over `fresh`: what a convolution or a linear layer has just given.
+
+    A sum of its own costs as much memory again, and its pages are new each time. Gradients need
+    neither layer's output. Of two types (autocast) the sum has the wider one.
+    """
+    return fresh.add_(x) if fresh.dtype == x.dtype else fresh + x
+
+
 class ResBlock(nn.Module):
     """x [B, C, H, W] and the time embedding [B, T] to [B, C', H, W], with a residual path."""
 
@@ -231,8 +240,8 @@ class ResBlock(nn.Module):
             self.skip_connection = ops.Conv2d(in_channels, out_channels, 1, **kw)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h = _onto(self.in_layers(x), self.emb_layers(emb)[:, :, None, None])
+        return _onto(self.out_layers(h), self.skip_connection(x))
 
 
 class Attention(nn.Module):
@@ -263,7 +272,9 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        gate = F.gelu(gate)
+        # In place where no gradient needs the gate: it is the widest tensor of the whole pass.
+        return x * gate if torch.is_grad_enabled() else gate.mul_(x)
 
 
 class FeedForward(nn.Module):
@@ -293,9 +304,9 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, attend: AttentionFunction | None = None
     ) -> Tensor:
-        x = x + self.attn1(self.norm1(x), attend=attend)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = _onto(self.attn1(self.norm1(x), attend=attend), x)
+        x = _onto(self.attn2(self.norm2(x), context), x)
+        return _onto(self.ff(self.norm3(x)), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -330,7 +341,8 @@ class SpatialTransformer(nn.Module):
         h = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)
+        # Laid out once: every norm would copy a transposed view, and sums with it are slow.
+        h = h.flatten(2).transpose(1, 2).contiguous()
         if self.linear:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
@@ -338,10 +350,10 @@ class SpatialTransformer(nn.Module):
             h = block(h, context, attend)
         if self.linear:
             h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, (height, width))
+        h = h.transpose(1, 2).contiguous().unflatten(2, (height, width))
         if not self.linear:
             h = self.proj_out(h)
-        return x + h
+        return _onto(h, x)
 
 
 class Downsample(nn.Module):

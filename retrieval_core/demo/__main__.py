@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..errors import RetrievalError
 from ..paperdoll.bundle import Bundle, load_bundle
 from ..paperdoll.cases import Case, composition_case, groups, same_character_case
-from ..paperdoll.generate import Sampling, banks, generate, retrieval_of, single_bank
+from ..paperdoll.generate import Sampling, gathered, generate, retrieval_of, stacked
 from ..paperdoll.measure import chance_levels, match_rates
 from ..paperdoll.text import CONCEPTS
 from ..paperdoll.world import SIZE
@@ -67,8 +67,8 @@ def pictures_of(
     """Without retrieval, with it, and the map over the latter, from the same prompts and noise."""
     prompts, noise = [case.prompt for case in cases], noise_for(bundle, seed, len(cases))
     plain = generate(bundle, prompts, noise, None, how)
-    bank = banks(bundle.base, bundle.network, groups(cases))
-    retrieval = retrieval_of(bundle.network, bank, how)
+    tokens = stacked(bundle.base, bundle.network, groups(cases))
+    retrieval = retrieval_of(bundle.network, tokens, how)
     found = generate(bundle, prompts, noise, retrieval, how)
     colours = [reference_colour(i) for i in range(len(cases[0].references))]
     return plain, found, overlay(found, retrieval.shares.mean(), colours)
@@ -112,11 +112,11 @@ def show_own(
 ) -> Path:
     """The user's own reference files: four seeds without and with retrieval, and the maps."""
     prepared = [own_reference(reference) for reference in references]
-    bank = single_bank(bundle.base, bundle.network, prepared)
+    tokens = gathered(bundle.base, bundle.network, prepared)
     count = 4
     noise = noise_for(bundle, seed, count)
     plain = generate(bundle, [prompt] * count, noise, None, how)
-    retrieval = retrieval_of(bundle.network, bank, how)
+    retrieval = retrieval_of(bundle.network, tokens, how)
     found = generate(bundle, [prompt] * count, noise, retrieval, how)
     colours = [reference_colour(i) for i in range(len(prepared))]
     maps = overlay(found, retrieval.shares.mean(), colours)

@@ -15,7 +15,7 @@ from ..bank_file import fingerprint
 from ..errors import RetrievalError
 from ..injection import Retrieval
 from ..paperdoll.bundle import Bundle
-from ..paperdoll.generate import Sampling, banks
+from ..paperdoll.generate import Sampling, stacked
 from ..paperdoll.model import PaperdollModel
 from ..references import PreparedReference
 from ..sampling import guided_denoiser, sample
@@ -115,7 +115,7 @@ class TrainedMethod(PaperdollMethod):
 
     def retrieval(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Retrieval:
         guidance = self.how.guidance or self.network.card.recommended["guidance"]
-        bank = banks(self.base, self.network, groups)
+        bank = self.network.project(stacked(self.base, self.network, groups))
         return Retrieval(self.network.retrieval, bank, weight, end=self.how.end, guidance=guidance)
 
 

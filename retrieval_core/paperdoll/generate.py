@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank import Bank, stack
 from ..controlnet import RetrievalControlNet
 from ..injection import Guidance, Retrieval
 from ..references import PreparedReference
 from ..retrieval_map import RecordedRetrieval, map_site
 from ..sampling import Sampler, guided_denoiser, sample
-from ..token_budget import limit_tokens
+from ..tokens import Tokens, gather, stack
 from .bundle import Bundle
 from .model import PaperdollModel
 
@@ -37,12 +36,12 @@ class Sampling:
     end: float = 0.8
 
 
-def single_bank(
+def gathered(
     base: PaperdollModel, network: RetrievalControlNet, references: Sequence[PreparedReference]
-) -> Bank:
-    """One bank of any number of references with their masks and weights, for a whole batch."""
+) -> Tokens:
+    """Any number of references with their masks and weights, for one bank for a whole batch."""
     if not references:
-        return Bank()
+        return Tokens()
     images = torch.stack([reference.image for reference in references])
     with torch.inference_mode():
         encoded = network.encode(
@@ -52,48 +51,46 @@ def single_bank(
             weights=[reference.weight for reference in references],
             concepts=[reference.concept for reference in references],
         )
-        return network.bank(encoded)
+        return gather(encoded)
 
 
-def banks(
+def stacked(
     base: PaperdollModel,
     network: RetrievalControlNet,
     references: Sequence[Sequence[PreparedReference]],
-) -> Bank:
-    """G banks side by side, each of equally many references (masks count, weights do not)."""
+) -> Tokens:
+    """Equally many references each for G banks side by side (masks count, weights do not)."""
     flat = [reference for group in references for reference in group]
     split = (len(references), len(references[0]))
     images = torch.stack([reference.image for reference in flat])
     with torch.inference_mode():
         latents = base.vae.encode(images)
         context = base.text.encode([reference.concept for reference in flat])
-        keys, values = network.project(latents, context)
+        features = network.features(latents, context)
         whole = torch.ones(images.shape[-2:])
         masks = torch.stack([whole if r.mask is None else r.mask for r in flat])[:, None]
         factors = network.config.site_downsampling()
         keep = {}
-        for site in keys:
+        for site in features:
             size = [-(-edge // factors[site]) for edge in latents.shape[-2:]]
             keep[site] = (F.adaptive_max_pool2d(masks.float(), size) > 0).view(*split, -1)
         return stack(
-            {site: k.unflatten(0, split) for site, k in keys.items()},
-            {site: v.unflatten(0, split) for site, v in values.items()},
-            network.null_keys(),
-            keep,
+            {site: f.unflatten(0, split)[:, :, None] for site, f in features.items()}, keep
         )
 
 
-def retrieval_of(network: RetrievalControlNet, bank: Bank, how: Sampling) -> RecordedRetrieval:
-    """The bank as it is injected, with the recommended settings where `how` gives none.
+def retrieval_of(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> RecordedRetrieval:
+    """Their bank as it is injected, with the recommended settings where `how` gives none.
 
     It records where the picture looked, at the site `map_site`, for the retrieval map.
     """
     recommended = network.card.recommended
     strength = how.strength if how.strength is not None else float(recommended["strength"])
     guidance = how.guidance or recommended["guidance"]
-    whole, site = bank, map_site(network.config)
-    if how.token_budget is not None:
-        bank = limit_tokens(bank, how.token_budget)
+    site = map_site(network.config)
+    with torch.inference_mode():
+        bank = network.project(tokens, how.token_budget)
+        seen = network.project(tokens.at(site)).sites[site] if tokens.sites else None
     return RecordedRetrieval(
         network.retrieval,
         bank,
@@ -101,7 +98,7 @@ def retrieval_of(network: RetrievalControlNet, bank: Bank, how: Sampling) -> Rec
         guidance=guidance,
         end=how.end,
         site=site,
-        seen=whole.sites.get(site),
+        seen=seen,
     )
 
 

@@ -26,7 +26,7 @@ from ..injection import Retrieval
 from .bundle import Bundle, load_bundle
 from .cases import Case, composition_case, groups, same_character_case, unsaid
 from .data import render_any, to_images
-from .generate import Sampling, banks, generate, retrieval_of, single_bank
+from .generate import Sampling, gathered, generate, retrieval_of, stacked
 from .judge import ATTRIBUTES, SCENE, chance, truth
 
 BATCH = 40
@@ -61,7 +61,7 @@ class Measurement:
 
     def _retrieval(self, cases: Sequence[Case]) -> Retrieval:
         network = self.bundle.network
-        return retrieval_of(network, banks(self.bundle.base, network, groups(cases)), self.how)
+        return retrieval_of(network, stacked(self.bundle.base, network, groups(cases)), self.how)
 
     def read(self, cases: Sequence[Case], retrieve: bool, title: str) -> list[Reading]:
         """What the judge reads off one figure a case."""
@@ -141,17 +141,17 @@ def exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
     ).eval()
     off = replace(how, strength=0.0)
     cases = {
-        "strength 0": (bundle, single_bank(base, network, case.references), off),
-        "empty bank": (bundle, single_bank(base, network, []), how),
+        "strength 0": (bundle, gathered(base, network, case.references), off),
+        "empty bank": (bundle, gathered(base, network, []), how),
         "fresh network": (
             Bundle(base, fresh, bundle.judge),
-            single_bank(base, fresh, case.references),
+            gathered(base, fresh, case.references),
             how,
         ),
     }
     return {
-        name: torch.equal(generate(b, prompts, noise, retrieval_of(b.network, bank, h), h), plain)
-        for name, (b, bank, h) in cases.items()
+        name: torch.equal(generate(b, prompts, noise, retrieval_of(b.network, tokens, h), h), plain)
+        for name, (b, tokens, h) in cases.items()
     }
 
 

@@ -27,7 +27,7 @@ from ..sampling import Denoise, guided_denoiser, sample
 from ..token_budget import DEFAULT_BUDGET
 from .bundle import Bundle, load_bundle
 from .cases import Case, composition_case, groups, same_character_case, unsaid
-from .generate import Sampling, banks, retrieval_of
+from .generate import Sampling, retrieval_of, stacked
 from .judge import chance
 from .measure import (
     BATCH,
@@ -167,8 +167,8 @@ def pairs(
     base, applied = bundle.base, []
     if retrieve:
         for cases, place in ((lefts, 0), (rights, 1)):
-            bank = banks(base, bundle.network, groups(cases))
-            one = replace(retrieval_of(bundle.network, bank, how), apart=apart)
+            tokens = stacked(base, bundle.network, groups(cases))
+            one = replace(retrieval_of(bundle.network, tokens, how), apart=apart)
             applied.append(_in_half(one, place))
     unet = bundle.network.apply_decoder(base.unet) if retrieve else base.unet
     with torch.inference_mode():

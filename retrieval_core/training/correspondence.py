@@ -36,7 +36,7 @@ def correspondence_loss(
 
     Args:
         sites, features: the layers, and their features [B, C, H_s, W_s], in the same order.
-        bank: G banks of R references each, with every token (masks as a bias; see `bank.stack`).
+        bank: G banks of R references each, with every token (masks as a bias; see `tokens.stack`).
         target_parts: uint8 [B, h, w], 0 for nothing. reference_parts: uint8 [G * R, h, w].
         parts: the number of labels, 0 included.
         generator: draws the places.

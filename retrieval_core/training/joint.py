@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bank import Bank, stack
+from ..bank import Bank
 from ..controlnet import DECODER_PARTS, RetrievalControlNet, decoder_state
 from ..errors import RetrievalError
 from ..injection import Retrieval
 from ..objective import latent_mask, retrieval_loss
 from ..schedule import NoiseSchedule
+from ..tokens import stack
 from ..unet import SkipHook, UNet
 from .attributes import AttributeReader
 from .correspondence import correspondence_loss, parts_found
@@ -91,23 +92,18 @@ class TrainableRetrieval(nn.Module):
             masks: bool [G * R, h, w] pixel masks, None for whole references.
         """
         groups, count = used.shape
-        keys, values = self.network.project(latents, context, y)
+        features = self.network.features(latents, context, y)
         factors = self.network.config.site_downsampling()
         keep = {}
-        for site, k in keys.items():
+        for site, f in features.items():
             size = [-(-edge // factors[site]) for edge in latents.shape[-2:]]
-            kept = used[:, :, None].expand(groups, count, k.shape[1])
+            kept = used[:, :, None].expand(groups, count, f.shape[1])
             if masks is not None:
                 tokens = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
                 kept = kept & tokens.view(groups, count, -1)
             keep[site] = kept
-        split = (groups, count)
-        return stack(
-            {site: k.unflatten(0, split) for site, k in keys.items()},
-            {site: v.unflatten(0, split) for site, v in values.items()},
-            self.network.null_keys(),
-            keep,
-        )
+        tokens = {site: f.unflatten(0, used.shape)[:, :, None] for site, f in features.items()}
+        return self.network.project(stack(tokens, keep))
 
     def loss(
         self,

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..bank import EncodedReference
 from ..errors import RetrievalError
 from ..references import token_mask
 from ..schedule import NoiseSchedule
+from ..tokens import EncodedReference
 from ..unet import Attention, UNet
 from .layers import layer_modules
 from .network import TrainingFree, site_name
@@ -84,18 +84,17 @@ def split(
                 "leave the mask out."
             )
         kept: dict[tuple[int, int], Tensor] = {}
-        keys, values = {}, {}
+        tokens = {}
         for site, (k, v, size) in recorded.items():
             k, v = k[i], v[i]
             if mask is not None:
                 if size not in kept:
                     kept[size] = token_mask(mask, *size).flatten().to(k.device)
                 k, v = k[kept[size]], v[kept[size]]
-            keys[site], values[site] = k, v
+            tokens[site] = torch.stack([k, v])
         encoded.append(
             EncodedReference(
-                keys,
-                values,
+                tokens,
                 1.0 if weights is None else weights[i],
                 "figure" if concepts is None else concepts[i],
             )

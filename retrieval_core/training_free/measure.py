@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bank import Bank, stack
+from ..bank import Bank, project
 from ..errors import RetrievalError
 from ..injection import GUIDANCES
 from ..paperdoll.bundle import BASE_FILE, JUDGE_FILE, bundled
@@ -26,6 +26,7 @@ from ..paperdoll.measure import chance_levels, follow_rates, leak_rate, match_ra
 from ..paperdoll.model import PaperdollModel, load_base
 from ..references import PreparedReference, token_mask
 from ..sampling import guided_denoiser, sample
+from ..tokens import stack
 from .encode import record
 from .injection import JointRetrieval
 from .layers import layer_modules
@@ -75,12 +76,11 @@ def side_by_side(
         site: torch.stack([token_mask(mask, *size).flatten() for mask in masks]).view(*split, -1)
         for site, (_, _, size) in recorded.items()
     }
-    return stack(
-        {site: keys.unflatten(0, split) for site, (keys, _, _) in recorded.items()},
-        {site: values.unflatten(0, split) for site, (_, values, _) in recorded.items()},
-        None,
-        keep,
-    )
+    tokens = {
+        site: torch.stack([keys, values], 1).unflatten(0, split)
+        for site, (keys, values, _) in recorded.items()
+    }
+    return project(stack(tokens, keep), None)
 
 
 def pictures(

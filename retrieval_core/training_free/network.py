@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..bank import Bank, EncodedReference, join
+from ..bank import Bank, project
 from ..bank_file import fingerprint
 from ..controlnet import Card
 from ..controls import group_at
 from ..errors import RetrievalError
+from ..tokens import EncodedReference, gather
 from ..unet import MIDDLE, UNet, UNetConfig
 from .layers import choose_layers, self_attention_layers
 
@@ -97,9 +98,9 @@ class TrainingFree:
         chosen = f"{self.base_fingerprint} {self.names} {self.timesteps()}"
         return hashlib.sha256(chosen.encode()).hexdigest()
 
-    def bank(self, references: Sequence[EncodedReference]) -> Bank:
-        """One bank of several references (see `bank.join`), without a null token."""
-        return join(references, None)
+    def bank(self, references: Sequence[EncodedReference], token_budget: int | None = None) -> Bank:
+        """One bank of several references (see `tokens.gather`), without a null token."""
+        return project(gather(references), None, token_budget)
 
 
 def nearest(timesteps: Sequence[int], timestep: float) -> int:

@@ -77,11 +77,10 @@ def trained_operations(
     return total
 
 
-def projection_operations(config: UNetConfig, height: int, width: int) -> int:
-    """Keys and values of one reference at every site."""
-    sizes = places(config, height, width)
+def projection_operations(config: UNetConfig, tokens: Mapping[str, int]) -> int:
+    """Keys and values of a bank. tokens: site -> how many are projected there."""
     channels = config.site_channels()
-    return sum(2 * 2 * sizes[site] * width**2 for site, width in channels.items())
+    return sum(2 * 2 * tokens[site] * width**2 for site, width in channels.items())
 
 
 def self_attention_operations(layers: Mapping[str, tuple[int, int, int]], rows: int) -> int:

@@ -30,6 +30,17 @@ def entry(
     }
 
 
+def once(title: str, series: Series, floor: float) -> dict[str, Any]:
+    """What is done before sampling. floor: its operations over those of what it is compared to."""
+    return {
+        "title": title,
+        "seconds": series.seconds,
+        "ratio": round(series.ratio, 4),
+        "spread": [round(ratio, 4) for ratio in series.spread],
+        "floor": round(floor, 4),
+    }
+
+
 def text(result: dict[str, Any]) -> str:
     """The table, with what was measured on what above it."""
     about = ("host", "torch", "device", "threads", "dtype", "base", "pixels", "rounds")
@@ -56,14 +67,14 @@ def text(result: dict[str, Any]) -> str:
         lines.append(
             f"{row['title']:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, _WIDTHS))
         )
-    one = result["encoding"]
-    low, high = one["spread"]
+    lines += ["", "Done once, over one row through the U-Net's encoder:"]
+    for one in result["once"]:
+        low, high = one["spread"]
+        lines.append(
+            f"{one['title']}: {one['ratio']:.3f} ({low:.3f}-{high:.3f}), floor {one['floor']:.3f}"
+        )
     lines += [
         "",
-        "Encoding one reference over one row through the U-Net's encoder: "
-        f"{one['ratio']:.3f} ({low:.3f}-{high:.3f}), floor {one['floor']:.3f}",
-    ]
-    lines += [
         "ratio: to the base steps before and after it in the same run, median and spread over the "
         "rounds;",
         "floor: 1 + operations added / operations of the base; factor: (ratio - 1) / (floor - 1).",

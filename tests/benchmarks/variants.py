@@ -122,17 +122,15 @@ class Workbench:
             sites: site -> (width, latent pixels that a token spans along an edge).
         """
         from retrieval_pack.nodes.references import References
-        from retrieval_pack.retrieval_core.bank import EncodedReference
+        from retrieval_pack.retrieval_core.tokens import EncodedReference
 
-        generator = torch.Generator().manual_seed(3)
-        keys, values = {}, {}
+        generator, parts = torch.Generator().manual_seed(3), len(network.maker.parts)
+        kept = {}
         for site, (width, factor) in sites.items():
             edge = -(-self.latent // factor)
             tokens = int(token_mask(self.mask(), edge, edge).sum()) if masked else edge**2
-            keys[site], values[site] = (
-                torch.randn(tokens, width, generator=generator) for _ in range(2)
-            )
-        return References(network, (EncodedReference(keys, values),) * count)
+            kept[site] = torch.randn(parts, tokens, width, generator=generator)
+        return References(network, (EncodedReference(kept),) * count)
 
     def _controls(self, what: str) -> Any:
         from retrieval_pack.retrieval_core.controls import Controls
@@ -143,7 +141,7 @@ class Workbench:
         """The trained mode with `count` references; rows "both" or "cond"."""
         from retrieval_pack.nodes import patch
 
-        references, controls = self._trained(count, what == MASKED), self._controls(what)
+        references, controls = self.references(count, what == MASKED), self._controls(what)
         model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
         added, kept = self._last_applied(model, ROWS[rows])
         return Run(model, self.positive, self.negative, added, kept)
@@ -157,7 +155,7 @@ class Workbench:
         from retrieval_pack.retrieval_core.controls import Controls
 
         model, added, kept = self.model, 0, 0
-        references, controls = self._trained(4, False), Controls(apart=float(apart))
+        references, controls = self.references(4), Controls(apart=float(apart))
         left = torch.zeros(self.size, self.size)
         left[:, : self.size // 2] = 1
         for region in (left, 1 - left):
@@ -179,7 +177,7 @@ class Workbench:
             for name, layer in self_attention_layers(self.config).items()
         }
 
-    def _trained(self, count: int, masked: bool) -> Any:
+    def references(self, count: int, masked: bool = False) -> Any:
         """References of the trained mode."""
         factors = self.config.site_downsampling()
         sites = {s: (width, factors[s]) for s, width in self.config.site_channels().items()}

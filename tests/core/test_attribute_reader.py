@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrieval_core.bank import stack
+from retrieval_core.bank import project
 from retrieval_core.paperdoll.data import READ, RetrievalBatches, render_characters
 from retrieval_core.paperdoll.judge import ATTRIBUTES
 from retrieval_core.retrieval import RetrievalSite
+from retrieval_core.tokens import stack
 from retrieval_core.training.attributes import AttributeReader, deeper_sites
 
 GROUPS, REFERENCES, EDGE, PARTS, WIDTH = 2, 2, 4, 3, 8
@@ -30,9 +31,9 @@ def example():
     with torch.no_grad():
         for i, parameter in enumerate(layer.parameters()):
             parameter.copy_(rand(*parameter.shape, seed=i))
-    keys = {"a": rand(GROUPS, REFERENCES, EDGE * EDGE, WIDTH, seed=20)}
-    values = {"a": rand(GROUPS, REFERENCES, EDGE * EDGE, WIDTH, seed=21)}
-    bank = stack(keys, values, {"a": layer.null()})
+    bank = project(
+        stack({"a": rand(GROUPS, REFERENCES, 2, EDGE * EDGE, WIDTH, seed=20)}), {"a": layer}
+    )
     torch.manual_seed(0)
     reader = AttributeReader({"a": WIDTH}, SIZES).double()
     h = rand(2 * GROUPS, WIDTH, EDGE, EDGE, seed=30)
@@ -84,9 +85,9 @@ def test_a_part_that_no_reference_shows_is_not_asked_for(example):
 
 def test_references_that_were_all_dropped_cost_nothing_and_leave_gradients_finite(example):
     layer, _, reader, h, target, given, truths = example
-    keys = {"a": rand(GROUPS, REFERENCES, EDGE * EDGE, WIDTH, seed=20)}
+    tokens = {"a": rand(GROUPS, REFERENCES, 2, EDGE * EDGE, WIDTH, seed=20)}
     dropped = {"a": torch.zeros(GROUPS, REFERENCES, EDGE * EDGE, dtype=torch.bool)}
-    bank = stack(keys, keys, {"a": layer.null()}, dropped)
+    bank = project(stack(tokens, dropped), {"a": layer})
     value = loss(layer, bank, reader, h, target, given, truths)
     value.backward()
     assert float(value.detach()) == 0
@@ -95,12 +96,8 @@ def test_references_that_were_all_dropped_cost_nothing_and_leave_gradients_finit
 
 def test_it_reaches_the_values_and_the_attention(example):
     layer, _, reader, h, target, given, truths = example
-    features = rand(GROUPS * REFERENCES, WIDTH, EDGE, EDGE, seed=5)
-    keys, values = layer.project(features)
-    split = (GROUPS, REFERENCES)
-    bank = stack(
-        {"a": keys.unflatten(0, split)}, {"a": values.unflatten(0, split)}, {"a": layer.null()}
-    )
+    features = rand(GROUPS, REFERENCES, 1, EDGE * EDGE, WIDTH, seed=5)
+    bank = project(stack({"a": features}), {"a": layer})
     loss(layer, bank, reader, h, target, given, truths).backward()
     for weight in (layer.to_q.weight, layer.to_k.weight, layer.to_v.weight):
         assert weight.grad.abs().sum() > 0

@@ -81,10 +81,11 @@ def test_references_of_another_network_are_refused(network, references, tmp_path
     ("change", "words"),
     [
         ({"format": "other"}, "'other'"),
-        ({"format_version": "2"}, "version 2"),
+        ({"format_version": "3"}, "version 3"),
+        ({"format_version": "1"}, "version 1, which kept keys and values"),
         ({"references": "["}, "cannot be read"),
         ({"references": '[{"weight": -1, "concept": "face"}]'}, "-1"),
-        ({"references": '[{"weight": 1, "concept": "face"}]'}, "first wrong key: 1.keys"),
+        ({"references": '[{"weight": 1, "concept": "face"}]'}, "first wrong key: 1.features"),
         ({"references": "[]"}, "0 references"),
     ],
 )
@@ -117,8 +118,9 @@ def test_thumbnails_are_kept_and_shown_on_the_cover(network, references, tmp_pat
         ("0.thumbnail", torch.zeros(4, 4)),
         ("0.thumbnail", torch.zeros(4, 4, 1, dtype=torch.uint8)),
         ("9.thumbnail", torch.zeros(4, 4, 3, dtype=torch.uint8)),
-        ("1.values.middle", torch.zeros(2, 64)),
-        ("1.keys.middle", torch.zeros(16, 64, dtype=torch.int32)),
+        ("1.features.middle", torch.zeros(2, 65)),
+        ("1.features.middle", torch.zeros(16, 64, dtype=torch.int32)),
+        ("1.features.elsewhere", torch.zeros(16, 64)),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(network, references, tmp_path, key, value):
@@ -134,7 +136,7 @@ def test_what_was_loaded_outlives_its_file(network, references, tmp_path):
     save_references(path, references, network)
     loaded = load_references(path, network)
     path.write_bytes(b"\0" * path.stat().st_size)
-    assert torch.equal(loaded[0].keys["input_0"], references[0].keys["input_0"])
+    assert torch.equal(loaded[0].tokens["input_0"], references[0].tokens["input_0"])
 
 
 def test_a_maker_stands_for_its_network(network, references, tmp_path):

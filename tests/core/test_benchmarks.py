@@ -113,8 +113,8 @@ def test_keys_and_values_and_appended_tokens():
     counted = Counted()
     for site, layer in sites.items():
         counted.watch(layer)
-        layer.project(torch.randn(1, SMALL.site_channels()[site], places[site], 1))
-    assert counted.total == arithmetic.projection_operations(SMALL, HEIGHT, WIDTH)
+        layer.project(torch.randn(places[site], SMALL.site_channels()[site]))
+    assert counted.total == arithmetic.projection_operations(SMALL, places)
     counted = Counted()
     q, own, more = (torch.randn(2, n, 32) for n in (20, 20, 27))
     counted.attend(q, own, own, 4)
@@ -172,10 +172,10 @@ def result() -> dict:
         table.entry("o", "other pack", slow, None, 0, 100),
     ]
     about = ("host", "torch", "device", "threads", "dtype", "base", "pixels", "rounds", "memory")
-    encoding = {"ratio": 1.1, "spread": [1.0, 1.2], "seconds": 2.0, "floor": 1.05}
+    once = [table.once("making it", timing.Series([Sample(2.0, 1)], [1.1, 1.0, 1.2]), 1.05)]
     return {
         **dict.fromkeys(about, "x"), "rows a call": [2], "base operations a step": 100,
-        "steps": rows, "encoding": encoding,
+        "steps": rows, "once": once,
     }  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def test_the_table_shows_ratio_floor_and_factor():
     assert row == ["trained", "1.250", "1.250", "1.200-1.300", "1.200", "1.25", "5", "7.0"]
     (other,) = [line.split() for line in lines if line.startswith("other pack")]
     assert other[5:7] == ["-", "-"]
-    assert any("1.100 (1.000-1.200), floor 1.050" in line for line in lines)
+    assert any("making it: 1.100 (1.000-1.200), floor 1.050" in line for line in lines)
     json.dumps(made)
 
 

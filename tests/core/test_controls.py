@@ -9,10 +9,12 @@ import pytest
 import torch
 from refusal import sentence
 
+from retrieval_core.bank import project
 from retrieval_core.controls import CURVES, GROUP_PRESETS, Controls, parse_curve, site_groups
 from retrieval_core.injection import Retrieval
 from retrieval_core.regions import soften
 from retrieval_core.retrieval import RetrievalSite
+from retrieval_core.tokens import EncodedReference, gather
 from retrieval_core.unet import SD15, SDXL, UNetConfig
 
 FLAT = UNetConfig(32, (1,), (1,), (1,), 1, 16, num_head_channels=16)
@@ -58,18 +60,15 @@ def test_the_curve_lies_over_the_active_part_of_sampling():
 def filled_bank() -> Retrieval:
     """A retrieval at three sites of noise, every weight of them noise."""
     generator = torch.Generator().manual_seed(0)
-    sites, keys, values, nulls = {}, {}, {}, {}
-    from retrieval_core.bank import EncodedReference, join
+    sites, tokens = {}, {}
 
     for name in ("input_0", "input_1", "middle"):
         sites[name] = RetrievalSite(16, 2)
         for parameter in sites[name].parameters():
             with torch.no_grad():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        keys[name] = torch.randn(12, 16, generator=generator)
-        values[name] = torch.randn(12, 16, generator=generator)
-        nulls[name] = torch.randn(16, generator=generator)
-    return Retrieval(torch.nn.ModuleDict(sites), join([EncodedReference(keys, values)], nulls))
+        tokens[name] = torch.randn(2, 12, 16, generator=generator)
+    return Retrieval(torch.nn.ModuleDict(sites), project(gather([EncodedReference(tokens)]), sites))
 
 
 def test_a_step_adds_strength_times_curve_times_group_times_region():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from refusal import sentence
 
-from retrieval_core.bank import stack
+from retrieval_core.bank import project
 from retrieval_core.dataset import Sample, reference
 from retrieval_core.dataset.augment import View
 from retrieval_core.paperdoll import draw
@@ -23,6 +23,7 @@ from retrieval_core.paperdoll.world import (
     random_scene,
 )
 from retrieval_core.retrieval import RetrievalSite
+from retrieval_core.tokens import stack
 from retrieval_core.training import correspondence as c
 
 GROUPS, REFERENCES, EDGE, PARTS = 2, 2, 4, 3
@@ -47,8 +48,8 @@ def labels(rows, seed, edge=EDGE, parts=PARTS):
 
 def example(keep=None, seed=0):
     layer = site()
-    keys = {"a": rand(GROUPS, REFERENCES, EDGE * EDGE, 8, seed=seed + 20)}
-    bank = stack(keys, keys, {"a": layer.null()}, keep)
+    tokens = {"a": rand(GROUPS, REFERENCES, 2, EDGE * EDGE, 8, seed=seed + 20)}
+    bank = project(stack(tokens, keep), {"a": layer})
     h = rand(2 * GROUPS, 8, EDGE, EDGE, seed=seed + 30)
     return layer, bank, h
 
@@ -104,15 +105,11 @@ def test_training_on_it_finds_the_parts():
     h = codes[target.long()].movedim(-1, 1).contiguous()
     layer = RetrievalSite(8, 2).double()
     layer.initialise(torch.Generator().manual_seed(0))
-    features = codes[given.long()].movedim(-1, 1)
+    features = codes[given.long()].view(GROUPS, REFERENCES, 1, EDGE * EDGE, 8)
     optimizer = torch.optim.Adam(layer.parameters(), 0.02)
 
     def now():
-        keys, values = layer.project(features)
-        split = (GROUPS, REFERENCES)
-        bank = stack(
-            {"a": keys.unflatten(0, split)}, {"a": values.unflatten(0, split)}, {"a": layer.null()}
-        )
+        bank = project(stack({"a": features}), {"a": layer})
         return loss(layer, bank, h, target, given)
 
     before = float(now().detach())

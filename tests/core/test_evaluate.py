@@ -26,7 +26,7 @@ from retrieval_core.evaluate.protocol import PAPERDOLL, PRESETS, RETRIBOORU, Pro
 from retrieval_core.evaluate.scores import ModelScorer, PaperdollScorer, said_by
 from retrieval_core.metrics import Estimate
 from retrieval_core.paperdoll import bundle as bundles
-from retrieval_core.paperdoll.generate import Sampling, generate, retrieval_of, single_bank
+from retrieval_core.paperdoll.generate import Sampling, gathered, generate, retrieval_of
 from retrieval_core.paperdoll.judge import Judge
 from retrieval_core.paperdoll.model import PaperdollModel
 from retrieval_core.paperdoll.text import Tokenizer
@@ -258,10 +258,10 @@ def test_weight_zero_is_the_base_model_and_noise_is_shared(untrained, kind):
     torch.testing.assert_close(plain[0], expected, atol=1e-4, rtol=0)
     if kind == "trained":
         references = characters[runs[0].character].references
-        bank = single_bank(bundle.base, bundle.network, references)
+        tokens = gathered(bundle.base, bundle.network, references)
         how = Sampling(steps=1, strength=1.0)
         expected = generate(
-            bundle, [runs[0].prompt] * 2, noise, retrieval_of(bundle.network, bank, how), how
+            bundle, [runs[0].prompt] * 2, noise, retrieval_of(bundle.network, tokens, how), how
         )
         torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
     assert not torch.equal(plain[0][0], plain[0][1]) and not torch.equal(plain[0], plain[1])

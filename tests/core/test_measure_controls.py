@@ -11,7 +11,7 @@ from retrieval_core.injection import Several
 from retrieval_core.paperdoll import measure_controls as m
 from retrieval_core.paperdoll.bundle import load_bundle
 from retrieval_core.paperdoll.cases import same_character_case
-from retrieval_core.paperdoll.generate import Sampling, retrieval_of, single_bank
+from retrieval_core.paperdoll.generate import Sampling, gathered, retrieval_of
 
 QUICK = Sampling(steps=2)
 
@@ -22,9 +22,9 @@ def bundle():
 
 
 def retrieval(bundle, index, **changes):
-    bank = single_bank(bundle.base, bundle.network, same_character_case(1, index).references)
+    tokens = gathered(bundle.base, bundle.network, same_character_case(1, index).references)
     how = Sampling(steps=2, **changes)
-    return retrieval_of(bundle.network, bank, how)
+    return retrieval_of(bundle.network, tokens, how)
 
 
 def test_several_add_what_each_adds(bundle):

@@ -18,10 +18,10 @@ from retrieval_core.paperdoll.data import to_images
 from retrieval_core.paperdoll.draw import render
 from retrieval_core.paperdoll.generate import (
     Sampling,
-    banks,
+    gathered,
     generate,
     retrieval_of,
-    single_bank,
+    stacked,
 )
 from retrieval_core.paperdoll.judge import ATTRIBUTES, truth, truth_ids
 from retrieval_core.paperdoll.world import (
@@ -162,8 +162,10 @@ def test_retrieval_changes_the_picture_and_is_deterministic(bundle):
     noise = bundle.base.noise(1, torch.Generator().manual_seed(3))
 
     def run(how: Sampling = QUICK) -> torch.Tensor:
-        bank = single_bank(bundle.base, bundle.network, case.references)
-        return generate(bundle, [case.prompt], noise, retrieval_of(bundle.network, bank, how), how)
+        tokens = gathered(bundle.base, bundle.network, case.references)
+        return generate(
+            bundle, [case.prompt], noise, retrieval_of(bundle.network, tokens, how), how
+        )
 
     assert torch.equal(run(), run())
     assert not torch.equal(run(), generate(bundle, [case.prompt], noise, None, QUICK))
@@ -172,23 +174,23 @@ def test_retrieval_changes_the_picture_and_is_deterministic(bundle):
 def test_banks_side_by_side_generate_what_single_banks_do(bundle):
     cases = [same_character_case(1, i, masked=True) for i in range(2)]
     noise = bundle.base.noise(2, torch.Generator().manual_seed(3))
-    side = banks(bundle.base, bundle.network, [case.references for case in cases])
+    side = stacked(bundle.base, bundle.network, [case.references for case in cases])
     together = generate(
         bundle, [c.prompt for c in cases], noise, retrieval_of(bundle.network, side, QUICK), QUICK
     )
     for i, case in enumerate(cases):
-        bank = single_bank(bundle.base, bundle.network, case.references)
+        tokens = gathered(bundle.base, bundle.network, case.references)
         alone = generate(
             bundle, [case.prompt], noise[i : i + 1],
-            retrieval_of(bundle.network, bank, QUICK), QUICK,
+            retrieval_of(bundle.network, tokens, QUICK), QUICK,
         )  # fmt: skip
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_the_map_names_the_reference_retrieved_from(bundle):
     case = composition_case(1, 0)
-    bank = single_bank(bundle.base, bundle.network, case.references)
-    retrieval = retrieval_of(bundle.network, bank, QUICK)
+    tokens = gathered(bundle.base, bundle.network, case.references)
+    retrieval = retrieval_of(bundle.network, tokens, QUICK)
     noise = bundle.base.noise(2, torch.Generator().manual_seed(3))
     generate(bundle, [case.prompt] * 2, noise, retrieval, QUICK)
     shares = retrieval.shares.mean()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrieval_core import retrieval
-from retrieval_core.bank import EncodedReference, join
+from retrieval_core.bank import project
 from retrieval_core.injection import Retrieval
 from retrieval_core.paperdoll.model import CONFIG as PAPERDOLL
 from retrieval_core.retrieval import RetrievalSite
@@ -21,7 +21,7 @@ from retrieval_core.retrieval_map import (
     shares_of,
     side_by_side,
 )
-from retrieval_core.token_budget import limit_tokens
+from retrieval_core.tokens import EncodedReference, gather
 from retrieval_core.training_free import Source, self_attention_layers
 from retrieval_core.training_free.shares import joint_shares, map_layer
 from retrieval_core.unet import SD15, SDXL
@@ -42,12 +42,17 @@ def sites():
 
 
 @pytest.fixture
-def bank(sites):
+def tokens():
     references = [
-        EncodedReference({"s": rand(n, DIM, seed=n)}, {"s": rand(n, DIM, seed=n + 50)}, weight)
+        EncodedReference({"s": rand(1, n, DIM, seed=n)}, weight)
         for n, weight in ((9, 1.0), (4, 0.5), (7, 1.0))
     ]
-    return join(references, {"s": sites["s"].null()})
+    return gather(references)
+
+
+@pytest.fixture
+def bank(sites, tokens):
+    return project(tokens, sites)
 
 
 def plain_shares(site: RetrievalSite, h: torch.Tensor, bank) -> torch.Tensor:
@@ -77,8 +82,8 @@ def test_shares_equal_the_attention_however_they_are_split(sites, bank, monkeypa
     torch.testing.assert_close(found.double(), plain_shares(sites["s"], h, bank))
 
 
-def test_recording_changes_nothing_and_reads_the_bank_before_merging(sites, bank):
-    limited = limit_tokens(bank, 3)
+def test_recording_changes_nothing_and_reads_the_bank_before_merging(sites, tokens, bank):
+    limited = project(tokens, sites, 3)
     h = rand(4, DIM, 3, 4)
     plain = Retrieval(sites, limited, strength=2.0)
     recorded = RecordedRetrieval(

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from retrieval_core.bank import Bank, EncodedReference, join, stack
+from retrieval_core.bank import Bank, project
 from retrieval_core.controlnet import Card, RetrievalControlNet, decoder_state
 from retrieval_core.errors import RetrievalError
 from retrieval_core.injection import Retrieval
 from retrieval_core.objective import retrieval_loss
 from retrieval_core.schedule import NoiseSchedule
+from retrieval_core.tokens import EncodedReference, gather, stack
 from retrieval_core.unet import UNet, UNetConfig, attention
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
@@ -98,9 +99,8 @@ def test_retrieval_at_a_site_equals_the_plain_formula(network, weights):
     site = double.retrieval["input_1"]
     encoded = []
     for f, keep, weight in zip(features, keeps, weights, strict=True):
-        k, v = site.project(f[None])
-        encoded.append(EncodedReference({"input_1": k[0][keep]}, {"input_1": v[0][keep]}, weight))
-    bank = join(encoded, {"input_1": site.null()})
+        encoded.append(EncodedReference({"input_1": f.flatten(1).T[keep][None]}, weight))
+    bank = project(gather(encoded), double.retrieval)
     found = site(h, bank.sites["input_1"])
     expected = plain_retrieval(site, h, features, weights, keeps)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -112,11 +112,8 @@ def pooled_site(pool):
 
 
 def bank_of(site, features):
-    encoded = []
-    for f in features:
-        k, v = site.project(f[None])
-        encoded.append(EncodedReference({"input_0": k[0]}, {"input_0": v[0]}))
-    return join(encoded, {"input_0": site.null()}).sites["input_0"]
+    encoded = [EncodedReference({"input_0": f.flatten(1).T[None]}) for f in features]
+    return project(gather(encoded), {"input_0": site}).sites["input_0"]
 
 
 def plain_spread(pooled, pool, height, width):
@@ -290,18 +287,18 @@ def test_the_fresh_encoder_is_the_base_encoder(unet):
 
 
 def test_all_weight_on_the_null_token_leaves_the_place_as_it_was(network):
-    keys = {name: torch.zeros(1, 1, 1, c) for name, c in CONFIG.site_channels().items()}
-    keep = {name: torch.zeros(1, 1, 1).bool() for name in keys}
-    bank = stack(keys, {k: v + 7 for k, v in keys.items()}, network.null_keys(), keep)
+    tokens = {name: torch.full((1, 1, 2, 1, c), 7.0) for name, c in CONFIG.site_channels().items()}
+    keep = {name: torch.zeros(1, 1, 1).bool() for name in tokens}
+    bank = network.project(stack(tokens, keep))
     h = rand(1, 32, 8, 8)
     assert torch.equal(Retrieval(network.retrieval, bank).apply("input_0", h, [0]), h)
 
 
 def test_banks_side_by_side_equal_banks_one_by_one(network):
     latents, context = rand(4, 4, 8, 8), rand(4, 3, 16, seed=5)
-    keys, values = network.project(latents, context)
-    split = {k: v.unflatten(0, (2, 2)) for k, v in keys.items()}
-    both = stack(split, {k: v.unflatten(0, (2, 2)) for k, v in values.items()}, network.null_keys())
+    features = network.features(latents, context)
+    split = {site: f.unflatten(0, (2, 2))[:, :, None] for site, f in features.items()}
+    both = network.project(stack(split))
     encoded = network.encode(latents, context)
     h = rand(6, 32, 8, 8, seed=6)
     found = network.retrieval["input_0"](h, both.sites["input_0"])
@@ -329,9 +326,13 @@ def test_masked_tokens_are_not_in_the_bank(network):
     mask = torch.zeros(64, 64)
     mask[:16] = 1
     whole, part = network.encode(rand(2, 4, 8, 8), rand(2, 3, 16, seed=5), masks=[None, mask])
-    assert whole.keys["input_0"].shape[0] == 64
-    assert part.keys["input_0"].shape[0] == 16
-    assert part.keys["middle"].shape[0] == 4
+    assert whole.tokens["input_0"].shape[:2] == (1, 64)
+    assert part.tokens["input_0"].shape[:2] == (1, 16)
+    assert part.tokens["middle"].shape[:2] == (1, 4)
+    assert torch.equal(
+        part.tokens["input_0"],
+        network.features(rand(2, 4, 8, 8), rand(2, 3, 16, seed=5))["input_0"][1:, :16],
+    )
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

@@ -10,12 +10,13 @@ import torch
 from plain_unet import PlainUNet
 from refusal import sentence
 
-from retrieval_core.bank import stack
+from retrieval_core.bank import project
 from retrieval_core.bank_file import load_references, save_references
 from retrieval_core.controlnet import Card, RetrievalControlNet
 from retrieval_core.controls import StrengthCurve
 from retrieval_core.sampling import guided_denoiser, sample
 from retrieval_core.schedule import NoiseSchedule
+from retrieval_core.tokens import stack
 from retrieval_core.training_free import (
     LAYER_CHOICES,
     JointRetrieval,
@@ -336,9 +337,8 @@ def test_masked_tokens_are_not_in_the_bank_whatever_they_held(unet, network):
     for level in network.timesteps():
         for name, layer in layers.items():
             edge = 8 // layer.downsampling
-            assert whole.keys[site_name(name, level)].shape == (edge * edge, layer.width)
-            assert part.keys[site_name(name, level)].shape == (edge * edge // 4, layer.width)
-            assert part.values[site_name(name, level)].shape == (edge * edge // 4, layer.width)
+            assert whole.tokens[site_name(name, level)].shape == (2, edge * edge, layer.width)
+            assert part.tokens[site_name(name, level)].shape == (2, edge * edge // 4, layer.width)
     message = sentence(encoded, unet, network, masks=[None, torch.zeros(8, 8)])
     assert "mask of reference 2" in message
 
@@ -355,13 +355,15 @@ def test_only_the_chosen_layers_and_the_nearest_level_are_read(unet):
         166, 166, 166, 500, 833,
     ]  # fmt: skip
     references = encoded(unet, network, 1)
-    assert set(references[0].keys) == set(network.site_channels())
-    assert {site.split("_")[0] for site in references[0].keys} == {"output"}
+    assert set(references[0].tokens) == set(network.site_channels())
+    assert {site.split("_")[0] for site in references[0].tokens} == {"output"}
     for progress, level in ((0.0, 833), (0.5, 500), (1.0, 166)):
-        here = {site for site in references[0].keys if site.endswith(f"@{level}")}
+        here = {site for site in references[0].tokens if site.endswith(f"@{level}")}
         only = replace(
             references[0],
-            keys={s: k if s in here else k * float("nan") for s, k in references[0].keys.items()},
+            tokens={
+                s: t if s in here else t * float("nan") for s, t in references[0].tokens.items()
+            },
         )
         hook = retrieval(unet, network, [only]).hook([0], progress)
         assert run(unet, hook).isfinite().all()
@@ -398,11 +400,10 @@ def test_a_region_everywhere_is_none_and_nowhere_is_the_base(unet, network):
 def test_banks_side_by_side_equal_banks_one_by_one(unet, network):
     latents, context = rand(4, 4, 8, 8, seed=3), rand(4, 3, 16, seed=4)
     recorded = record(unet, SCHEDULE, network, latents, context)
-    bank = stack(
-        {site: k.unflatten(0, (2, 2)) for site, (k, _, _) in recorded.items()},
-        {site: v.unflatten(0, (2, 2)) for site, (_, v, _) in recorded.items()},
-        None,
-    )
+    tokens = {
+        site: torch.stack([k, v], 1).unflatten(0, (2, 2)) for site, (k, v, _) in recorded.items()
+    }
+    bank = project(stack(tokens), None)
     both = JointRetrieval(layer_modules(unet), bank, timesteps=network.timesteps())
     found = run(unet, both.hook([0, 1], 0.5), 4)
     references = encode(unet, SCHEDULE, network, latents, context)
@@ -415,11 +416,11 @@ def test_banks_side_by_side_equal_banks_one_by_one(unet, network):
 
 def test_encoding_is_deterministic_and_equal_references_give_equal_tokens(unet, network):
     first, again = encoded(unet, network), encoded(unet, network)
-    assert all(torch.equal(first[1].keys[s], again[1].keys[s]) for s in first[1].keys)
+    assert all(torch.equal(first[1].tokens[s], again[1].tokens[s]) for s in first[1].tokens)
     latents, context = rand(1, 4, 8, 8).expand(2, -1, -1, -1), rand(1, 3, 16).expand(2, -1, -1)
     one, same = encode(unet, SCHEDULE, network, latents, context)
-    for site in one.keys:
-        torch.testing.assert_close(one.values[site], same.values[site], rtol=1e-5, atol=1e-6)
+    for site in one.tokens:
+        torch.testing.assert_close(one.tokens[site], same.tokens[site], rtol=1e-5, atol=1e-6)
     assert torch.equal(fixed_noise((2, 4, 8, 8))[0], fixed_noise((1, 4, 8, 8))[0])
 
 

@@ -65,7 +65,9 @@ def test_banks_side_by_side_hold_what_each_reference_gives(base):
                     seen = held.bias[g] == 0
                 for r, reference in enumerate(made):
                     mine = held.keys[g][seen & (held.owner == r)]
-                    torch.testing.assert_close(mine, reference.keys[site], rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(
+                        mine, reference.tokens[site][0], rtol=1e-4, atol=1e-5
+                    )
 
 
 def test_the_command_prints_one_json_object(weights, capsys):

@@ -118,8 +118,8 @@ def test_load_encode_apply_sample(name, tmp_path):
     (references,) = RetrievalEncodeReferences.execute(
         net, images(2), FakeVAE(), FakeCLIP(width, pooled), "figure", 1.0, 64
     ).args
-    assert list(references.encoded[0].keys) == list(base.config.site_channels())
-    assert all(keys.isfinite().all() for keys in references.encoded[0].keys.values())
+    assert list(references.encoded[0].tokens) == list(base.config.site_channels())
+    assert all(read.isfinite().all() for read in references.encoded[0].tokens.values())
 
     vector = {} if pooled is None else {"pooled_output": noise(1, pooled)}
     texts = {

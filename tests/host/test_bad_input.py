@@ -135,7 +135,7 @@ def test_images_and_masks(net):
     masked = encode(net, images(2), mask=half).encoded
     whole = encode(net, images(2)).encoded
     assert len(masked) == 2
-    assert masked[1].keys["input_0"].shape[0] < whole[1].keys["input_0"].shape[0]
+    assert masked[1].tokens["input_0"].shape[1] < whole[1].tokens["input_0"].shape[1]
     assert len(encode(net, torch.rand(1, 30, 50, 4)).encoded) == 1  # RGBA, not square
 
 

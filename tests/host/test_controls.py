@@ -170,19 +170,19 @@ def test_a_budget_of_equal_references_loses_nothing(dolls):
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_limited_bank_is_kept_while_only_the_strength_changes(dolls, refs, monkeypatch):
+def test_the_bank_is_kept_while_only_the_strength_changes(dolls, refs, monkeypatch):
     from retrieval_pack.nodes import references
 
     calls = []
-    original = references.limit_tokens
-    monkeypatch.setattr(
-        references, "limit_tokens", lambda *a: (calls.append(a[1]), original(*a))[1]
-    )
+    original = references.project
+    monkeypatch.setattr(references, "project", lambda *a: (calls.append(a[2]), original(*a))[1])
     again = type(refs)(refs.network, refs.encoded)
     before = again.get_ram_usage()
     for strength, budget in ((1.0, 30), (0.5, 30), (0.5, 20)):
         patch.apply(dolls.model, again, strength, controls=controls(token_budget=budget))
-    assert calls == [30, 20]
+    for strength in (0.5, 1.0):
+        patch.apply(dolls.model, again, strength)
+    assert calls == [30, 20, None]
     assert again.get_ram_usage() > before
 
 

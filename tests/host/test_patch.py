@@ -434,8 +434,10 @@ def test_weights_of_every_type(model, tmp_path, monkeypatch, dtype):
     net = load_network(again, model)
     assert next(net.network.parameters()).dtype == dtype
     refs = encoded(net)
-    assert refs.encoded[0].keys["middle"].dtype == net.compute_dtype
-    close(refs.encoded[0].keys["middle"].float(), expected.encoded[0].keys["middle"], 2e-2)
+    read = refs.encoded[0].tokens["middle"]
+    assert read.dtype == net.compute_dtype
+    close(read.float(), expected.encoded[0].tokens["middle"], 2e-2)
+    assert refs.bank().sites["middle"].keys.dtype == net.compute_dtype
     assert sample(patch.apply(model, refs, 1.0)).isfinite().all()
 
 
@@ -452,7 +454,7 @@ def test_only_what_changed_is_encoded_again(model, net):
     assert vae.calls == 1
     heavier = encode(images(2), weight=2.0)
     assert vae.calls == 1 and [r.weight for r in heavier] == [2.0, 2.0]
-    assert heavier[0].keys["middle"] is first[0].keys["middle"]
+    assert heavier[0].tokens["middle"] is first[0].tokens["middle"]
     encode(torch.cat([images(2), images(1, seed=9)]))
     assert vae.calls == 2
     encode(images(2), concept="face")

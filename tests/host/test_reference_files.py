@@ -93,9 +93,9 @@ def test_another_copy_of_the_network_and_the_core_read_the_same_file(dolls, fold
     again = load_network(copy, dolls.model)
     assert again is not dolls.network
     (loaded,) = RetrievalLoadReferences.execute(again, "x_00001_.safetensors", 1.0).args
-    assert torch.equal(loaded.encoded[0].keys["middle"], refs.encoded[0].keys["middle"])
+    assert torch.equal(loaded.encoded[0].tokens["middle"], refs.encoded[0].tokens["middle"])
     in_core = load_references(folder / "x_00001_.safetensors", load(copy))
-    assert torch.equal(in_core[0].keys["middle"], refs.encoded[0].keys["middle"])
+    assert torch.equal(in_core[0].tokens["middle"], refs.encoded[0].tokens["middle"])
 
 
 def test_the_fingerprint_does_not_depend_on_the_type_this_machine_computes_in(

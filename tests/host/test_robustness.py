@@ -98,10 +98,30 @@ def test_a_failing_allocation_while_encoding(net, monkeypatch):
         raise torch.cuda.OutOfMemoryError("simulated")
 
     with monkeypatch.context() as m:
-        m.setattr(type(net.network.retrieval["middle"]), "project", fail)
+        m.setattr(type(net.network.encoder), "forward", fail)
         with pytest.raises(management.OOM_EXCEPTION):
             encoded(net)
     assert len(encoded(net).encoded) == 1
+
+
+@pytest.mark.parametrize("budget", [None, 7])
+def test_a_bank_that_the_device_has_no_room_for_is_made_on_the_cpu(net, monkeypatch, budget):
+    refs, layer = encoded(net), type(net.network.retrieval["middle"])
+    expected, original, calls = refs.bank(budget), layer.project, []
+
+    def fail_once(self, normed):
+        calls.append(normed.device.type)
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        return original(self, normed)
+
+    with monkeypatch.context() as m:
+        m.setattr(layer, "project", fail_once)
+        made = type(refs)(net, refs.encoded).bank(budget)
+    assert len(calls) == 3 + len(expected.sites) and set(calls[3:]) == {"cpu"}
+    for site, bank in expected.sites.items():
+        assert torch.equal(made.sites[site].keys, bank.keys)
+        assert torch.equal(made.sites[site].values, bank.values)
 
 
 @pytest.mark.slow

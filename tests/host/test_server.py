@@ -131,9 +131,9 @@ def test_attributes_match_as_in_the_core(server, whole, characters, batch):
     from retrieval_pack.retrieval_core.paperdoll.bundle import load_bundle
     from retrieval_pack.retrieval_core.paperdoll.generate import (
         Sampling,
+        gathered,
         generate,
         retrieval_of,
-        single_bank,
     )
     from retrieval_pack.retrieval_core.paperdoll.measure import chance_levels, match_rates
     from retrieval_pack.retrieval_core.references import prepare
@@ -156,11 +156,11 @@ def test_attributes_match_as_in_the_core(server, whole, characters, batch):
         ours = pictures(server, asked, server.run(asked))[:, ::4, ::4]
         ours = torch.from_numpy(ours).movedim(-1, 1).float() / 255
         images, _, _ = reference_pictures(character, "figure", 4)
-        bank = single_bank(
+        tokens = gathered(
             bundle.base, bundle.network, [prepare(image, None, "figure") for image in images]
         )
         noise = bundle.base.noise(batch, torch.Generator().manual_seed(character))
-        retrieval = retrieval_of(bundle.network, bank, how)
+        retrieval = retrieval_of(bundle.network, tokens, how)
         theirs = generate(bundle, [text] * batch, noise, retrieval, how)
         differences.append(float((ours - theirs).abs().mean()))
         in_host += bundle.judge.read(ours)

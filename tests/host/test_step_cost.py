@@ -33,7 +33,9 @@ def test_every_variant_is_measured_beside_the_base(measured):
         # Regions kept apart save self-attention, as much of it as the base has.
         assert (row["floor"] > 1) == (key != "base model") or key == "regions-apart"
     assert rows["regions-apart"]["floor"] < rows["regions"]["floor"]
-    assert measured["encoding"]["ratio"] > 0
+    encoding, *banks = measured["once"]
+    assert encoding["floor"] == 1 and all(one["ratio"] > 0 for one in measured["once"])
+    assert 0 < banks[0]["floor"] <= banks[1]["floor"] < 1
     text = table.text(json.loads(json.dumps(measured)))
     assert all(row["title"] in text for row in rows.values())
 

@@ -110,9 +110,9 @@ def test_a_reference_costs_one_pass_for_each_level_and_is_remembered(model, net)
         one = encoded(net, 1, vae=vae, clip=clip)
         again = encoded(net, 1, vae=vae, clip=clip, weight=2.0)
         assert len(calls) == 6 and again.encoded[0].weight == 2.0
-        site = next(iter(one.encoded[0].keys))
-        assert again.encoded[0].keys[site] is one.encoded[0].keys[site]
-        assert torch.equal(first.encoded[0].keys[site], one.encoded[0].keys[site])
+        site = next(iter(one.encoded[0].tokens))
+        assert again.encoded[0].tokens[site] is one.encoded[0].tokens[site]
+        assert torch.equal(first.encoded[0].tokens[site], one.encoded[0].tokens[site])
     finally:
         handle.remove()
     assert same_weights(model, before) and str(model.model_options) == options
@@ -120,9 +120,9 @@ def test_a_reference_costs_one_pass_for_each_level_and_is_remembered(model, net)
 
 def test_masked_tokens_are_left_out(net):
     whole, part = encoded(net, 1), encoded(net, 1, masks=left_half())
-    for site, keys in whole.encoded[0].keys.items():
-        assert keys.device.type == "cpu"
-        assert part.encoded[0].keys[site].shape == (keys.shape[0] // 2, keys.shape[1])
+    for site, read in whole.encoded[0].tokens.items():
+        assert read.device.type == "cpu"
+        assert part.encoded[0].tokens[site].shape == (2, read.shape[1] // 2, read.shape[2])
 
 
 def test_a_lora_changes_what_is_read_but_not_the_fingerprint(net, refs):
@@ -133,7 +133,9 @@ def test_a_lora_changes_what_is_read_but_not_the_fingerprint(net, refs):
     with_lora = training_free(changed, "all", 2)
     assert with_lora.fingerprint == net.fingerprint
     site, before = "input_1.0@250", weights_of(model)
-    assert not torch.equal(encoded(with_lora, 1).encoded[0].keys[site], refs.encoded[0].keys[site])
+    assert not torch.equal(
+        encoded(with_lora, 1).encoded[0].tokens[site], refs.encoded[0].tokens[site]
+    )
     assert not same_weights(model, before)  # the LoRA's are in the model, in place
     fingerprints.clear()
     assert training_free(model, "all", 2).fingerprint == net.fingerprint
@@ -480,9 +482,8 @@ def test_host_equals_core(base, case):
     net, refs, found = in_the_host(base, **chosen)
     assert net.fingerprint == network.fingerprint
     for ours, theirs in zip(refs.encoded, made, strict=True):
-        for site, keys in theirs.keys.items():
-            close(ours.keys[site], keys)
-            close(ours.values[site], theirs.values[site])
+        for site, read in theirs.tokens.items():
+            close(ours.tokens[site], read)
     largest = float((found - expected).abs().max())
     print(f"\nparity, {case}: largest difference {largest:.2e} of {expected.std():.2f}")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
