@@ -86,9 +86,8 @@ class RetrievalSite(nn.Module):
         return self.to_k(normed), self.to_v(normed)
 
     def null(self) -> Tensor:
-        """The null token's key, [C]."""
-        index = torch.zeros(1, dtype=torch.long, device=self.null_key.weight.device)
-        return self.null_key(index)[0]
+        """The null token's key, [C], where and as the weights are kept."""
+        return self.null_key.weight[0]
 
     def forward(self, h: Tensor, bank: SiteBank) -> Tensor:
         """What the features h [B, C, H, W] retrieve from the bank, after the zero convolution.

@@ -409,13 +409,31 @@ def test_the_estimate_grows_by_bank_and_activations(model, refs, monkeypatch):
         asked.append(memory_required)
         return original(models, memory_required=memory_required, **kw)
 
+    patched = patch.apply(model, refs, 1.0)
     monkeypatch.setattr(management, "load_models_gpu", spy)
     sample(model)
-    patched = patch.apply(model, refs, 1.0)
     sample(patched)
     mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
     bank = mine.retrieval.bank.nbytes()
     assert asked[1] - asked[0] >= mine.nbytes((1, 4, 8, 8), torch.float32) > bank > 0
+
+
+def test_making_a_bank_loads_the_sites_and_asks_for_room(net, refs, monkeypatch):
+    asked = []
+    original = management.load_models_gpu
+
+    def spy(models, memory_required=0, **kw):
+        asked.append((models, memory_required))
+        return original(models, memory_required=memory_required, **kw)
+
+    monkeypatch.setattr(management, "load_models_gpu", spy)
+    again = type(refs)(refs.network, refs.encoded)
+    made = again.bank()
+    ((models, memory),) = asked
+    assert models == [net.sites]
+    largest = max(2 * site.keys.numel() for site in made.sites.values())
+    assert memory >= 4 * largest
+    assert again.bank() is made and len(asked) == 1  # kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
