@@ -20,7 +20,7 @@ from retrieval_core.unet import SD15, UNetConfig
 from tests.conftest import no_host_line
 
 from . import arithmetic, hosting, table
-from .timing import BASE, Sample, interleave, timed
+from .timing import BASE, Sample, interleave, keep_heap, timed
 from .variants import Run, Variant, Workbench, variants
 
 QUICK_SIZE, SIZE = 128, 512
@@ -28,7 +28,7 @@ QUICK_COUNTS, COUNTS = (1, 4), (1, 4, 16, 64)
 CFG = 7.0
 WARM_EDGE = 8
 BANK_OF = 4
-PASSES = 5  # for one step measured: a pass of the encoder is short beside it
+PASSES = 3  # for one step measured: a pass of the encoder is short beside it
 _KEPT_BYTES = 512 << 20
 
 
@@ -254,6 +254,7 @@ def main(given: Sequence[str] | None = None) -> int:
         missing = no_host_line()
         if missing is not None:
             raise Refused(missing.replace("Host tests (tests/host) skipped", "It needs ComfyUI"))
+        keep_heap()
         hosting.start(options.cpu)
         result = measure(options, show=not options.json and sys.stderr.isatty())
     except ValueError as error:

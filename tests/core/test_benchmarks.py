@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 
 import pytest
 import torch
@@ -152,6 +153,10 @@ def test_ratios_are_free_of_the_machines_drift():
         low, high = series[name].spread
         assert low <= series[name].ratio <= high
     assert len(series["a"].samples) == 3 and len(series[BASE].samples) == 9
+
+
+def test_the_heap_is_kept_where_the_c_library_can():
+    assert timing.keep_heap() == (platform.libc_ver()[0] == "glibc")
 
 
 def test_timing_on_the_cpu():
