@@ -82,11 +82,13 @@ def _project(network: Any, tokens: Tokens, token_budget: int | None) -> Bank:
         management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, count)
 
-    largest = max((site.parts.numel() for site in tokens.sites.values()), default=0)
-    needed = _ALIVE * largest * torch.float32.itemsize
-    if network.layers is not None:
+    trained = network.layers is not None
+    moved = [site for site in tokens.sites.values() if trained or site.over(token_budget)]
+    needed = _ALIVE * max((site.parts.numel() for site in moved), default=0)
+    needed *= torch.float32.itemsize
+    if trained:
         management.load_models_gpu([network.sites], memory_required=needed)
-    elif token_budget is not None:
+    else:
         management.free_memory(needed, device)
     try:
         return project(tokens, network.layers, token_budget, device, on_site)

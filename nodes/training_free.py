@@ -22,8 +22,9 @@ from ..retrieval_core.bank_file import Maker, fingerprint_of
 from ..retrieval_core.controls import Controls
 from ..retrieval_core.injection import Guidance
 from ..retrieval_core.references import PreparedReference
+from ..retrieval_core.splitting import split
 from ..retrieval_core.tokens import EncodedReference
-from ..retrieval_core.training_free import JointRetrieval, TrainingFree, fixed_noise, split
+from ..retrieval_core.training_free import JointRetrieval, TrainingFree, fixed_noise
 from ..retrieval_core.training_free.network import LAYERS, LEVELS, site_name
 from . import host, step
 from .joint_attention import Application
@@ -183,7 +184,7 @@ class _Reading(comfy.samplers.Sampler):
     def __init__(self, network: TrainingFree, latent: Tensor, progress: Any):
         self.network, self.latent, self.progress = network, latent, progress
         self.level = 0
-        self.recorded: dict[str, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+        self.recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
 
     def on(self, model: Any) -> Any:
         """A clone of the MODEL whose chosen layers report here."""
@@ -232,7 +233,7 @@ class _Recording:
         # Guidance of other packs may run the layers again, differently: the first pass counts.
         if site not in self.reading.recorded:
             height, width = extra["activations_shape"][-2:]
-            self.reading.recorded[site] = k.cpu(), v.cpu(), (height, width)
+            self.reading.recorded[site] = torch.stack([k.cpu(), v.cpu()], 1), (height, width)
         if self.before is not None:
             return self.before(q, k, v, extra)
         return attention_of(extra)(q, k, v, extra["n_heads"])

@@ -113,8 +113,7 @@ def _project(
     device: torch.device | str | None,
 ) -> SiteBank:
     home = given.parts.device
-    work = layer is not None or (budget is not None and given.count > budget)
-    if device is not None and work:
+    if device is not None and (layer is not None or given.over(budget)):
         given = given.to(device)
     features = layer is not None and given.parts.shape[1] == 1
     if features:

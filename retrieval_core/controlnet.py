@@ -22,8 +22,8 @@ from .encoder import RetrievalEncoder
 from .errors import RetrievalError
 from .files import parse_json, read_safetensors, save_safetensors
 from .injection import GUIDANCES
-from .references import token_mask
 from .retrieval import RetrievalSite, query_pools
+from .splitting import split
 from .tokens import EncodedReference, Tokens, gather
 from .unet import (
     AttentionFunction,
@@ -129,18 +129,18 @@ class RetrievalControlNet(nn.Module):
             site.initialise(generator)
         return network
 
-    def features(
+    def read(
         self, latents: Tensor, context: Tensor, y: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """What the encoder reads of each reference, as tokens: site -> f_s [R, H_s * W_s, C_s].
+    ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+        """What the encoder reads of each reference, f_s [R, 1, H_s * W_s, C_s]: a `Reading`.
 
         Args:
             latents: clean reference latents [R, C, H, W].
             context: [R, L, D].
             y: [R, A] where the base has a vector conditioning.
         """
-        features = self.encoder(latents, context, y)
-        return {name: f.flatten(2).transpose(1, 2) for name, f in features.items()}
+        features = self.encoder(latents, context, y).items()
+        return {s: (f.flatten(2).transpose(1, 2)[:, None], tuple(f.shape[2:])) for s, f in features}
 
     def encode(
         self,
@@ -151,44 +151,15 @@ class RetrievalControlNet(nn.Module):
         weights: Sequence[float] | None = None,
         concepts: Sequence[str] | None = None,
     ) -> list[EncodedReference]:
-        """Encodes references once, dropping tokens that fall wholly outside their masks.
+        """`read` and `split`: encodes references once, without the tokens outside their masks.
 
         It takes one pass of the encoder; keys and values are made with the bank.
-
-        Args:
-            masks: one [H, W] mask a reference, of any size, above 0 where it counts; None: all.
-            weights: one a reference, 1 by default.
-            concepts: recorded with each reference.
 
         Raises:
             RetrievalError: a mask selects nothing.
         """
-        count = latents.shape[0]
-        features = self.features(latents, context, y)
-        factors = self.config.site_downsampling()
-        encoded = []
-        for i in range(count):
-            mask = masks[i] if masks is not None else None
-            if mask is not None and not bool((mask > 0).any()):
-                raise RetrievalError(
-                    f"The mask of reference {i + 1} of {count} selects nothing; select what is to "
-                    "be taken, or leave the mask out."
-                )
-            tokens = {}
-            for site, f in features.items():
-                own = f[i]
-                if mask is not None:
-                    size = tuple(-(-edge // factors[site]) for edge in latents.shape[-2:])
-                    own = own[token_mask(mask, *size).flatten().to(own.device)]
-                tokens[site] = own[None]
-            encoded.append(
-                EncodedReference(
-                    tokens,
-                    1.0 if weights is None else weights[i],
-                    "figure" if concepts is None else concepts[i],
-                )
-            )
-        return encoded
+        reading = self.read(latents, context, y)
+        return split(reading, masks or [None] * len(latents), weights, concepts)
 
     def bank(self, references: Sequence[EncodedReference], token_budget: int | None = None) -> Bank:
         """One bank of several references (see `tokens.gather` and `bank.project`)."""

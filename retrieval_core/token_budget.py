@@ -51,7 +51,7 @@ def limit_tokens(site: SiteTokens, budget: int) -> SiteTokens:
         RetrievalError: a budget below 1.
     """
     budget = check_budget(budget)
-    if site.count <= budget:
+    if not site.over(budget):
         return site
     parts = site.parts.float()
     weights = parts.new_ones(parts.shape[0], parts.shape[2])

@@ -67,10 +67,9 @@ class SiteTokens:
     bias: Tensor | None
     owner: Tensor
 
-    @property
-    def count(self) -> int:
-        """N."""
-        return self.parts.shape[2]
+    def over(self, budget: int | None) -> bool:
+        """Whether there are more tokens than a budget allows; None allows any number."""
+        return budget is not None and self.parts.shape[2] > budget
 
     def to(self, device: torch.device | str) -> SiteTokens:
         bias = None if self.bias is None else self.bias.to(device)

@@ -66,17 +66,14 @@ def stacked(
     with torch.inference_mode():
         latents = base.vae.encode(images)
         context = base.text.encode([reference.concept for reference in flat])
-        features = network.features(latents, context)
+        reading = network.read(latents, context)
         whole = torch.ones(images.shape[-2:])
         masks = torch.stack([whole if r.mask is None else r.mask for r in flat])[:, None]
-        factors = network.config.site_downsampling()
-        keep = {}
-        for site in features:
-            size = [-(-edge // factors[site]) for edge in latents.shape[-2:]]
-            keep[site] = (F.adaptive_max_pool2d(masks.float(), size) > 0).view(*split, -1)
-        return stack(
-            {site: f.unflatten(0, split)[:, :, None] for site, f in features.items()}, keep
-        )
+        keep = {
+            site: (F.adaptive_max_pool2d(masks.float(), size) > 0).view(*split, -1)
+            for site, (_, size) in reading.items()
+        }
+        return stack({site: f.unflatten(0, split) for site, (f, _) in reading.items()}, keep)
 
 
 def retrieval_of(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> RecordedRetrieval:
@@ -89,8 +86,9 @@ def retrieval_of(network: RetrievalControlNet, tokens: Tokens, how: Sampling) ->
     guidance = how.guidance or recommended["guidance"]
     site = map_site(network.config)
     with torch.inference_mode():
-        bank = network.project(tokens, how.token_budget)
-        seen = network.project(tokens.at(site)).sites[site] if tokens.sites else None
+        bank, seen = network.project(tokens, how.token_budget), None
+        if how.token_budget is not None and tokens.sites:
+            seen = network.project(tokens.at(site)).sites[site]
     return RecordedRetrieval(
         network.retrieval,
         bank,

@@ -92,17 +92,15 @@ class TrainableRetrieval(nn.Module):
             masks: bool [G * R, h, w] pixel masks, None for whole references.
         """
         groups, count = used.shape
-        features = self.network.features(latents, context, y)
-        factors = self.network.config.site_downsampling()
+        reading = self.network.read(latents, context, y)
         keep = {}
-        for site, f in features.items():
-            size = [-(-edge // factors[site]) for edge in latents.shape[-2:]]
-            kept = used[:, :, None].expand(groups, count, f.shape[1])
+        for site, (f, size) in reading.items():
+            kept = used[:, :, None].expand(groups, count, f.shape[2])
             if masks is not None:
-                tokens = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
-                kept = kept & tokens.view(groups, count, -1)
+                shown = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
+                kept = kept & shown.view(groups, count, -1)
             keep[site] = kept
-        tokens = {site: f.unflatten(0, used.shape)[:, :, None] for site, f in features.items()}
+        tokens = {site: f.unflatten(0, used.shape) for site, (f, _) in reading.items()}
         return self.network.project(stack(tokens, keep))
 
     def loss(

@@ -7,7 +7,7 @@ self-attention (MasaCtrl, arXiv 2304.08465; StyleAligned, arXiv 2312.02133).
 """
 
 from .attention import Source, attend_chunks, attend_to
-from .encode import encode, fixed_noise, record, split
+from .encode import encode, fixed_noise, record
 from .injection import JointRetrieval
 from .layers import LAYER_CHOICES, choose_layers, layer_modules, self_attention_layers
 from .network import TrainingFree
@@ -25,5 +25,4 @@ __all__ = [
     "layer_modules",
     "record",
     "self_attention_layers",
-    "split",
 ]

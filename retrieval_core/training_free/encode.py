@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import RetrievalError
-from ..references import token_mask
 from ..schedule import NoiseSchedule
+from ..splitting import split
 from ..tokens import EncodedReference
 from ..unet import Attention, UNet
 from .layers import layer_modules
 from .network import TrainingFree, site_name
-
-# site -> (keys [R, H * W, D], values [R, H * W, D], (H, W)).
-Recording = Mapping[str, tuple[Tensor, Tensor, tuple[int, int]]]
 
 
 def fixed_noise(shape: Sequence[int]) -> Tensor:
@@ -35,8 +31,8 @@ def record(
     latents: Tensor,
     context: Tensor,
     y: Tensor | None = None,
-) -> dict[str, tuple[Tensor, Tensor, tuple[int, int]]]:
-    """Reads references [R, C, H, W] once at each noise level; see `Recording`.
+) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+    """Reads references [R, C, H, W] once at each noise level: keys and values as a `Reading`.
 
     Args:
         unet: the base model's. schedule: its noise schedule.
@@ -45,7 +41,7 @@ def record(
     """
     wanted = {layer: name for name, layer in layer_modules(unet).items() if name in network.names}
     noise = fixed_noise(latents.shape).to(latents)
-    recorded: dict[str, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+    recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
     for timestep in network.timesteps(schedule.steps):
         steps = torch.full((len(latents),), timestep, device=latents.device)
 
@@ -53,53 +49,13 @@ def record(
             layer: Attention, size: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, heads: int
         ) -> Tensor:
             if layer in wanted:
-                recorded[site_name(wanted[layer], timestep)] = k, v, size  # noqa: B023
+                site = site_name(wanted[layer], timestep)  # noqa: B023
+                recorded[site] = torch.stack([k, v], 1), size
             return layer.attend(q, k, v, heads)
 
         noised = schedule.noised(latents, noise, steps)
         unet(noised, steps, context, y, self_attention=reading)
     return recorded
-
-
-def split(
-    recorded: Recording,
-    masks: Iterable[Tensor | None],
-    weights: Sequence[float] | None = None,
-    concepts: Sequence[str] | None = None,
-) -> list[EncodedReference]:
-    """What was recorded as one `EncodedReference` each, tokens wholly outside its mask left out.
-
-    Args:
-        masks: one [H, W] mask a reference, of any size, above 0 where it counts; None: all.
-        weights: one a reference, 1 by default. concepts: recorded with each reference.
-
-    Raises:
-        RetrievalError: a mask selects nothing.
-    """
-    encoded = []
-    for i, mask in enumerate(masks):
-        if mask is not None and not bool((mask > 0).any()):
-            raise RetrievalError(
-                f"The mask of reference {i + 1} selects nothing; select what is to be taken, or "
-                "leave the mask out."
-            )
-        kept: dict[tuple[int, int], Tensor] = {}
-        tokens = {}
-        for site, (k, v, size) in recorded.items():
-            k, v = k[i], v[i]
-            if mask is not None:
-                if size not in kept:
-                    kept[size] = token_mask(mask, *size).flatten().to(k.device)
-                k, v = k[kept[size]], v[kept[size]]
-            tokens[site] = torch.stack([k, v])
-        encoded.append(
-            EncodedReference(
-                tokens,
-                1.0 if weights is None else weights[i],
-                "figure" if concepts is None else concepts[i],
-            )
-        )
-    return encoded
 
 
 def encode(

@@ -74,12 +74,9 @@ def side_by_side(
     masks = [whole if reference.mask is None else reference.mask for reference in flat]
     keep = {
         site: torch.stack([token_mask(mask, *size).flatten() for mask in masks]).view(*split, -1)
-        for site, (_, _, size) in recorded.items()
+        for site, (_, size) in recorded.items()
     }
-    tokens = {
-        site: torch.stack([keys, values], 1).unflatten(0, split)
-        for site, (keys, values, _) in recorded.items()
-    }
+    tokens = {site: read.unflatten(0, split) for site, (read, _) in recorded.items()}
     return project(stack(tokens, keep), None)
 
 

@@ -296,8 +296,8 @@ def test_all_weight_on_the_null_token_leaves_the_place_as_it_was(network):
 
 def test_banks_side_by_side_equal_banks_one_by_one(network):
     latents, context = rand(4, 4, 8, 8), rand(4, 3, 16, seed=5)
-    features = network.features(latents, context)
-    split = {site: f.unflatten(0, (2, 2))[:, :, None] for site, f in features.items()}
+    reading = network.read(latents, context)
+    split = {site: f.unflatten(0, (2, 2)) for site, (f, _) in reading.items()}
     both = network.project(stack(split))
     encoded = network.encode(latents, context)
     h = rand(6, 32, 8, 8, seed=6)
@@ -329,10 +329,8 @@ def test_masked_tokens_are_not_in_the_bank(network):
     assert whole.tokens["input_0"].shape[:2] == (1, 64)
     assert part.tokens["input_0"].shape[:2] == (1, 16)
     assert part.tokens["middle"].shape[:2] == (1, 4)
-    assert torch.equal(
-        part.tokens["input_0"],
-        network.features(rand(2, 4, 8, 8), rand(2, 3, 16, seed=5))["input_0"][1:, :16],
-    )
+    read, _ = network.read(rand(2, 4, 8, 8), rand(2, 3, 16, seed=5))["input_0"]
+    assert torch.equal(part.tokens["input_0"], read[1, :, :16])
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

@@ -14,6 +14,7 @@ from retrieval_core.bank import project
 from retrieval_core.bank_file import load_references, save_references
 from retrieval_core.controlnet import Card, RetrievalControlNet
 from retrieval_core.controls import StrengthCurve
+from retrieval_core.files import read_safetensors, save_safetensors
 from retrieval_core.sampling import guided_denoiser, sample
 from retrieval_core.schedule import NoiseSchedule
 from retrieval_core.tokens import stack
@@ -400,9 +401,7 @@ def test_a_region_everywhere_is_none_and_nowhere_is_the_base(unet, network):
 def test_banks_side_by_side_equal_banks_one_by_one(unet, network):
     latents, context = rand(4, 4, 8, 8, seed=3), rand(4, 3, 16, seed=4)
     recorded = record(unet, SCHEDULE, network, latents, context)
-    tokens = {
-        site: torch.stack([k, v], 1).unflatten(0, (2, 2)) for site, (k, v, _) in recorded.items()
-    }
+    tokens = {site: read.unflatten(0, (2, 2)) for site, (read, _) in recorded.items()}
     bank = project(stack(tokens), None)
     both = JointRetrieval(layer_modules(unet), bank, timesteps=network.timesteps())
     found = run(unet, both.hook([0, 1], 0.5), 4)
@@ -454,6 +453,28 @@ def test_saved_then_loaded_samples_bit_for_bit(unet, network, tmp_path):
     assert [r.weight for r in loaded] == [1.0, 0.4]
     pictures = [generated(unet, retrieval(unet, network, r)) for r in (references, loaded)]
     assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("values", torch.zeros(2, 32)), ("keys", torch.zeros(64, 32).int())]
+)
+def test_keys_and_values_that_do_not_fit_together_are_refused(unet, network, tmp_path, part, value):
+    path, key = tmp_path / "r.safetensors", f"1.{part}.input_1.0@250"
+    save_references(path, encoded(unet, network), network)
+    tensors, metadata = read_safetensors(path)
+    assert tensors[key].shape == (64, 32)
+    save_safetensors(path, {k: v.clone() for k, v in tensors.items()} | {key: value}, metadata)
+    assert "input_1.0@250" in sentence(load_references, path, network)
+
+
+def test_files_of_the_first_version_are_read(unet, network, tmp_path):
+    path, references = tmp_path / "r.safetensors", encoded(unet, network)
+    save_references(path, references, network)
+    tensors, metadata = read_safetensors(path)
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    save_safetensors(path, tensors, metadata | {"format_version": "1"})
+    for read, saved in zip(load_references(path, network), references, strict=True):
+        assert all(torch.equal(read.tokens[site], saved.tokens[site]) for site in saved.tokens)
 
 
 def test_references_of_another_base_choice_or_network_are_refused(unet, network, tmp_path):
