@@ -2,7 +2,7 @@
 """Sets up and runs the pack on its own, without ComfyUI. Standard library only.
 
     python run.py setup     makes .venv next to this file and installs the tested packages
-    python run.py demo      shows the method at work (arguments go to retrieval_core.demo)
+    python run.py demo      shows the method at work (arguments go to retrieval_core.paperdoll.demo)
     python run.py test      runs the tests (arguments go to pytest)
     python run.py train     trains the bundled weights (arguments: retrieval_core.paperdoll.train)
 
@@ -36,7 +36,7 @@ TORCH_FOR_CPU = "https://download.pytorch.org/whl/cpu"
 UNFINISHED = "unfinished"
 NEEDED = ("torch", "numpy", "PIL", "einops", "safetensors", "huggingface_hub", "tqdm", "pytest")
 COMMANDS = {
-    "demo": ["-m", "retrieval_core.demo"],
+    "demo": ["-m", "retrieval_core.paperdoll.demo"],
     "test": ["-m", "pytest"],
     "train": ["-m", "retrieval_core.paperdoll.train"],
 }

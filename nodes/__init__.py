@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import host
+from .host import environment as host
 
 # At import: the host never calls an extension's on_load in 0.8.0.
 host.register_folder()
@@ -15,20 +15,20 @@ class RetrievalExtension(ComfyExtension):
     """All nodes of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        from .apply import RetrievalApplyReferences
-        from .controls import RetrievalControls
-        from .encode import RetrievalEncodeReferences
-        from .load import RetrievalLoadControlNet
+        from .apply_reference_retrieval import RetrievalApplyReferences
+        from .encode_references import RetrievalEncodeReferences
         from .load_references import RetrievalLoadReferences
-        from .paperdoll import RetrievalPaperdollModel, RetrievalPaperdollReference
+        from .load_retrieval_controlnet import RetrievalLoadControlNet
+        from .paperdoll_nodes import RetrievalPaperdollModel, RetrievalPaperdollReference
+        from .retrieval_controls import RetrievalControls
         from .retrieval_map import RetrievalMap, RetrievalRecordMap
         from .save_references import RetrievalSaveReferences
-        from .scores import (
+        from .score_nodes import (
             RetrievalImageSimilarity,
             RetrievalPaperdollMatch,
             RetrievalTextSimilarity,
         )
-        from .vqa import RetrievalVQADiversityScore
+        from .vqa_diversity_score import RetrievalVQADiversityScore
 
         return [
             RetrievalLoadControlNet,

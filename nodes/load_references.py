@@ -7,8 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import host
-from .types import CATEGORY, ReferencesType, RetrievalControlNetType
+from .host import environment as host
+from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType
 
 
 class RetrievalLoadReferences(io.ComfyNode):
@@ -16,7 +16,7 @@ class RetrievalLoadReferences(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from .reference_files import names
+        from .host.reference_library import names
 
         return io.Schema(
             node_id="RetrievalLoadReferences",
@@ -57,7 +57,7 @@ class RetrievalLoadReferences(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str = "", **_: Any) -> Any:
         """Changes when the file does, so that a replaced file is read again."""
-        from .reference_files import path_of
+        from .host.reference_library import path_of
 
         try:
             status = os.stat(path_of(file))
@@ -69,8 +69,8 @@ class RetrievalLoadReferences(io.ComfyNode):
     def execute(
         cls, retrieval_controlnet: Any, file: str, weight: float, references: Any = None
     ) -> io.NodeOutput:
-        from .reference_files import load, pictures
-        from .references import References
+        from .host.encoded_references import References
+        from .host.reference_library import load, pictures
 
         before = ()
         if references is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .types import CATEGORY, RetrievalMapType
+from .socket_types import CATEGORY, RetrievalMapType
 
 STRONGEST, SHARES = "strongest reference", "shares"
 
@@ -38,7 +38,7 @@ class RetrievalRecordMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any) -> io.NodeOutput:
-        from .recorder import record
+        from .host.recorder import record
 
         return io.NodeOutput(*record(model))
 
@@ -88,6 +88,6 @@ class RetrievalMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, retrieval_map: Any, images: Any, masks: str, reference: int) -> io.NodeOutput:
-        from .map_images import draw
+        from .host.map_images import draw
 
         return io.NodeOutput(*draw(retrieval_map, images, masks == STRONGEST, reference))

@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from . import host
-from .types import CATEGORY, ReferencesType
+from .host import environment as host
+from .socket_types import CATEGORY, ReferencesType
 
 
 class RetrievalSaveReferences(io.ComfyNode):
@@ -38,7 +38,7 @@ class RetrievalSaveReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, references: Any, name: str) -> io.NodeOutput:
-        from .reference_files import pictures, save
+        from .host.reference_library import pictures, save
 
         path = save(references, name)
         shown = pictures(references.encoded)

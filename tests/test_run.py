@@ -20,11 +20,11 @@ def pack(tmp_path):
     folder.mkdir()
     shutil.copy(PACK / "run.py", folder)
     (folder / "requirements-dev.txt").write_text("# nothing\n")
-    demo = folder / "retrieval_core" / "demo"
-    demo.mkdir(parents=True)
+    world = folder / "retrieval_core" / "paperdoll"
+    world.mkdir(parents=True)
     (folder / "retrieval_core" / "__init__.py").touch()
-    (demo / "__init__.py").touch()
-    (demo / "__main__.py").write_text(
+    (world / "__init__.py").touch()
+    (world / "demo.py").write_text(
         "import os, sys\nprint(sys.prefix, os.getcwd(), sys.argv[1:])\nsys.exit(7)\n"
     )
     return folder

@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from ..errors import RetrievalError
-from ..injection import GUIDANCES
 from ..metrics.encoders import load_clip, load_dino
 from ..metrics.model_folder import find_model
 from ..metrics.vqa_models import load_vqa
 from ..paperdoll.bundle import JUDGE_FILE, bundled, load_bundle
 from ..paperdoll.generate import Sampling
 from ..paperdoll.judge import load_judge
+from ..sampling.applications import GUIDANCES
 from . import summary
 from .characters import Character, from_folder, paperdolls
 from .comfy import SERVER, Client, ComfyMethod

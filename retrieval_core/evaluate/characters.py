@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.prepare import PreparedReference, load_image, prepare
 from ..errors import RetrievalError
 from ..paperdoll.cases import prepared
 from ..paperdoll.draw import render
@@ -19,7 +20,6 @@ from ..paperdoll.world import (
     random_outfit,
     random_scene,
 )
-from ..references import PreparedReference, load_image, prepare
 from .protocol import HELD_OUT, IN_DOMAIN, Protocol
 
 FOLDERS = {IN_DOMAIN: "in_domain", HELD_OUT: "held_out"}

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.prepare import LARGEST_IMAGE
 from ..errors import RetrievalError
-from ..references import LARGEST_IMAGE
 from .characters import Character
 from .protocol import Run
 from .workflow import Workflow

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..demo.sheets import Row, Tile, reference_colour, write_sheet
+from ..data.prepare import load_image
 from ..files import atomic_write, write_text
-from ..references import load_image
+from ..sheets import Row, Tile, reference_colour, write_sheet
 from . import summary
 from .characters import Character
 from .comfy import encode

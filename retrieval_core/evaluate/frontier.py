@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..demo.sheets import FAINT, INK, PAPER, REFERENCE_COLOURS
 from ..files import atomic_write
 from ..metrics import Estimate
+from ..sheets import FAINT, INK, PAPER, REFERENCE_COLOURS
 from .protocol import HELD_OUT, IN_DOMAIN
 from .scores import Scorer
 from .summary import Line

@@ -11,17 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..bank_file import fingerprint
+from ..bank.bank_file import fingerprint
+from ..data.prepare import PreparedReference
 from ..errors import RetrievalError
-from ..injection import Retrieval
+from ..network.unet import UNet
 from ..paperdoll.bundle import Bundle
 from ..paperdoll.generate import Sampling, stacked
+from ..paperdoll.measure_training_free import side_by_side
 from ..paperdoll.model import PaperdollModel
-from ..references import PreparedReference
-from ..sampling import guided_denoiser, sample
+from ..sampling.applications import Retrieval
+from ..sampling.sampler import guided_denoiser, sample
 from ..training_free import JointRetrieval, TrainingFree, layer_modules
-from ..training_free.measure import side_by_side
-from ..unet import UNet
 from .characters import Character
 from .protocol import Run
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ..bank_file import fingerprint
+from ..bank.bank_file import fingerprint
 from ..errors import RetrievalError
 from ..metrics import (
     DEFAULT_QUESTIONS,
@@ -20,8 +20,8 @@ from ..metrics import (
     score_answers,
     text_similarity,
 )
-from ..metrics.paperdoll import WordEmbedder, attribute_match, describe
 from ..paperdoll.judge import Judge
+from ..paperdoll.judge_scores import WordEmbedder, attribute_match, describe
 from ..paperdoll.world import BACKGROUNDS, EXPRESSIONS, POSES, SIZE
 from .characters import Character
 from .protocol import Run

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..controlnet import RetrievalControlNet, load
 from ..errors import RetrievalError
+from ..network.controlnet import RetrievalControlNet, load
 from .judge import Judge, load_judge
 from .model import PaperdollModel, load_base
 

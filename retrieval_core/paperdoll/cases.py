@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..dataset import Sample, reference
-from ..dataset.sample import Concept
-from ..references import PreparedReference
+from ..data import Sample, reference
+from ..data.prepare import PreparedReference
+from ..data.sample import Concept
 from .draw import Rendering, render
 from .judge import FACE, GARMENTS, truth
 from .world import (

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..controlnet import RetrievalControlNet
-from ..injection import Guidance, Retrieval
-from ..references import PreparedReference
-from ..retrieval_map import RecordedRetrieval, map_site
-from ..sampling import Sampler, guided_denoiser, sample
-from ..tokens import Tokens, gather, stack
+from ..bank.tokens import Tokens, gather, stack
+from ..data.prepare import PreparedReference
+from ..network.controlnet import RetrievalControlNet
+from ..sampling.applications import Guidance, Retrieval
+from ..sampling.attention_map import RecordedRetrieval, map_site
+from ..sampling.sampler import Sampler, guided_denoiser, sample
 from .bundle import Bundle
 from .model import PaperdollModel
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrievalError
 from ..files import read_safetensors, save_safetensors
-from ..unet import load_strictly
+from ..network.unet import load_strictly
 from .world import (
     BACKGROUNDS,
     EXPRESSIONS,

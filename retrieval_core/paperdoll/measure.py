@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..controlnet import RetrievalControlNet
 from ..errors import RetrievalError
-from ..injection import Retrieval
+from ..network.controlnet import RetrievalControlNet
+from ..sampling.applications import Retrieval
+from .batches import render_any, to_images
 from .bundle import Bundle, load_bundle
 from .cases import Case, composition_case, groups, same_character_case, unsaid
-from .data import render_any, to_images
 from .generate import Sampling, gathered, generate, retrieval_of, stacked
 from .judge import ATTRIBUTES, SCENE, chance, truth
 

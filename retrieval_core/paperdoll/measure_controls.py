@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..bank.token_budget import DEFAULT_BUDGET
 from ..errors import RetrievalError
-from ..injection import Retrieval, Several
-from ..retrieval import RetrievalSite, query_pools
-from ..sampling import Denoise, guided_denoiser, sample
-from ..token_budget import DEFAULT_BUDGET
+from ..network.retrieval_site import RetrievalSite, query_pools
+from ..sampling.applications import Retrieval, Several
+from ..sampling.sampler import Denoise, guided_denoiser, sample
 from .bundle import Bundle, load_bundle
 from .cases import Case, composition_case, groups, same_character_case, unsaid
 from .generate import Sampling, retrieval_of, stacked

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import RetrievalError
 from ..files import parse_json, read_safetensors, save_safetensors
-from ..schedule import NoiseSchedule
-from ..unet import UNet, UNetConfig, load_strictly
+from ..network.unet import UNet, UNetConfig, load_strictly
+from ..sampling.noise_schedule import NoiseSchedule
 from .text import TextEncoder
 from .vae import PATCH, PatchVAE
 from .world import SIZE

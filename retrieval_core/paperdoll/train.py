@@ -18,15 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..controlnet import RetrievalControlNet, load
 from ..errors import RetrievalError
 from ..files import read_safetensors, save_safetensors
+from ..network.controlnet import RetrievalControlNet, load
+from ..network.unet import load_strictly
 from ..training.critic import Critic
 from ..training.settings import LOCKS, PRECISIONS, Precision, TrainingSettings
 from ..training.trainer import Trainer
-from ..unet import load_strictly
-from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
-from .data import (
+from .batches import (
     BaseBatches,
     CriticBatches,
     RetrievalBatches,
@@ -34,6 +33,7 @@ from .data import (
     render_characters,
     to_images,
 )
+from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
 from .judge import Judge, load_judge, truth_ids
 from .model import PaperdollModel, load_base
 from .trainees import (

@@ -8,13 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..controlnet import RetrievalControlNet
-from ..objective import retrieval_loss
+from ..network.controlnet import RetrievalControlNet
 from ..training.attributes import AttributeReader, deeper_sites
 from ..training.critic import Critic, undecided
-from ..training.joint import TrainableRetrieval
+from ..training.objective import retrieval_loss
+from ..training.retrieval_training import TrainableRetrieval
 from ..training.settings import Lock
-from .data import READ_SIZES, RetrievalBatch
+from .batches import READ_SIZES, RetrievalBatch
 from .draw import PARTS
 from .model import PaperdollModel
 from .vae import PatchVAE

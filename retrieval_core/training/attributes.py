@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bank import Bank
-from ..retrieval import RetrievalSite
+from ..bank.site_bank import Bank
+from ..network.retrieval_site import RetrievalSite
 from .correspondence import part_shares, parts_found
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bank import Bank, SiteBank
-from ..retrieval import RetrievalSite
+from ..bank.site_bank import Bank, SiteBank
+from ..network.retrieval_site import RetrievalSite
 
 QUERIES = 192  # places looked at, of each bank and site
 _LEAST = 1e-3  # added to each share: keeps the loss finite, and its gradient at work, at zero

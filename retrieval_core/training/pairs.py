@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..unet import SkipHook
+from ..network.unet import SkipHook
 
 
 def join(rows: Tensor, groups: int) -> Tensor:

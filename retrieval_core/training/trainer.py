@@ -17,10 +17,10 @@ from ..errors import RetrievalError
 from .checkpoint import LAST, Checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .interruption import Interruption
+from .loss_plot import write_losses
 from .prefetch import Prefetcher
 from .progress import Progress
 from .randomness import step_generator, step_seed
-from .report import write_losses
 from .settings import TrainingSettings
 
 MOST_SKIPPED_IN_A_ROW = 20

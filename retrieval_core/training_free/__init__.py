@@ -6,11 +6,11 @@ to the bank of the nearest level. The idea is known as reference-only control an
 self-attention (MasaCtrl, arXiv 2304.08465; StyleAligned, arXiv 2312.02133).
 """
 
-from .attention import Source, attend_chunks, attend_to
-from .encode import encode, fixed_noise, record
-from .injection import JointRetrieval
-from .layers import LAYER_CHOICES, choose_layers, layer_modules, self_attention_layers
-from .network import TrainingFree
+from ..sampling.joint_attention import Source, attend_chunks, attend_to
+from .attention_layers import LAYER_CHOICES, choose_layers, layer_modules, self_attention_layers
+from .joint_retrieval import JointRetrieval
+from .recording import encode, fixed_noise, record
+from .training_free_network import TrainingFree
 
 __all__ = [
     "LAYER_CHOICES",

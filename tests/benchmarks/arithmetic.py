@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrieval_core.retrieval import query_pools
-from retrieval_core.unet import UNet, UNetConfig, UNetEncoder
+from retrieval_core.network.retrieval_site import query_pools
+from retrieval_core.network.unet import UNet, UNetConfig, UNetEncoder
 
 TEXT_TOKENS = 77
 # (in, out, stride) of the 3x3 convolutions of a ControlNet's hint block, at the picture's size.

@@ -66,7 +66,7 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
 def base_model(config: Any) -> Any:
     """A MODEL as the host makes it of a checkpoint in half precision."""
     import comfy.sd
-    from retrieval_pack.retrieval_core.unet import UNet
+    from retrieval_pack.retrieval_core.network.unet import UNet
 
     shapes = UNet(config, device="meta").state_dict()
     nothing = torch.zeros(1, dtype=torch.float16)  # one number seen everywhere: no memory

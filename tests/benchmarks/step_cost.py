@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from retrieval_core.token_budget import DEFAULT_BUDGET
-from retrieval_core.unet import SD15, UNetConfig
+from retrieval_core.bank.token_budget import DEFAULT_BUDGET
+from retrieval_core.network.unet import SD15, UNetConfig
 from tests.conftest import no_host_line
 
 from . import arithmetic, hosting, table
@@ -132,7 +132,7 @@ def preparing(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
     A bank's floor counts the projections of the tokens that are left, not the choice of them.
     """
     import comfy.model_management as management
-    from retrieval_pack.nodes.references import References
+    from retrieval_pack.nodes.host.encoded_references import References
 
     network, config = bench.network(), bench.config
     hosting.randomise(network.network.encoder)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrieval_core.references import token_mask
-from retrieval_core.training_free.layers import self_attention_layers
-from retrieval_core.training_free.network import site_name
-from retrieval_core.unet import UNetConfig
+from retrieval_core.data.prepare import token_mask
+from retrieval_core.network.unet import UNetConfig
+from retrieval_core.training_free.attention_layers import self_attention_layers
+from retrieval_core.training_free.training_free_network import site_name
 
 from . import arithmetic, external
 from .hosting import randomise
@@ -81,8 +81,9 @@ class Workbench:
         return self._once("network", self._network)
 
     def _network(self) -> Any:
-        from retrieval_pack.nodes import host, network
-        from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet
+        from retrieval_pack.nodes.host import environment as host
+        from retrieval_pack.nodes.host import loaded_network as network
+        from retrieval_pack.retrieval_core.network.controlnet import Card, RetrievalControlNet
 
         count = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
         weights, compute = host.choose_types("sd15", torch.float16, count)
@@ -100,7 +101,7 @@ class Workbench:
 
     def training_free(self) -> Any:
         """The training-free mode at one noise level: a step reads the nearest level's bank only."""
-        from retrieval_pack.nodes.training_free import training_free
+        from retrieval_pack.nodes.host.training_free_model import training_free
 
         return self._once("training-free", lambda: training_free(self.model, levels=1))
 
@@ -121,8 +122,8 @@ class Workbench:
         Args:
             sites: site -> (width, latent pixels that a token spans along an edge).
         """
-        from retrieval_pack.nodes.references import References
-        from retrieval_pack.retrieval_core.tokens import EncodedReference
+        from retrieval_pack.nodes.host.encoded_references import References
+        from retrieval_pack.retrieval_core.bank.tokens import EncodedReference
 
         generator, parts = torch.Generator().manual_seed(3), len(network.maker.parts)
         kept = {}
@@ -133,13 +134,13 @@ class Workbench:
         return References(network, (EncodedReference(kept),) * count)
 
     def _controls(self, what: str) -> Any:
-        from retrieval_pack.retrieval_core.controls import Controls
+        from retrieval_pack.retrieval_core.sampling.controls import Controls
 
         return Controls() if what == BUDGET else Controls(token_budget=None)
 
     def trained(self, count: int, what: str, rows: str) -> Run:
         """The trained mode with `count` references; rows "both" or "cond"."""
-        from retrieval_pack.nodes import patch
+        from retrieval_pack.nodes.host import skip_patch as patch
 
         references, controls = self.references(count, what == MASKED), self._controls(what)
         model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
@@ -151,8 +152,8 @@ class Workbench:
 
         Kept apart, each place's self-attention looks at half of the places.
         """
-        from retrieval_pack.nodes import patch
-        from retrieval_pack.retrieval_core.controls import Controls
+        from retrieval_pack.nodes.host import skip_patch as patch
+        from retrieval_pack.retrieval_core.sampling.controls import Controls
 
         model, added, kept = self.model, 0, 0
         references, controls = self.references(4), Controls(apart=float(apart))
@@ -199,7 +200,7 @@ class Workbench:
 
     def without_training(self, count: int, what: str, rows: str) -> Run:
         """The training-free mode, as `trained`; all self-attention layers."""
-        from retrieval_pack.nodes import patch
+        from retrieval_pack.nodes.host import skip_patch as patch
 
         network, layers = self.training_free(), self_attention_layers(self.config)
         (level,), names = network.network.timesteps(), network.network.names

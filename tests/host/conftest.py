@@ -44,7 +44,7 @@ _start_host()
 def inference():
     """Nodes run in inference mode; nothing encoded stays for the next test."""
     import torch
-    from retrieval_pack.nodes.references import memory
+    from retrieval_pack.nodes.host.encoded_references import memory
 
     memory.clear()
     with torch.inference_mode():

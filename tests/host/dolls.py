@@ -5,9 +5,9 @@ from __future__ import annotations
 import comfy.samplers
 import torch
 from making import core_network, images, noise, paperdoll_base
-from retrieval_pack.nodes import references
-from retrieval_pack.nodes.network import load_network
-from retrieval_pack.nodes.paperdoll_model import host_clip, host_model, host_vae
+from retrieval_pack.nodes.host import encoded_references as references
+from retrieval_pack.nodes.host.loaded_network import load_network
+from retrieval_pack.nodes.host.paperdoll_host import host_clip, host_model, host_vae
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
 
 

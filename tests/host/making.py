@@ -9,11 +9,16 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import torch
-from retrieval_pack.nodes import network, references
-from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet, decoder_state
+from retrieval_pack.nodes.host import encoded_references as references
+from retrieval_pack.nodes.host import loaded_network as network
+from retrieval_pack.retrieval_core.network.controlnet import (
+    Card,
+    RetrievalControlNet,
+    decoder_state,
+)
+from retrieval_pack.retrieval_core.network.unet import UNet, UNetConfig
 from retrieval_pack.retrieval_core.paperdoll import bundle
 from retrieval_pack.retrieval_core.paperdoll.model import PaperdollModel
-from retrieval_pack.retrieval_core.unet import UNet, UNetConfig
 
 SD15 = UNetConfig(320, (1, 2), (1, 1), (1, 0), 1, 768, num_heads=8)
 TINY_SD15 = UNetConfig(320, (1,), (1,), (1,), 1, 768, num_heads=8)

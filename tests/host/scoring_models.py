@@ -1,4 +1,4 @@
-"""Models that score: BLIP as `tests/core/tiny_models.py` makes it, and the host's own, of noise."""
+"""Models that score: BLIP as `tiny_models` makes it, and the host's own, of noise."""
 
 from __future__ import annotations
 

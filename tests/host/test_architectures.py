@@ -23,12 +23,16 @@ from making import (
     randomised,
     sample,
 )
-from retrieval_pack.nodes import host
-from retrieval_pack.nodes.apply import RetrievalApplyReferences
-from retrieval_pack.nodes.encode import RetrievalEncodeReferences
-from retrieval_pack.nodes.network import load_network
-from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet, decoder_state
-from retrieval_pack.retrieval_core.unet import UNet, UNetConfig
+from retrieval_pack.nodes.apply_reference_retrieval import RetrievalApplyReferences
+from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
+from retrieval_pack.nodes.host import environment as host
+from retrieval_pack.nodes.host.loaded_network import load_network
+from retrieval_pack.retrieval_core.network.controlnet import (
+    Card,
+    RetrievalControlNet,
+    decoder_state,
+)
+from retrieval_pack.retrieval_core.network.unet import UNet, UNetConfig
 
 FULL_SD15 = UNetConfig(320, (1, 2, 4, 4), (2,) * 4, (1, 1, 1, 0), 1, 768, num_heads=8)
 FULL_SDXL = UNetConfig(

@@ -18,10 +18,11 @@ from making import (
     loaded,
     model_from,
 )
-from retrieval_pack.nodes import host, patch
-from retrieval_pack.nodes.encode import RetrievalEncodeReferences
-from retrieval_pack.nodes.load import RetrievalLoadControlNet
-from retrieval_pack.nodes.network import load_network
+from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
+from retrieval_pack.nodes.host import environment as host
+from retrieval_pack.nodes.host import skip_patch as patch
+from retrieval_pack.nodes.host.loaded_network import load_network
+from retrieval_pack.nodes.load_retrieval_controlnet import RetrievalLoadControlNet
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.files import save_safetensors
 

@@ -7,12 +7,19 @@ import math
 import pytest
 import torch
 from dolls import Dolls
-from retrieval_pack.nodes import patch, step
-from retrieval_pack.nodes.apply import RetrievalApplyReferences
-from retrieval_pack.nodes.controls import ALL_TOKENS, CUSTOM, LIMITED, NUMBERS, RetrievalControls
-from retrieval_pack.retrieval_core.controls import Controls, parse_curve
-from retrieval_pack.retrieval_core.injection import Retrieval
-from retrieval_pack.retrieval_core.regions import soften
+from retrieval_pack.nodes.apply_reference_retrieval import RetrievalApplyReferences
+from retrieval_pack.nodes.host import skip_patch as patch
+from retrieval_pack.nodes.host import step
+from retrieval_pack.nodes.retrieval_controls import (
+    ALL_TOKENS,
+    CUSTOM,
+    LIMITED,
+    NUMBERS,
+    RetrievalControls,
+)
+from retrieval_pack.retrieval_core.sampling.applications import Retrieval
+from retrieval_pack.retrieval_core.sampling.controls import Controls, parse_curve
+from retrieval_pack.retrieval_core.sampling.regions import soften
 
 DEFAULTS = {
     given.id: given.default for given in RetrievalControls.GET_SCHEMA().inputs if given.id != "seed"
@@ -171,7 +178,7 @@ def test_a_budget_of_equal_references_loses_nothing(dolls):
 
 
 def test_the_bank_is_kept_while_only_the_strength_changes(dolls, refs, monkeypatch):
-    from retrieval_pack.nodes import references
+    from retrieval_pack.nodes.host import encoded_references as references
 
     calls = []
     original = references.project

@@ -1,4 +1,4 @@
-"""The evaluation against a real ComfyUI: any workflow as a method (tests/core has the rest)."""
+"""The evaluation against a real ComfyUI: any workflow as a method (tests/evaluate has the rest)."""
 
 from __future__ import annotations
 

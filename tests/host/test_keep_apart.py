@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from making import TINY_SD15, checkpoint, conditioning, encoded, loaded, model_from, noise, sample
-from retrieval_pack.nodes import patch, step
-from retrieval_pack.nodes.controls import LIMITED, RetrievalControls
-from retrieval_pack.nodes.self_attention import JointAttention
-from retrieval_pack.nodes.training_free import training_free
-from retrieval_pack.retrieval_core.controls import Controls
+from retrieval_pack.nodes.host import skip_patch as patch
+from retrieval_pack.nodes.host import step
+from retrieval_pack.nodes.host.self_attention import JointAttention
+from retrieval_pack.nodes.host.training_free_model import training_free
+from retrieval_pack.nodes.retrieval_controls import LIMITED, RetrievalControls
 from retrieval_pack.retrieval_core.errors import RetrievalError
+from retrieval_pack.retrieval_core.sampling.controls import Controls
 
 APART, TOGETHER = Controls(token_budget=None, apart=1.0), Controls(token_budget=None)
 

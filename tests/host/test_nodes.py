@@ -20,10 +20,11 @@ from making import (
     model_from,
     sample,
 )
-from retrieval_pack.nodes import RetrievalExtension, host
-from retrieval_pack.nodes.apply import RetrievalApplyReferences
-from retrieval_pack.nodes.encode import RetrievalEncodeReferences
-from retrieval_pack.nodes.load import DEMO, RetrievalLoadControlNet
+from retrieval_pack.nodes import RetrievalExtension
+from retrieval_pack.nodes.apply_reference_retrieval import RetrievalApplyReferences
+from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
+from retrieval_pack.nodes.host import environment as host
+from retrieval_pack.nodes.load_retrieval_controlnet import DEMO, RetrievalLoadControlNet
 
 PACK = Path(__file__).resolve().parents[2]
 
@@ -110,7 +111,7 @@ def test_load_encode_apply(in_folder):
 
 
 def test_a_file_from_the_hub_goes_through_the_folder(in_folder, monkeypatch):
-    from retrieval_pack.nodes import hub
+    from retrieval_pack.nodes.host import hub
 
     asked = []
 

@@ -7,16 +7,22 @@ import comfy.samplers
 import pytest
 import torch
 from making import noise, paperdoll_base, randomised
-from retrieval_pack.nodes import patch, references
-from retrieval_pack.nodes.network import load_network
-from retrieval_pack.nodes.paperdoll_model import host_clip, host_model, host_vae
-from retrieval_pack.retrieval_core.controlnet import Card, RetrievalControlNet, decoder_state, load
-from retrieval_pack.retrieval_core.controls import Controls, parse_curve, site_groups
-from retrieval_pack.retrieval_core.injection import Retrieval, Several
+from retrieval_pack.nodes.host import encoded_references as references
+from retrieval_pack.nodes.host import skip_patch as patch
+from retrieval_pack.nodes.host.loaded_network import load_network
+from retrieval_pack.nodes.host.paperdoll_host import host_clip, host_model, host_vae
+from retrieval_pack.retrieval_core.data.prepare import prepare
+from retrieval_pack.retrieval_core.network.controlnet import (
+    Card,
+    RetrievalControlNet,
+    decoder_state,
+    load,
+)
+from retrieval_pack.retrieval_core.network.unet import UNet
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
-from retrieval_pack.retrieval_core.references import prepare
-from retrieval_pack.retrieval_core.sampling import guided_denoiser, sample
-from retrieval_pack.retrieval_core.unet import UNet
+from retrieval_pack.retrieval_core.sampling.applications import Retrieval, Several
+from retrieval_pack.retrieval_core.sampling.controls import Controls, parse_curve, site_groups
+from retrieval_pack.retrieval_core.sampling.sampler import guided_denoiser, sample
 
 STEPS, CFG = 4, 2.0
 CONTROLS = Controls(parse_curve("0.5, 1, 0.2"), (0.5, 1.0, 1.5), token_budget=None)

@@ -24,7 +24,8 @@ from making import (
     sample,
     weights_of,
 )
-from retrieval_pack.nodes import patch, step
+from retrieval_pack.nodes.host import skip_patch as patch
+from retrieval_pack.nodes.host import step
 
 
 @pytest.fixture(scope="module")
@@ -439,8 +440,8 @@ def test_making_a_bank_loads_the_sites_and_asks_for_room(net, refs, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_of_every_type(model, tmp_path, monkeypatch, dtype):
     from making import core_network
-    from retrieval_pack.nodes import host
-    from retrieval_pack.nodes.network import load_network
+    from retrieval_pack.nodes.host import environment as host
+    from retrieval_pack.nodes.host.loaded_network import load_network
 
     path = tmp_path / "small.safetensors"
     core_network(SD15, "sd15").save(path, dtype)
@@ -461,7 +462,7 @@ def test_weights_of_every_type(model, tmp_path, monkeypatch, dtype):
 
 def test_only_what_changed_is_encoded_again(model, net):
     from making import FakeCLIP, FakeVAE
-    from retrieval_pack.nodes.references import encode_references
+    from retrieval_pack.nodes.host.encoded_references import encode_references
 
     vae, clip = FakeVAE(), FakeCLIP()
 

@@ -14,14 +14,15 @@ import torch
 from dolls import Dolls
 from making import core_network
 from PIL import Image
-from retrieval_pack.nodes import host, patch
-from retrieval_pack.nodes.encode import RetrievalEncodeReferences
+from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
+from retrieval_pack.nodes.host import environment as host
+from retrieval_pack.nodes.host import skip_patch as patch
+from retrieval_pack.nodes.host.loaded_network import load_network
 from retrieval_pack.nodes.load_references import RetrievalLoadReferences
-from retrieval_pack.nodes.network import load_network
 from retrieval_pack.nodes.save_references import RetrievalSaveReferences
-from retrieval_pack.retrieval_core.controlnet import load
-from retrieval_pack.retrieval_core.controls import Controls
 from retrieval_pack.retrieval_core.files import read_metadata
+from retrieval_pack.retrieval_core.network.controlnet import load
+from retrieval_pack.retrieval_core.sampling.controls import Controls
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_saved_then_loaded_samples_bit_for_bit(dolls, folder):
 
 
 def test_another_copy_of_the_network_and_the_core_read_the_same_file(dolls, folder):
-    from retrieval_pack.retrieval_core.bank_file import load_references
+    from retrieval_pack.retrieval_core.bank.bank_file import load_references
 
     refs = dolls.references(1)
     RetrievalSaveReferences.execute(refs, "x")

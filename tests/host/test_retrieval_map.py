@@ -6,16 +6,16 @@ import pytest
 import torch
 from dolls import Dolls
 from making import images
-from retrieval_pack.nodes import patch
+from retrieval_pack.nodes.host import skip_patch as patch
 from retrieval_pack.nodes.retrieval_map import (
     SHARES,
     STRONGEST,
     RetrievalMap,
     RetrievalRecordMap,
 )
-from retrieval_pack.retrieval_core.injection import Retrieval
 from retrieval_pack.retrieval_core.paperdoll.model import CONFIG as PAPERDOLL
-from retrieval_pack.retrieval_core.retrieval_map import map_site
+from retrieval_pack.retrieval_core.sampling.applications import Retrieval
+from retrieval_pack.retrieval_core.sampling.attention_map import map_site
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def half(left: bool, size: int = 64) -> torch.Tensor:
 
 
 def test_recording_leaves_the_picture_as_it_is_and_costs_one_site(dolls, refs, monkeypatch):
-    from retrieval_pack.retrieval_core.retrieval import RetrievalSite
+    from retrieval_pack.retrieval_core.network.retrieval_site import RetrievalSite
 
     patched = patch.apply(dolls.model, refs, 1.0)
     plain = dolls.sample(patched, rows=2)
@@ -82,7 +82,7 @@ def test_the_shares_are_the_attention_of_each_row_to_each_reference(dolls, refs,
 
 
 def test_a_budget_does_not_blur_the_map(dolls, refs):
-    from retrieval_pack.retrieval_core.controls import Controls
+    from retrieval_pack.retrieval_core.sampling.controls import Controls
 
     maps = []
     for controls in (None, Controls(token_budget=8)):
@@ -197,8 +197,8 @@ def test_other_pictures_and_references_are_refused(dolls, refs, count, reference
 
 
 def test_the_training_free_mode_is_mapped_too(dolls):
-    from retrieval_pack.nodes import references
-    from retrieval_pack.nodes.training_free import training_free
+    from retrieval_pack.nodes.host import encoded_references as references
+    from retrieval_pack.nodes.host.training_free_model import training_free
 
     network = training_free(dolls.model, "all", 2)
     made = references.encode_references(network, images(2), dolls.vae, dolls.clip, "face", size=64)

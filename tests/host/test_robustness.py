@@ -21,9 +21,9 @@ from making import (
     sample,
     weights_of,
 )
-from retrieval_pack.nodes import patch
-from retrieval_pack.nodes.references import References, encode_references, memory
-from retrieval_pack.retrieval_core.bank import Bank
+from retrieval_pack.nodes.host import skip_patch as patch
+from retrieval_pack.nodes.host.encoded_references import References, encode_references, memory
+from retrieval_pack.retrieval_core.bank.site_bank import Bank
 
 
 @pytest.fixture(scope="module")

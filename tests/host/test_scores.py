@@ -14,8 +14,10 @@ import scoring_models
 import tiny_models
 import torch
 from making import images
-from retrieval_pack.nodes import model_folders, scores, scoring, vqa
-from retrieval_pack.nodes.paperdoll_model import reference_pictures
+from retrieval_pack.nodes import score_nodes as scores
+from retrieval_pack.nodes import vqa_diversity_score as vqa
+from retrieval_pack.nodes.host import model_folders, scoring
+from retrieval_pack.nodes.host.paperdoll_host import reference_pictures
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.metrics import (
     DEFAULT_QUESTIONS,
@@ -197,7 +199,7 @@ def test_the_graphs_clip_compares_the_answers():
 
 @weights
 def test_a_clip_without_pooled_output_is_refused():
-    from retrieval_pack.nodes.paperdoll import RetrievalPaperdollModel
+    from retrieval_pack.nodes.paperdoll_nodes import RetrievalPaperdollModel
 
     clip = RetrievalPaperdollModel.execute(1).args[1]
     with pytest.raises(RetrievalError):  # words that are no tags of its world

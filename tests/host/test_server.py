@@ -127,7 +127,8 @@ def test_the_pack_is_found_with_its_templates_and_pages(server, node_info):
 )
 def test_attributes_match_as_in_the_core(server, whole, characters, batch):
     """The same characters, prompts and noise in both; the host's steps differ by rounding."""
-    from retrieval_pack.nodes.paperdoll_model import reference_pictures
+    from retrieval_pack.nodes.host.paperdoll_host import reference_pictures
+    from retrieval_pack.retrieval_core.data.prepare import prepare
     from retrieval_pack.retrieval_core.paperdoll.bundle import load_bundle
     from retrieval_pack.retrieval_core.paperdoll.generate import (
         Sampling,
@@ -136,7 +137,6 @@ def test_attributes_match_as_in_the_core(server, whole, characters, batch):
         retrieval_of,
     )
     from retrieval_pack.retrieval_core.paperdoll.measure import chance_levels, match_rates
-    from retrieval_pack.retrieval_core.references import prepare
 
     bundle = load_bundle()
     prompt = with_inputs(whole, the_node(whole, "RetrievalPaperdollModel"), batch_size=batch)
@@ -181,7 +181,7 @@ def prompts(character: int) -> str:
 
 def character_case(character: int):
     """The truth of a character of the node Paper-Doll Reference."""
-    from retrieval_pack.nodes.paperdoll_model import character_of
+    from retrieval_pack.nodes.host.paperdoll_host import character_of
     from retrieval_pack.retrieval_core.paperdoll.cases import Case
     from retrieval_pack.retrieval_core.paperdoll.judge import FACE, GARMENTS, truth
     from retrieval_pack.retrieval_core.paperdoll.world import Figure, random_scene

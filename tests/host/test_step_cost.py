@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrieval_core.unet import UNetConfig
+from retrieval_core.network.unet import UNetConfig
 from tests.benchmarks import arithmetic, hosting, step_cost, table
 from tests.benchmarks.variants import Workbench
 

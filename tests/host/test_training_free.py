@@ -27,20 +27,21 @@ from making import (
     sample,
     weights_of,
 )
-from retrieval_pack.nodes import patch, references
-from retrieval_pack.nodes.load import TRAINING_FREE, RetrievalLoadControlNet
-from retrieval_pack.nodes.paperdoll_model import host_clip, host_model, host_vae, unet_arguments
-from retrieval_pack.nodes.self_attention import JointAttention
-from retrieval_pack.nodes.training_free import fingerprints, training_free
+from retrieval_pack.nodes.host import encoded_references as references
+from retrieval_pack.nodes.host import skip_patch as patch
+from retrieval_pack.nodes.host.paperdoll_host import host_clip, host_model, host_vae, unet_arguments
+from retrieval_pack.nodes.host.self_attention import JointAttention
+from retrieval_pack.nodes.host.training_free_model import fingerprints, training_free
+from retrieval_pack.nodes.load_retrieval_controlnet import TRAINING_FREE, RetrievalLoadControlNet
 from retrieval_pack.retrieval_core import training_free as core
-from retrieval_pack.retrieval_core.bank_file import load_references, save_references
-from retrieval_pack.retrieval_core.controls import Controls, StrengthCurve
+from retrieval_pack.retrieval_core.bank.bank_file import load_references, save_references
+from retrieval_pack.retrieval_core.data.prepare import prepare
 from retrieval_pack.retrieval_core.errors import RetrievalError
+from retrieval_pack.retrieval_core.network.unet import UNet, UNetConfig
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
-from retrieval_pack.retrieval_core.references import prepare
-from retrieval_pack.retrieval_core.sampling import guided_denoiser
-from retrieval_pack.retrieval_core.sampling import sample as core_sample
-from retrieval_pack.retrieval_core.unet import UNet, UNetConfig
+from retrieval_pack.retrieval_core.sampling.controls import Controls, StrengthCurve
+from retrieval_pack.retrieval_core.sampling.sampler import guided_denoiser
+from retrieval_pack.retrieval_core.sampling.sampler import sample as core_sample
 
 STEPS, CFG = 4, 2.0
 

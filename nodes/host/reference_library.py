@@ -1,0 +1,102 @@
+"""Files of saved references in models/retrieval_references: their names, writing and reading."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import folder_paths
+from torch import Tensor
+
+from ...retrieval_core.bank.bank_file import load_references, save_references
+from ...retrieval_core.bank.thumbnails import sheet
+from ...retrieval_core.bank.tokens import EncodedReference, check_weight
+from ...retrieval_core.errors import RetrievalError
+from . import environment as host
+from .encoded_references import References
+
+SUFFIX = ".safetensors"
+_FORBIDDEN = '<>:"|?*'
+
+
+def names() -> list[str]:
+    """Names of the files in models/retrieval_references."""
+    return folder_paths.get_filename_list(host.REFERENCES_FOLDER)
+
+
+def path_of(name: str) -> str:
+    """The path of a file of `names`; RetrievalError if it has gone."""
+    path = folder_paths.get_full_path(host.REFERENCES_FOLDER, name)
+    if path is None:
+        raise RetrievalError(
+            f"There is no file '{name}' in models/{host.REFERENCES_FOLDER}; choose another, or "
+            "press R to reload the list."
+        )
+    return path
+
+
+def new_path(prefix: str) -> Path:
+    """Where references named `prefix` are saved: the prefix, a number not yet used, a suffix.
+
+    Args:
+        prefix: a name, with "/" for subfolders; the host's %year% and the like are filled in.
+
+    Raises:
+        RetrievalError: a name that is empty, or leaves the folder.
+    """
+    home = os.path.abspath(folder_paths.get_folder_paths(host.REFERENCES_FOLDER)[0])
+    parts = PurePosixPath(prefix.replace("\\", "/")).parts
+    plain = all(part == part.strip() and not part.startswith((".", "/")) for part in parts)
+    unsafe = any(c in _FORBIDDEN or ord(c) < 32 for c in prefix)
+    if not parts or not plain or unsafe:
+        raise RetrievalError(
+            f"{prefix!r} is not a plain file name; write it as name or folder/name, without dots "
+            f"in front and without {' '.join(_FORBIDDEN)}."
+        )
+    try:
+        os.makedirs(home, exist_ok=True)
+        folder, name, number, _, _ = folder_paths.get_save_image_path("/".join(parts), home)
+    except OSError as error:
+        raise RetrievalError(
+            f"Could not write in '{home}' ({error.strerror or error}); choose a folder that can "
+            "be written."
+        ) from error
+    if not Path(folder).resolve().is_relative_to(Path(home).resolve()):
+        raise RetrievalError(
+            f"{prefix!r} would be written outside '{home}'; remove the link there, or choose "
+            "another name."
+        )
+    path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
+    while path.exists():  # a name that the host's counting passes over is not overwritten either
+        number += 1
+        path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
+    return path
+
+
+def save(references: References, prefix: str) -> Path:
+    """Writes references to a file of their own and says where.
+
+    Raises:
+        RetrievalError: there are none, a name that is not safe, or a folder that cannot be written.
+    """
+    path = new_path(prefix)
+    save_references(path, references.encoded, references.network.maker)
+    return path
+
+
+def load(name: str, network: Any, weight: float = 1.0) -> tuple[EncodedReference, ...]:
+    """The references of a file, their weights multiplied by `weight`.
+
+    Raises:
+        RetrievalError: no such file, or one that is damaged or was made by another network.
+    """
+    factor = check_weight(weight)
+    loaded = load_references(path_of(name), network.maker)
+    return tuple(reference.with_weight(reference.weight * factor) for reference in loaded)
+
+
+def pictures(references: tuple[EncodedReference, ...]) -> Tensor | None:
+    """A sheet of the references' thumbnails as the host's IMAGE [1, H, W, 3], or None."""
+    shown = sheet([r.thumbnail for r in references if r.thumbnail is not None])
+    return None if shown is None else shown[None].float() / 255

@@ -1,0 +1,144 @@
+"""Load Retrieval ControlNet."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..retrieval_core.training_free.attention_layers import LAYER_CHOICES
+from ..retrieval_core.training_free.training_free_network import LAYERS, LEVELS, MOST_LEVELS
+from .host import environment as host
+from .socket_types import CATEGORY, RetrievalControlNetType
+
+DEMO = "paper-doll demo (bundled)"
+TRAINING_FREE = "training-free (no file)"
+
+
+class RetrievalLoadControlNet(io.ComfyNode):
+    """A trained network from the models folder, the hub, or the bundled demo."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RetrievalLoadControlNet",
+            display_name="Load Retrieval ControlNet",
+            category=CATEGORY,
+            description=(
+                "Loads a retrieval network: it reads reference images once and lets the model "
+                "look at them while it draws."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The base model that the network is for."),
+                io.Combo.Input(
+                    "file",
+                    options=[DEMO, TRAINING_FREE, *host.network_files()],
+                    default=DEMO,
+                    tooltip=f"A file of models/{host.FOLDER}; or the demo that comes with the "
+                    "pack (for the paper-doll demo model); or training-free, which needs no file: "
+                    "the model itself reads the images. Not used if a repository is given.",
+                ),
+                io.String.Input(
+                    "repository",
+                    default="",
+                    optional=True,
+                    tooltip="Hugging Face repository to take the file from, as owner/name; it is "
+                    f"downloaded to models/{host.FOLDER} once. Leave empty for the file above.",
+                ),
+                io.String.Input(
+                    "repository_file",
+                    default="",
+                    optional=True,
+                    tooltip="Name of the .safetensors file in the repository.",
+                ),
+                io.String.Input(
+                    "revision",
+                    default="",
+                    optional=True,
+                    tooltip="Branch, tag or commit of the repository; empty for the newest. A "
+                    "commit always gives the same file.",
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYER_CHOICES),
+                    default=LAYERS,
+                    optional=True,
+                    tooltip="Training-free only: the self-attention layers that look at the "
+                    "references. Fewer cost less time and memory; on the demo model the decoder's "
+                    "do nearly all of it.",
+                ),
+                io.Int.Input(
+                    "noise_levels",
+                    default=LEVELS,
+                    min=1,
+                    max=MOST_LEVELS,
+                    optional=True,
+                    tooltip="Training-free only: how many noise levels each reference is read at; "
+                    "each step uses the nearest. Memory and encoding time grow with it, and on the "
+                    "demo model 1 did best.",
+                ),
+                io.Boolean.Input(
+                    "match_statistics",
+                    default=False,
+                    optional=True,
+                    tooltip="Training-free only: match the statistics of the picture's features to "
+                    "the references' (AdaIN), which carries over style and palette.",
+                ),
+            ],
+            outputs=[RetrievalControlNetType.Output(display_name="retrieval_controlnet")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, file: str = DEMO, repository: str = "", revision: str = "", **_: Any
+    ) -> Any:
+        """Changes when the file does, so that a replaced file is read again."""
+        if repository.strip() or file in (DEMO, TRAINING_FREE):
+            return ""
+        try:
+            status = os.stat(host.network_path(file))
+        except (ValueError, OSError):
+            return "missing"
+        return f"{status.st_mtime_ns} {status.st_size}"
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        file: str,
+        repository: str = "",
+        repository_file: str = "",
+        revision: str = "",
+        layers: str = LAYERS,
+        noise_levels: int = LEVELS,
+        match_statistics: bool = False,
+    ) -> io.NodeOutput:
+        from .host.loaded_network import load_network
+
+        host.detect_base(model)  # before anything is downloaded
+        if repository.strip():
+            path = _downloaded(repository, repository_file, revision)
+        elif file == TRAINING_FREE:
+            from .host.training_free_model import training_free
+
+            return io.NodeOutput(training_free(model, layers, noise_levels, match_statistics))
+        elif file == DEMO:
+            from ..retrieval_core.paperdoll import bundle
+
+            path = bundle.bundled(bundle.RETRIEVAL_FILE)
+        else:
+            path = host.network_path(file)
+        return io.NodeOutput(load_network(path, model))
+
+
+def _downloaded(repository: str, file: str, revision: str) -> Any:
+    from ..retrieval_core.hub import download
+
+    return download(
+        repository.strip(),
+        file.strip(),
+        revision.strip() or None,
+        host.download_folder(),
+        host.transfer_progress(),
+    )

@@ -1,0 +1,131 @@
+"""Retrieval Controls."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..retrieval_core.bank.token_budget import DEFAULT_BUDGET
+from ..retrieval_core.sampling.controls import CURVES, GROUP_PRESETS
+from .socket_types import CATEGORY, RetrievalControlsType
+
+NUMBERS, CUSTOM = "numbers", "custom"
+LIMITED, ALL_TOKENS = "up to the budget", "all"
+
+
+class RetrievalControls(io.ComfyNode):
+    """Finer settings of Apply Reference Retrieval."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RetrievalControls",
+            display_name="Retrieval Controls",
+            category=CATEGORY,
+            description=(
+                "Shapes how references act: when in sampling, on what (composition or detail), how "
+                "softly a region ends, and how many tokens are looked at. For Apply Reference "
+                "Retrieval."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "strength_curve",
+                    options=[*CURVES, NUMBERS],
+                    default="constant",
+                    tooltip="The strength between start and end: constant; ease in, from 0 up to "
+                    "full; ease out, from full down to 0; ease in and out; or the numbers below.",
+                ),
+                io.String.Input(
+                    "curve_numbers",
+                    default="1, 1",
+                    tooltip="For 'numbers': factors of the strength with commas between, spread "
+                    "evenly from start to end, with straight lines between, as in 1, 0.5, 0.",
+                ),
+                io.Combo.Input(
+                    "act_on",
+                    options=[*GROUP_PRESETS, CUSTOM],
+                    default="all",
+                    tooltip="What the references act on: composition is the middle block and the "
+                    "coarsest sites, detail the finest, middle those between; or the three factors "
+                    "below.",
+                ),
+                _factor("composition"),
+                _factor("middle"),
+                _factor("detail"),
+                io.Float.Input(
+                    "region_blur",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="Softens the region's edges, in pixels of the region's mask; 0 leaves "
+                    "them as painted.",
+                ),
+                io.Combo.Input(
+                    "tokens",
+                    options=[LIMITED, ALL_TOKENS],
+                    default=LIMITED,
+                    tooltip="How much of the references is looked at. Up to the budget: tokens "
+                    "that are alike are merged, so that a step costs the same for any number of "
+                    "references. All: nothing is merged, and every reference costs.",
+                ),
+                io.Int.Input(
+                    "token_budget",
+                    default=DEFAULT_BUDGET,
+                    min=1,
+                    max=1 << 20,
+                    tooltip="The most tokens at a site, of all references together: less is "
+                    "faster, more keeps finer differences.",
+                ),
+                io.Float.Input(
+                    "keep_apart",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="With a region: until this part of sampling it is kept apart from "
+                    "other regions that are kept apart too, so that the model itself does not mix "
+                    "their characters. 0 never; 0.5 lets them blend in the second half; 1 to the "
+                    "end.",
+                ),
+            ],
+            outputs=[RetrievalControlsType.Output(display_name="controls")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        strength_curve: str,
+        curve_numbers: str,
+        act_on: str,
+        composition: float,
+        middle: float,
+        detail: float,
+        region_blur: float,
+        tokens: str,
+        token_budget: int,
+        keep_apart: float = 0.0,
+    ) -> io.NodeOutput:
+        from ..retrieval_core.sampling.controls import Controls, parse_curve
+
+        custom = (composition, middle, detail)
+        return io.NodeOutput(
+            Controls(
+                parse_curve(curve_numbers if strength_curve == NUMBERS else strength_curve),
+                custom if act_on == CUSTOM else GROUP_PRESETS[act_on],
+                region_blur,
+                None if tokens == ALL_TOKENS else token_budget,
+                keep_apart,
+            )
+        )
+
+
+def _factor(group: str) -> io.Float.Input:
+    return io.Float.Input(
+        group,
+        default=1.0,
+        min=0.0,
+        max=10.0,
+        step=0.05,
+        tooltip=f"For 'custom': the factor of the strength at the sites of {group}.",
+    )

@@ -1,0 +1,1 @@
+"""The networks: base U-Net, retrieval encoder, retrieval sites, and their file."""

@@ -1,0 +1,291 @@
+"""The whole retrieval network: encoder, retrieval sites, optional decoder weights, and its file.
+
+File format (DESIGN, "File format"): one safetensors file, keys `encoder.*`, `retrieval.<site>.*`
+and optionally `decoder.*` in the base model's own names; metadata `format`, `format_version`,
+`base`, `config`, `recommended`, `training`, and `query_pooling` where queries are pooled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bank.encoding import split
+from ..bank.site_bank import Bank, project
+from ..bank.tokens import EncodedReference, Tokens, gather
+from ..errors import RetrievalError
+from ..files import parse_json, read_safetensors, save_safetensors
+from ..sampling.applications import GUIDANCES
+from .encoder import RetrievalEncoder
+from .retrieval_site import RetrievalSite, query_pools
+from .unet import (
+    AttentionFunction,
+    UNet,
+    UNetConfig,
+    attention,
+    check_weights,
+    config_from_state_dict,
+    load_strictly,
+)
+
+FORMAT = "retrieval_controlnet"
+FORMAT_VERSION = 1
+BASES = ("sd15", "sd21", "sdxl", "paperdoll")
+DECODER_PARTS = ("output_blocks.", "out.")
+# By base: see `RetrievalControlNet.query_pooling`. A paper doll's finest level has 16 x 16 places.
+QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
+MOST_POOLING = 8
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a file says of itself beside its weights.
+
+    `recommended` holds `strength` (the paper's default for faces is 1.5, §5.2) and `guidance`
+    ("cond" or "both": the rows that retrieve); `training` is free-form provenance.
+    """
+
+    base: str
+    recommended: dict[str, Any] = field(
+        default_factory=lambda: {"strength": 1.0, "guidance": "cond"}
+    )
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class RetrievalControlNet(nn.Module):
+    """Encoder and retrieval sites for a base U-Net of shape `config`.
+
+    Args:
+        config: the base U-Net's shape; sites and their widths follow from it.
+        operations, attend: injected layers and attention function (see `unet`).
+        card: base name, recommended settings and provenance.
+        query_pooling: edge in places of the squares that query as one at the sites of the latent's
+            own resolution (`RetrievalSite.pool`); None: by the base (`QUERY_POOLING`).
+
+    `decoder` maps the base model's own names (`output_blocks.*`, `out.*`) to trained weights, or
+    is empty: they replace the base's while retrieval is on (§5.4).
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        card: Card,
+        operations: Any = nn,
+        attend: AttentionFunction = attention,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        query_pooling: int | None = None,
+    ):
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.config, self.card = config, card
+        self.query_pooling = query_pooling or QUERY_POOLING.get(card.base, 1)
+        pools = query_pools(config, self.query_pooling)
+        self.encoder = RetrievalEncoder(config, operations, attend, **kw)
+        self.retrieval = nn.ModuleDict(
+            {
+                site: RetrievalSite(
+                    channels,
+                    config.heads(channels),
+                    operations,
+                    attend,
+                    pools[site],
+                    **kw,
+                )
+                for site, channels in config.site_channels().items()
+            }
+        )
+        self.decoder: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_base(
+        cls, base: Mapping[str, Tensor], name: str, seed: int = 0, prefix: str = "", **kw: Any
+    ) -> RetrievalControlNet:
+        """A fresh network for a base checkpoint: encoder copied (§4.1), zero convolutions zero.
+
+        Args:
+            base: the checkpoint's tensors; the U-Net's are found under `prefix`.
+            name: one of `BASES`.
+            seed: of the retrieval layers' initial rotation.
+            kw: `config`, read off the checkpoint's shapes by default, and what the class takes.
+
+        Raises:
+            RetrievalError: the checkpoint is not a U-Net of this family.
+        """
+        own = {k[len(prefix) :]: v for k, v in base.items() if k.startswith(prefix)}
+        config = kw.pop("config", None) or config_from_state_dict(own)
+        network = cls(config, Card(name), **kw)
+        copied = {k: v for k, v in own.items() if not k.startswith(DECODER_PARTS)}
+        load_strictly(network.encoder, copied, "encoder")
+        generator = torch.Generator().manual_seed(seed)
+        for site in network.retrieval.values():
+            site.initialise(generator)
+        return network
+
+    def read(
+        self, latents: Tensor, context: Tensor, y: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+        """What the encoder reads of each reference, f_s [R, 1, H_s * W_s, C_s]: a `Reading`.
+
+        Args:
+            latents: clean reference latents [R, C, H, W].
+            context: [R, L, D].
+            y: [R, A] where the base has a vector conditioning.
+        """
+        features = self.encoder(latents, context, y).items()
+        return {s: (f.flatten(2).transpose(1, 2)[:, None], tuple(f.shape[2:])) for s, f in features}
+
+    def encode(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        masks: Sequence[Tensor | None] | None = None,
+        weights: Sequence[float] | None = None,
+        concepts: Sequence[str] | None = None,
+    ) -> list[EncodedReference]:
+        """`read` and `split`: encodes references once, without the tokens outside their masks.
+
+        It takes one pass of the encoder; keys and values are made with the bank.
+
+        Raises:
+            RetrievalError: a mask selects nothing.
+        """
+        reading = self.read(latents, context, y)
+        return split(reading, masks or [None] * len(latents), weights, concepts)
+
+    def bank(self, references: Sequence[EncodedReference], token_budget: int | None = None) -> Bank:
+        """One bank of several references (see `tokens.gather` and `bank.project`)."""
+        return self.project(gather(references), token_budget)
+
+    def project(self, tokens: Tokens, token_budget: int | None = None) -> Bank:
+        """`bank.project` with this network's layers."""
+        return project(tokens, self.retrieval, token_budget)  # type: ignore[arg-type]
+
+    def apply_decoder(self, unet: UNet) -> UNet:
+        """A U-Net that shares the base's encoder and has the trained decoder, if there is one.
+
+        For inference, with torch's own layers and attention; the base itself is not touched.
+        """
+        if not self.decoder:
+            return unet
+        with torch.device("meta"):
+            patched = UNet(unet.config).requires_grad_(False)
+        # Detached: assigning the base's own parameters would set their requires_grad too.
+        patched.load_state_dict({**unet.state_dict(), **self.decoder}, assign=True)
+        return patched.eval()
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Writes the network's file atomically, its weights as `dtype` (default: as they are)."""
+        tensors = dict(self.state_dict())
+        tensors |= {f"decoder.{k}": v for k, v in self.decoder.items()}
+        if dtype is not None:
+            tensors = {k: v.to(dtype) for k, v in tensors.items()}
+        save_safetensors(path, tensors, self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """The file's metadata fields."""
+        pooling = {"query_pooling": str(self.query_pooling)} if self.query_pooling > 1 else {}
+        return {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "base": self.card.base,
+            "config": json.dumps(self.config.to_dict()),
+            "recommended": json.dumps(self.card.recommended),
+            "training": json.dumps(self.card.training),
+            **pooling,
+        }
+
+
+def check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Refuses a file of another format or of a newer version, in one sentence that names both."""
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format") or "no format field"
+        raise RetrievalError(
+            f"'{path}' is not a retrieval network: its metadata has {found!r} where {FORMAT!r} is "
+            "expected; choose a file of models/retrieval_controlnet."
+        )
+    version = metadata.get("format_version", "")
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise RetrievalError(
+            f"'{path}' has format version {version or 'none'} and this pack reads up to "
+            f"{FORMAT_VERSION}; update the pack."
+        )
+
+
+def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> RetrievalControlNet:
+    """Reads a network's file.
+
+    Args:
+        path: a safetensors file written by `RetrievalControlNet.save`.
+        base: the base model it is wanted for, one of `BASES`; None accepts any.
+        kw: `operations`, `attend`, `device`, `dtype` of the layers.
+
+    Raises:
+        RetrievalError: no such file, truncated, another format, a newer version, another base,
+            metadata that do not make sense, or missing, unexpected or misshapen keys.
+    """
+    tensors, metadata = read_safetensors(path)
+    check_metadata(path, metadata)
+    found = metadata.get("base", "")
+    if found not in BASES:
+        raise RetrievalError(
+            f"'{path}' is for base {found!r} and this pack knows {', '.join(BASES)}; update the "
+            "pack or choose another file."
+        )
+    if base is not None and found != base:
+        raise RetrievalError(
+            f"'{path}' was trained for base '{found}' and the model given is '{base}'; choose the "
+            f"file for '{base}' or load a model of '{found}'."
+        )
+    config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
+    recommended = _recommended(parse_json(metadata.get("recommended"), "recommended", path), path)
+    training = parse_json(metadata.get("training"), "training", path)
+    card, pooling = Card(found, recommended, training), _query_pooling(path, metadata)
+    network = RetrievalControlNet(config, card, query_pooling=pooling, **kw)
+    decoder = {k[len("decoder.") :]: v for k, v in tensors.items() if k.startswith("decoder.")}
+    rest = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
+    load_strictly(network, rest, f"retrieval network '{path}'")
+    if decoder:
+        with torch.device("meta"):
+            expected = decoder_state(UNet(config))
+        check_weights(expected, decoder, f"decoder of '{path}'")
+    like = next(network.parameters())
+    # A copy: what safetensors hands out is a view of the file, which may be overwritten.
+    network.decoder = {k: v.to(like, copy=True) for k, v in decoder.items()}
+    return network
+
+
+def _query_pooling(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> int:
+    value = metadata.get("query_pooling", "1")
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_POOLING:
+        raise RetrievalError(
+            f"'{path}' has query_pooling {value!r}, where a number from 1 to {MOST_POOLING} "
+            "belongs; use a file saved by this pack."
+        )
+    return int(value)
+
+
+def _recommended(values: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The file's recommended settings, its gaps filled, or one sentence on what is wrong."""
+    values = {**Card("").recommended, **values}
+    strength, guidance = values["strength"], values["guidance"]
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not number or not math.isfinite(strength) or guidance not in GUIDANCES:
+        raise RetrievalError(
+            f"'{path}' recommends strength {strength!r} and guidance {guidance!r}, where a number "
+            f"and one of {', '.join(GUIDANCES)} belong; use a file saved by this pack."
+        )
+    return values
+
+
+def decoder_state(unet: UNet) -> dict[str, Tensor]:
+    """The decoder's weights under the base model's own names."""
+    return {k: v for k, v in unet.state_dict().items() if k.startswith(DECODER_PARTS)}

@@ -1,0 +1,196 @@
+"""`python run.py demo`: shows the whole method on the bundled weights and writes PNG sheets."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.prepare import PreparedReference, load_image, prepare
+from ..errors import RetrievalError
+from ..sampling.attention_map import overlay
+from ..sheets import Row, Tile, reference_colour, write_sheet
+from .bundle import Bundle, load_bundle
+from .cases import Case, composition_case, groups, same_character_case
+from .generate import Sampling, gathered, generate, retrieval_of, stacked
+from .measure import chance_levels, match_rates
+from .text import CONCEPTS
+from .world import SIZE
+
+SHOWN = 6
+
+
+def own_reference(text: str) -> PreparedReference:
+    """A reference from the command line: `file.png`, `file.png:face` or `file.png:face:0.8`.
+
+    Raises:
+        RetrievalError: an unknown concept, a bad weight, or a file that is no image.
+    """
+    path, concept, weight = text, "figure", 1.0
+    # From the right, and only what is not part of a file's name (Windows paths hold a colon).
+    if not Path(path).exists() and ":" in path:
+        path, last = path.rsplit(":", 1)
+        concept = last
+        if _is_number(last) and ":" in path and not Path(path).exists():
+            weight = float(last)
+            path, concept = path.rsplit(":", 1)
+    if concept not in CONCEPTS:
+        raise RetrievalError(
+            f"The reference '{text}' asks for {concept!r}; write FILE:CONCEPT with a concept of "
+            f"{', '.join(CONCEPTS)}."
+        )
+    image, alpha = load_image(path)
+    return prepare(image, alpha, concept, weight, SIZE)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def noise_for(bundle: Bundle, seed: int, count: int) -> Tensor:
+    return bundle.base.noise(count, torch.Generator().manual_seed(seed))
+
+
+def pictures_of(
+    bundle: Bundle, cases: Sequence[Case], seed: int, how: Sampling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Without retrieval, with it, and the map over the latter, from the same prompts and noise."""
+    prompts, noise = [case.prompt for case in cases], noise_for(bundle, seed, len(cases))
+    plain = generate(bundle, prompts, noise, None, how)
+    tokens = stacked(bundle.base, bundle.network, groups(cases))
+    retrieval = retrieval_of(bundle.network, tokens, how)
+    found = generate(bundle, prompts, noise, retrieval, how)
+    colours = [reference_colour(i) for i in range(len(cases[0].references))]
+    return plain, found, overlay(found, retrieval.shares.mean(), colours)
+
+
+def show_task(
+    bundle: Bundle, name: str, title: str, cases: list[Case], out: Path, seed: int, how: Sampling
+) -> Path:
+    """One task: writes its sheet and prints its match rates."""
+    parts = [
+        pictures_of(bundle, cases[start : start + SHOWN * 2], seed + start, how)
+        for start in tqdm(range(0, len(cases), SHOWN * 2), desc=name, disable=None, leave=False)
+    ]
+    plain, found, maps = (torch.cat(column) for column in zip(*parts))
+    rows = []
+    for i, case in enumerate(cases[:SHOWN]):
+        references = [
+            Tile(r.image, r.concept, reference_colour(j)) for j, r in enumerate(case.references)
+        ]
+        results = [
+            Tile(plain[i], "without retrieval"),
+            Tile(found[i], "with retrieval"),
+            Tile(maps[i], "retrieved from (frame colours)"),
+        ]
+        rows.append(Row(case.prompt, references, results))
+    path = out / f"{name}.png"
+    subtitle = "Each row: one prompt and one seed; the characters were never seen in training."
+    write_sheet(path, title, subtitle, rows)
+    with_rates = match_rates(cases, bundle.judge.read(found))
+    without = match_rates(cases, bundle.judge.read(plain))
+    levels = chance_levels()
+    print(f"\n{title}: attributes of the references found in {len(cases)} pictures")
+    print(f"  {'':16}{'with':>8}{'without':>10}{'chance':>9}")
+    for line in with_rates:
+        print(f"  {line:16}{with_rates[line]:7.1f}%{without[line]:9.1f}%{levels[line]:8.1f}%")
+    return path
+
+
+def show_own(
+    bundle: Bundle, references: list[str], prompt: str, out: Path, seed: int, how: Sampling
+) -> Path:
+    """The user's own reference files: four seeds without and with retrieval, and the maps."""
+    prepared = [own_reference(reference) for reference in references]
+    tokens = gathered(bundle.base, bundle.network, prepared)
+    count = 4
+    noise = noise_for(bundle, seed, count)
+    plain = generate(bundle, [prompt] * count, noise, None, how)
+    retrieval = retrieval_of(bundle.network, tokens, how)
+    found = generate(bundle, [prompt] * count, noise, retrieval, how)
+    colours = [reference_colour(i) for i in range(len(prepared))]
+    maps = overlay(found, retrieval.shares.mean(), colours)
+    tiles = [
+        Tile(r.image, f"{r.concept}, weight {r.weight:g}", reference_colour(i))
+        for i, r in enumerate(prepared)
+    ]
+    rows = [
+        Row("without retrieval", [], [Tile(p) for p in plain]),
+        Row("with retrieval", tiles[:8], [Tile(p) for p in found]),
+        Row("retrieved from (frame colours)", tiles[8:], [Tile(p) for p in maps]),
+    ]
+    path = out / "own_references.png"
+    write_sheet(path, "Your references", f"Prompt: {prompt or '(empty)'}", rows)
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python run.py demo", description=__doc__)
+    parser.add_argument(
+        "--reference", action="append", metavar="FILE[:CONCEPT[:WEIGHT]]", default=[],
+        help="your own image; the concept is figure, face or clothes; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--prompt", default="waving, smile, beach", help="tags, with commas")
+    parser.add_argument("--out", type=Path, default=Path("output/demo"))
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--count", type=int, default=24, help="pictures measured per task")
+    parser.add_argument("--strength", type=float, help="default: as the network recommends")
+    parser.add_argument("--steps", type=int, default=Sampling.steps)
+    parser.add_argument("--cfg", type=float, default=Sampling.cfg)
+    parser.add_argument("--weights", type=Path, help="folder of the weights, default: bundled")
+    options = parser.parse_args(arguments)
+    how = Sampling(options.steps, options.cfg, strength=options.strength)
+    started = time.perf_counter()
+    try:
+        if options.count < 1 or not 0 <= options.seed < 2**31:
+            raise RetrievalError(
+                f"The count is {options.count} and the seed {options.seed}; give a count of 1 or "
+                "more and a seed from 0 to 2147483647."
+            )
+        bundle = load_bundle(options.weights)
+        if options.reference:
+            paths = [
+                show_own(bundle, options.reference, options.prompt, options.out, options.seed, how)
+            ]
+        else:
+            tasks = (
+                ("same_character", "Same character", same_character_case),
+                ("composition", "Face of one, clothes of another", composition_case),
+            )
+            paths = [
+                show_task(
+                    bundle,
+                    name,
+                    title,
+                    [make(options.seed, i) for i in range(options.count)],
+                    options.out,
+                    options.seed,
+                    how,
+                )
+                for name, title, make in tasks
+            ]
+    except RetrievalError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    print()
+    for path in paths:
+        print(f"Wrote {path.resolve()}")
+    print(f"Generation took {time.perf_counter() - started:.0f} s.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Noise schedule, sampler, and how a bank acts while sampling."""

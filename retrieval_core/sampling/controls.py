@@ -1,0 +1,164 @@
+"""What an artist sets beside the strength: its course over the steps, its share by kind of site,
+the region's edges and the token budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..bank.token_budget import DEFAULT_BUDGET, check_budget
+from ..errors import RetrievalError
+from ..network.unet import MIDDLE, UNetConfig
+from .isolation import check_apart
+
+COMPOSITION, MEDIUM, DETAIL = "composition", "middle", "detail"
+GROUPS = (COMPOSITION, MEDIUM, DETAIL)
+
+# Strengths of composition, middle and detail.
+GROUP_PRESETS: dict[str, tuple[float, float, float]] = {
+    "all": (1.0, 1.0, 1.0),
+    "composition only": (1.0, 0.0, 0.0),
+    "composition and middle": (1.0, 1.0, 0.0),
+    "middle only": (0.0, 1.0, 0.0),
+    "middle and detail": (0.0, 1.0, 1.0),
+    "detail only": (0.0, 0.0, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class StrengthCurve:
+    """Factors of the strength, evenly spaced over the part of sampling in which retrieval acts.
+
+    Between two of them it goes straight, or, if `smooth`, level at both (3 t^2 - 2 t^3).
+
+    Raises:
+        RetrievalError: no factor, or one that is not finite.
+    """
+
+    factors: tuple[float, ...] = (1.0,)
+    smooth: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.factors or not all(math.isfinite(factor) for factor in self.factors):
+            raise RetrievalError(
+                f"The strength curve is {list(self.factors)}; give one or more finite numbers."
+            )
+
+    def at(self, position: float) -> float:
+        """The factor at a position from 0 (retrieval starts) to 1 (it ends)."""
+        last = len(self.factors) - 1
+        place = min(max(position, 0.0), 1.0) * last
+        left = min(int(place), max(last - 1, 0))
+        right = min(left + 1, last)
+        t = place - left
+        if self.smooth:
+            t = t * t * (3 - 2 * t)
+        return self.factors[left] * (1 - t) + self.factors[right] * t
+
+
+CONSTANT = StrengthCurve()
+CURVES: dict[str, StrengthCurve] = {
+    "constant": CONSTANT,
+    "ease in": StrengthCurve((0.0, 1.0), True),
+    "ease out": StrengthCurve((1.0, 0.0), True),
+    "ease in and out": StrengthCurve((0.0, 1.0, 0.0), True),
+}
+
+
+def parse_curve(text: str) -> StrengthCurve:
+    """A curve by its name in `CURVES`, or of factors with commas between ("1, 0.5, 0").
+
+    Raises:
+        RetrievalError: neither a name nor finite numbers.
+    """
+    named = CURVES.get(text.strip().lower())
+    if named is not None:
+        return named
+    factors = []
+    for part in text.split(","):
+        try:
+            factors.append(float(part))
+        except ValueError:
+            factors.append(math.nan)
+        if not math.isfinite(factors[-1]):
+            raise RetrievalError(
+                f"The strength curve {text!r} has {part.strip()!r} where a number belongs; write "
+                f"numbers with commas between them, as in '1, 0.5, 0', or {_names()}."
+            )
+    return StrengthCurve(tuple(factors))
+
+
+def _names() -> str:
+    return "one of " + ", ".join(f"'{name}'" for name in CURVES)
+
+
+def site_groups(config: UNetConfig) -> dict[str, str]:
+    """site -> its group: the middle block and the coarsest sites make the composition, the finest
+    the detail, and those between are the middle.
+    """
+    factors = config.site_downsampling()
+    return {site: group_at(factors[site], factors.values(), site == MIDDLE) for site in factors}
+
+
+def group_at(factor: int, factors: object, middle: bool = False) -> str:
+    """The group of a place in a U-Net that works at 1 / `factor` of the latent's resolution.
+
+    Args:
+        factors: of all places, an iterable. middle: whether it is the middle block.
+    """
+    finest, coarsest = min(factors), max(factors)  # type: ignore[call-overload]
+    if middle or (factor == coarsest and coarsest > finest):
+        return COMPOSITION
+    return DETAIL if factor == finest else MEDIUM
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Settings of one application of references.
+
+    Attributes:
+        curve: of the strength over the active part of sampling.
+        groups: factors of the strength at the sites of composition, middle and detail.
+        region_blur: see `regions.soften`.
+        token_budget: the most tokens of the bank at a site, or None for all of them.
+        apart: until which part of sampling the region is kept apart from others, see `isolation`.
+
+    Raises:
+        RetrievalError: a factor that is not finite, a budget below 1, or regions apart outside
+            0..1.
+    """
+
+    curve: StrengthCurve = CONSTANT
+    groups: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    region_blur: float = 0.0
+    token_budget: int | None = DEFAULT_BUDGET
+    apart: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.groups) != len(GROUPS) or not all(map(math.isfinite, self.groups)):
+            raise RetrievalError(
+                f"The strengths of composition, middle and detail are {list(self.groups)}; give "
+                "three finite numbers."
+            )
+        if self.token_budget is not None:
+            check_budget(self.token_budget)
+        check_apart(self.apart)
+
+    def site_strengths(self, groups: Mapping[str, str]) -> dict[str, float]:
+        """site -> factor of the strength, by the sites' groups (`site_groups`).
+
+        Raises:
+            RetrievalError: factors above 0 were given only to groups that have no site.
+        """
+        chosen = dict(zip(GROUPS, self.groups, strict=True))
+        strengths = {site: chosen[group] for site, group in groups.items()}
+        if any(self.groups) and not any(strengths.values()):
+            wanted = " and ".join(name for name, factor in chosen.items() if factor)
+            present = ", ".join(name for name in GROUPS if name in groups.values())
+            raise RetrievalError(
+                f"Only the sites of '{wanted}' were given a strength and this model has none; "
+                f"choose among {present}."
+            )
+        return strengths

@@ -1,0 +1,211 @@
+"""What a retrieval training step computes: references to bank to prediction to eq. 1 (§4)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..bank.site_bank import Bank
+from ..bank.tokens import stack
+from ..errors import RetrievalError
+from ..network.controlnet import DECODER_PARTS, RetrievalControlNet, decoder_state
+from ..network.unet import SkipHook, UNet
+from ..sampling.applications import Retrieval
+from ..sampling.noise_schedule import NoiseSchedule
+from .attributes import AttributeReader
+from .correspondence import correspondence_loss, parts_found
+from .critic import Critic
+from .objective import latent_mask, retrieval_loss
+from .pairs import both_as_left, hook_of_halves, join, lefts, split
+from .settings import Lock, trained_parts
+
+
+class TrainableRetrieval(nn.Module):
+    """A retrieval network and a copy of the base U-Net, with the parts of `lock` trainable.
+
+    Args:
+        network: the retrieval network to train.
+        unet: the base model; it is copied, its encoder is never trained (§4.2).
+        schedule: the base model's noise schedule and prediction type.
+        lock: "train_both", "lock_decoder" or "lock_both" (§5.4).
+        face_weight: lambda of eq. 1.
+        correspondence: weight of `correspondence_loss`, where batches name their parts; 0 is the
+            paper's own objective.
+        reader: reads attributes off what was retrieved, trained along; its loss counts with
+            `reading`, where batches name attributes.
+        critic: reads the same attributes off what is drawn, trained beforehand; its loss counts
+            with `drawing`.
+        channel_weights: see `retrieval_loss`.
+        noise_power: timesteps are drawn as steps * u ** noise_power, u uniform: 1 for all alike,
+            less to train more at high noise, where what is drawn is decided.
+
+    Raises:
+        RetrievalError: an unknown lock setting.
+    """
+
+    def __init__(
+        self,
+        network: RetrievalControlNet,
+        unet: UNet,
+        schedule: NoiseSchedule,
+        lock: Lock = "train_both",
+        face_weight: float = 1.0,
+        correspondence: float = 0.0,
+        channel_weights: Tensor | None = None,
+        noise_power: float = 1.0,
+        reader: AttributeReader | None = None,
+        reading: float = 0.0,
+        critic: Critic | None = None,
+        drawing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        parts = trained_parts(lock)
+        self.network, self.unet = network, copy.deepcopy(unet)
+        self.schedule, self.face_weight = schedule, face_weight
+        self.correspondence, self.noise_power = correspondence, noise_power
+        self.channel_weights = channel_weights
+        self.reader, self.reading = reader, reading
+        self.critic, self.drawing = [critic], drawing  # fixed: not a child
+        self.trains_decoder = "decoder" in parts
+        self.network.encoder.requires_grad_("encoder" in parts)
+        self.network.retrieval.requires_grad_("retrieval" in parts)
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(self.trains_decoder and name.startswith(DECODER_PARTS))
+
+    def bank(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        used: Tensor,
+        masks: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> Bank:
+        """G banks of R references each.
+
+        Args:
+            latents: [G * R, C, H, W] clean latents; context: [G * R, L, D].
+            used: bool [G, R], False for dropped references.
+            masks: bool [G * R, h, w] pixel masks, None for whole references.
+        """
+        groups, count = used.shape
+        reading = self.network.read(latents, context, y)
+        keep = {}
+        for site, (f, size) in reading.items():
+            kept = used[:, :, None].expand(groups, count, f.shape[2])
+            if masks is not None:
+                shown = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
+                kept = kept & shown.view(groups, count, -1)
+            keep[site] = kept
+        tokens = {site: f.unflatten(0, used.shape) for site, (f, _) in reading.items()}
+        return self.network.project(stack(tokens, keep))
+
+    def loss(
+        self,
+        bank: Bank,
+        latents: Tensor,
+        context: Tensor,
+        generator: torch.Generator,
+        content: Tensor | None = None,
+        face: Tensor | None = None,
+        y: Tensor | None = None,
+        parts: tuple[Tensor, Tensor, int] | None = None,
+        attributes: Tensor | None = None,
+        paired: bool = False,
+    ) -> dict[str, Tensor]:
+        """Equation 1 at a random timestep a row, and the correspondence loss where it is wanted.
+
+        Args:
+            bank: G banks; the rows are G runs of equal length.
+            latents: targets [B, C, H, W]; context: [B, L, D].
+            content, face: pixel masks [B, h, w] or None (see `objective`).
+            parts: the targets' and the references' parts, and how many labels there are (see
+                `correspondence_loss`).
+            attributes: [B, A] of the targets, for the `reader`.
+            paired: rows of neighbouring banks are drawn as halves of one picture (see `pairs`),
+                at one timestep and by the left row's context.
+
+        Raises:
+            RetrievalError: the batch does not divide among the banks, or the banks not in pairs.
+        """
+        batch, height, width = latents.shape[0], *latents.shape[-2:]
+        groups = next(iter(bank.sites.values())).keys.shape[0]
+        if batch % groups:
+            raise RetrievalError(
+                f"{batch} targets cannot be shared among {groups} banks; give each bank equally "
+                "many."
+            )
+        if paired and groups % 2:
+            raise RetrievalError(
+                f"{groups} banks cannot be paired; give an even number of characters a step."
+            )
+        device = generator.device  # numbers can only be drawn where the generator lives
+        drawn = torch.rand(batch, generator=generator, device=device) ** self.noise_power
+        steps = (drawn * self.schedule.steps).long().clamp_max(self.schedule.steps - 1)
+        steps = both_as_left(steps, groups) if paired else steps
+        eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
+        noised = self.schedule.noised(latents, eps, steps)
+        target = self.schedule.target(latents, eps, steps)
+        hook = Retrieval(self.network.retrieval, bank, guidance="both").hook([0], 0.0)
+        at = steps.to(latents.device)
+        if paired:
+            left = [None if t is None else lefts(t, groups) for t in (at, context, y)]
+            halves = hook and hook_of_halves(hook, groups)
+            prediction, features = self._run(join(noised, groups), *left, halves)
+            prediction, *features = (split(t, groups) for t in (prediction, *features))
+        else:
+            prediction, features = self._run(noised, at, context, y, hook)
+        masks = [None if m is None else latent_mask(m, height, width) for m in (content, face)]
+        losses = retrieval_loss(
+            prediction, target, masks[0], masks[1], self.face_weight, self.channel_weights
+        )
+        if parts is not None and self.correspondence:
+            sites = self.network.retrieval
+            loss = correspondence_loss(sites, features, bank, *parts, generator)
+            losses["loss"] = losses["loss"] + self.correspondence * loss
+            losses["correspondence"] = loss.detach()
+        if parts is not None and attributes is not None and self.reader is not None:
+            sites = self.network.retrieval
+            loss = self.reader.loss(sites, dict(zip(sites, features)), bank, *parts, attributes)
+            losses["loss"] = losses["loss"] + self.reading * loss
+            losses["attributes"] = loss.detach()
+        critic = self.critic[0]
+        if parts is not None and attributes is not None and critic is not None:
+            site = next(iter(bank.sites.values()))
+            found = parts_found(*parts[1:], features[0].shape[-2:], site)
+            found = found.repeat_interleave(batch // groups, 0)
+            clean = self.schedule.clean(prediction, noised, steps)
+            loss = critic.loss(clean, attributes, generator, found)
+            losses["loss"] = losses["loss"] + self.drawing * loss
+            losses["drawn"] = loss.detach()
+        return losses
+
+    def _run(
+        self,
+        noised: Tensor,
+        steps: Tensor,
+        context: Tensor,
+        y: Tensor | None,
+        hook: SkipHook | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The prediction and the features of all sites, a row a picture."""
+        with torch.no_grad():  # the base encoder is never trained
+            emb = self.unet.embed(steps, y, noised.dtype)
+            features = self.unet.encode(noised, emb, context)
+        return self.unet.decode(features, emb, context, hook), features
+
+    def finished(self, weights: Mapping[str, Tensor]) -> RetrievalControlNet:
+        """The network with (averaged) trained weights put in, by their names in this module."""
+        network, unet = copy.deepcopy(self.network), copy.deepcopy(self.unet)
+        with torch.no_grad():
+            for prefix, module in (("network.", network), ("unet.", unet)):
+                own = dict(module.named_parameters())
+                for name, value in weights.items():
+                    if name.startswith(prefix):
+                        own[name[len(prefix) :]].copy_(value)
+        if self.trains_decoder:
+            network.decoder = {k: v.clone() for k, v in decoder_state(unet).items()}
+        return network.eval().requires_grad_(False)

@@ -1,0 +1,103 @@
+"""The self-attention layers of a U-Net by name, and named choices among them.
+
+A name is the block and the transformer block in it: `input_4.0`, `middle.0`, `output_7.1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import RetrievalError
+from ..network.unet import MIDDLE, Attention, SpatialTransformer, UNet, UNetConfig
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Width in channels, and how many latent pixels a token spans along an edge."""
+
+    width: int
+    downsampling: int
+
+
+def self_attention_layers(config: UNetConfig) -> dict[str, Layer]:
+    """All self-attention layers of a U-Net in the order in which they run."""
+    factors = list(config.site_downsampling().values())
+    layers: dict[str, Layer] = {}
+
+    def add(block: str, depth: int, width: int, factor: int) -> None:
+        layers.update({f"{block}.{i}": Layer(width, factor) for i in range(depth)})
+
+    for index, (_, _, width, depth) in enumerate(config.encoder_plan(), 1):
+        add(f"input_{index}", depth, width, factors[index])
+    add(MIDDLE, config.middle_depth, config.site_channels()[MIDDLE], factors[-1])
+    index = 0
+    for level in reversed(range(len(config.channel_mult))):
+        for _ in range(config.num_res_blocks[level] + 1):
+            width = config.model_channels * config.channel_mult[level]
+            add(f"output_{index}", config.transformer_depth[level], width, 2**level)
+            index += 1
+    return layers
+
+
+def _in(*parts: str) -> Callable[[str, Layer, int], bool]:
+    return lambda name, layer, finest: name.startswith(parts)
+
+
+# Each says of (name, layer, the least downsampling of the U-Net's layers) whether it is chosen.
+_CHOICES: dict[str, Callable[[str, Layer, int], bool]] = {
+    "all": lambda name, layer, finest: True,
+    "encoder": _in("input_"),
+    "decoder": _in("output_"),
+    "middle and decoder": _in(MIDDLE, "output_"),
+    "all but the finest": lambda name, layer, finest: layer.downsampling > finest,
+    "finest": lambda name, layer, finest: layer.downsampling == finest,
+}
+LAYER_CHOICES = tuple(_CHOICES)
+
+
+def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
+    """Names of the layers of a choice: one of `LAYER_CHOICES`, or blocks and layers by name.
+
+    Args:
+        choice: "decoder", say, or a list such as "middle, output_3, output_4.0".
+
+    Raises:
+        RetrievalError: an unknown name, or a choice that this U-Net has no layer for.
+    """
+    layers = self_attention_layers(config)
+    finest = min((layer.downsampling for layer in layers.values()), default=1)
+    rule = _CHOICES.get(choice.strip())
+    if rule is not None:
+        chosen = [name for name, layer in layers.items() if rule(name, layer, finest)]
+    else:
+        wanted = [part.strip() for part in choice.split(",") if part.strip()]
+        blocks = list(dict.fromkeys(name.split(".")[0] for name in layers))
+        unknown = [part for part in wanted if part not in layers and part not in blocks]
+        if unknown or not wanted:
+            raise RetrievalError(
+                f"There is no choice of layers {unknown[0] if unknown else choice!r}; choose "
+                f"{', '.join(LAYER_CHOICES)}, or name blocks of this model with self-attention "
+                f"({', '.join(blocks)})."
+            )
+        chosen = [n for n in layers if n in wanted or n.split(".")[0] in wanted]
+    if not chosen:
+        raise RetrievalError(
+            f"The choice of layers '{choice}' matches none of this model's {len(layers)} "
+            f"self-attention layers ({', '.join(layers) or 'it has none'}); choose another."
+        )
+    return tuple(chosen)
+
+
+def layer_modules(unet: UNet) -> dict[str, Attention]:
+    """The modules of `self_attention_layers`, by name."""
+    blocks = {f"input_{i}": block for i, block in enumerate(unet.input_blocks)}
+    blocks[MIDDLE] = unet.middle_block
+    blocks |= {f"output_{i}": block for i, block in enumerate(unet.output_blocks)}
+    return {
+        f"{name}.{i}": inner.attn1
+        for name, block in blocks.items()
+        for part in block
+        if isinstance(part, SpatialTransformer)
+        for i, inner in enumerate(part.transformer_blocks)
+    }

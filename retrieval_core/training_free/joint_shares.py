@@ -1,0 +1,55 @@
+"""Where joint self-attention looks: shares of its softmax by reference, for the retrieval map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..sampling.joint_attention import Source
+from .attention_layers import Layer
+
+_LOGITS = 1 << 24  # held at once
+
+
+def map_layer(layers: Mapping[str, Layer], chosen: Sequence[str]) -> str:
+    """The layer that a map is read from: the last of the coarsest ones outside the middle block,
+    where a place is a part of a figure and attention costs least.
+    """
+    outside = [name for name in chosen if not name.startswith("middle")] or list(chosen)
+    coarsest = max(layers[name].downsampling for name in outside)
+    return [name for name in outside if layers[name].downsampling == coarsest][-1]
+
+
+def joint_shares(
+    q: Tensor, k: Tensor, heads: int, source: Source, owner: Tensor, references: int
+) -> Tensor:
+    """[B, N, 1 + references]: shares of the layer's own tokens, then of each reference's.
+
+    Attention is averaged over the heads; the shares of a place add up to 1. Outside the source's
+    region a place sees its own tokens only.
+
+    Args:
+        q, k: the layer's own [B, N, D]. source: of one bank (G = 1).
+        owner: [M] index of the reference that each of the bank's tokens belongs to.
+    """
+    dim = q.shape[-1] // heads
+    query, own, bank = (
+        t.float().unflatten(-1, (heads, dim)).transpose(1, 2) for t in (q, k, source.keys[:1])
+    )
+    bias = 0.0 if source.bias is None else source.bias[:1, None, None].float()
+    shares = query.new_zeros(len(q), q.shape[1], 1 + references)
+    at_once = max(1, _LOGITS // (len(q) * heads * (own.shape[2] + bank.shape[2])))
+    for start in range(0, q.shape[1], at_once):
+        part = query[:, :, start : start + at_once] / dim**0.5
+        within = (part @ own.transpose(2, 3)).logsumexp(-1, keepdim=True)
+        logits = part @ bank.transpose(2, 3) + bias
+        total = torch.logaddexp(within, logits.logsumexp(-1, keepdim=True))
+        weights = (logits - total).exp().mean(1)
+        index = (owner + 1).expand_as(weights)
+        shares[:, start : start + at_once].scatter_add_(2, index, weights)
+    if source.region is not None:
+        shares = shares * source.region.to(shares)[:, None]
+    shares[..., 0] = 1 - shares[..., 1:].sum(-1)
+    return shares

@@ -1,0 +1,106 @@
+"""What stands in a trained network's place: a choice of layers and noise levels of a base model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..bank.bank_file import fingerprint
+from ..bank.site_bank import Bank, project
+from ..bank.tokens import EncodedReference, gather
+from ..errors import RetrievalError
+from ..network.controlnet import Card
+from ..network.unet import MIDDLE, UNet, UNetConfig
+from ..sampling.controls import group_at
+from .attention_layers import choose_layers, self_attention_layers
+
+LAYERS = "all"
+LEVELS = 1
+MOST_LEVELS = 50
+
+
+def site_name(layer: str, timestep: int) -> str:
+    """A layer's tokens at a noise level as a site of a bank: `output_4.0@500`."""
+    return f"{layer}@{timestep}"
+
+
+@dataclass(frozen=True)
+class TrainingFree:
+    """Layers and noise levels of a base U-Net that is its own retrieval network; no weights.
+
+    Attributes:
+        config: the base U-Net's shape. base: its name, one of `controlnet.BASES`.
+        base_fingerprint: of its weights, which what was encoded depends on.
+        layers: see `choose_layers`. levels: number of noise levels a reference is read at.
+        adain: match statistics while sampling (`JointRetrieval`); encoding does not depend on it.
+
+    Raises:
+        RetrievalError: a choice of layers that there is not, or a number of levels below 1.
+    """
+
+    config: UNetConfig
+    base: str
+    base_fingerprint: str
+    layers: str = LAYERS
+    levels: int = LEVELS
+    adain: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.levels <= MOST_LEVELS:
+            raise RetrievalError(
+                f"Reading references at {self.levels} noise levels is not possible; give between "
+                f"1 and {MOST_LEVELS}."
+            )
+        _ = self.names
+
+    @classmethod
+    def of(cls, unet: UNet, base: str, **choices: Any) -> TrainingFree:
+        """The training-free mode on a U-Net of the core; `choices` are its other fields."""
+        return cls(unet.config, base, fingerprint(unet), **choices)
+
+    @property
+    def card(self) -> Card:
+        """Recommended settings, as a trained network's file has them."""
+        return Card(self.base, {"strength": 1.0, "guidance": "cond"})
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The chosen layers."""
+        return choose_layers(self.config, self.layers)
+
+    def timesteps(self, steps: int = 1000) -> tuple[int, ...]:
+        """The noise levels as timesteps: the middles of equal parts of the schedule, rising."""
+        return tuple(int((i + 0.5) / self.levels * steps) for i in range(self.levels))
+
+    def site_channels(self) -> dict[str, int]:
+        """The sites of a bank and their widths: every chosen layer at every noise level."""
+        layers = self_attention_layers(self.config)
+        return {site_name(n, t): layers[n].width for t in self.timesteps() for n in self.names}
+
+    def groups(self) -> dict[str, str]:
+        """layer -> composition, middle or detail, as `controls.site_groups` has them."""
+        layers = self_attention_layers(self.config)
+        factors = self.config.site_downsampling().values()
+        return {
+            name: group_at(layers[name].downsampling, factors, name.startswith(MIDDLE))
+            for name in self.names
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base's weights, the layers and the levels: what encoded references depend on."""
+        chosen = f"{self.base_fingerprint} {self.names} {self.timesteps()}"
+        return hashlib.sha256(chosen.encode()).hexdigest()
+
+    def bank(self, references: Sequence[EncodedReference], token_budget: int | None = None) -> Bank:
+        """One bank of several references (see `tokens.gather`), without a null token."""
+        return project(gather(references), None, token_budget)
+
+
+def nearest(timesteps: Sequence[int], timestep: float) -> int:
+    """The noise level nearest to a timestep, the cleaner one of two."""
+    timestep = round(timestep, 2)  # a schedule inverted in float32 is no nearer to the truth
+    return min(timesteps, key=lambda level: (abs(level - timestep), level))

@@ -1,0 +1,82 @@
+"""The command that trains the bundled weights: its stages, what each starts from and leaves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from retrieval_core.files import read_safetensors
+from retrieval_core.network.controlnet import load
+from retrieval_core.paperdoll import train
+from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE, load_bundle
+
+SMALL = (
+    "--characters 8 --base-steps 2 --base-batch 4 --critic-steps 2 --retrieval-steps 2 "
+    "--retrieval-batch 2 --pairs-base-steps 2 --pairs-retrieval-steps 2 --judge-steps 2 "
+    "--judge-figures 16 --precision float32"
+).split()
+
+
+def run(out, *more):
+    threads = torch.get_num_threads()
+    try:
+        return train.main(["--out", str(out), "--threads", str(threads), *SMALL, *more])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    assert run(out) == 0
+    return out
+
+
+def largest_difference(one, other):
+    one, other = read_safetensors(one)[0], read_safetensors(other)[0]
+    assert one.keys() == other.keys()
+    return max(float((one[k].float() - other[k].float()).abs().max()) for k in one)
+
+
+def test_all_stages_leave_a_bundle_that_draws(trained, tmp_path):
+    for name, folder in (
+        (BASE_FILE, "pairs"), (RETRIEVAL_FILE, "pairs"), (JUDGE_FILE, "."),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes((trained / folder / name).read_bytes())
+    bundle = load_bundle(tmp_path)
+    assert bundle.network.card.training["stage"] == "retrieval"
+    assert bundle.network.card.training["pairs"] is True
+    assert load(trained / RETRIEVAL_FILE).card.training["pairs"] is False
+    assert bundle.network.decoder  # the paper's best setting trains it
+
+
+def test_pairs_go_on_from_the_files_before_and_leave_them(trained, tmp_path):
+    """Two small steps away from them; a fresh start, from another seed, would be far away."""
+    before = {}
+    for name in (BASE_FILE, RETRIEVAL_FILE, train.CRITIC_FILE):
+        before[name] = (trained / name).read_bytes()
+        (tmp_path / name).write_bytes(before[name])
+    assert run(tmp_path, "--stage", "pairs", "--seed", "1") == 0
+    for name in (BASE_FILE, RETRIEVAL_FILE):
+        assert 0 < largest_difference(tmp_path / name, tmp_path / "pairs" / name) < 0.02
+    assert all((tmp_path / name).read_bytes() == old for name, old in before.items())
+
+
+def test_a_finished_run_is_not_trained_again(trained, capsys):
+    before = (trained / "pairs" / RETRIEVAL_FILE).read_bytes()
+    assert run(trained, "--stage", "pairs") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stages"] == ["pairs"]
+    tensors = read_safetensors(trained / "pairs" / RETRIEVAL_FILE)[0]
+    (trained / "again").write_bytes(before)
+    assert all(
+        torch.equal(tensors[key], value)
+        for key, value in read_safetensors(trained / "again")[0].items()
+    )
+
+
+def test_pairs_without_the_stages_before_are_refused(tmp_path, capsys):
+    assert run(tmp_path, "--stage", "pairs") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert BASE_FILE in message and message.endswith(".")

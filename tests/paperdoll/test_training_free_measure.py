@@ -1,0 +1,89 @@
+"""The measurement of the training-free mode, on weights that were never trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE, Bundle
+from retrieval_core.paperdoll.cases import composition_case, groups, same_character_case
+from retrieval_core.paperdoll.generate import Sampling, generate
+from retrieval_core.paperdoll.judge import Judge
+from retrieval_core.paperdoll.measure_training_free import Setting, main, pictures, side_by_side
+from retrieval_core.paperdoll.model import PaperdollModel, load_base
+from retrieval_core.training_free import TrainingFree, encode
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
+    made = PaperdollModel()
+    basis = made.vae.basis  # zero until it is fitted to pictures
+    basis.copy_(torch.linalg.qr(torch.randn(basis.shape[1], basis.shape[0])).Q.T)
+    made.save(folder / BASE_FILE)
+    Judge().save(folder / JUDGE_FILE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(weights):
+    return load_base(weights / BASE_FILE)
+
+
+def test_without_retrieval_is_the_base_models_picture_and_with_it_is_not(base):
+    cases = [same_character_case(1, i, masked=True) for i in range(2)]
+    noise = base.noise(2, torch.Generator().manual_seed(0))
+    plain = pictures(base, cases, noise, Setting(None, steps=2))
+    prompts = [case.prompt for case in cases]
+    expected = generate(Bundle(base, None, None), prompts, noise, None, Sampling(steps=2))
+    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-6)
+    for setting in (Setting(1, steps=2), Setting(1, steps=2, adain=True)):
+        assert (pictures(base, cases, noise, setting) - plain).abs().max() > 1e-4
+    assert torch.equal(pictures(base, cases, noise, Setting(1, strength=0.0, steps=2)), plain)
+
+
+def test_banks_side_by_side_hold_what_each_reference_gives(base):
+    cases = [composition_case(1, i, masked=True) for i in range(2)]
+    network = TrainingFree.of(base.unet, "paperdoll", levels=1)
+    with torch.inference_mode():
+        bank = side_by_side(base, network, groups(cases))
+        for g, case in enumerate(cases):
+            made = encode(
+                base.unet,
+                base.schedule,
+                network,
+                base.vae.encode(torch.stack([r.image for r in case.references])),
+                base.text.encode([r.concept for r in case.references]),
+                masks=[r.mask for r in case.references],
+            )
+            for site, held in bank.sites.items():
+                seen = torch.ones_like(held.owner, dtype=bool)
+                if held.bias is not None:
+                    seen = held.bias[g] == 0
+                for r, reference in enumerate(made):
+                    mine = held.keys[g][seen & (held.owner == r)]
+                    torch.testing.assert_close(
+                        mine, reference.tokens[site][0], rtol=1e-4, atol=1e-5
+                    )
+
+
+def test_the_command_prints_one_json_object(weights, capsys):
+    arguments = "--count 2 --steps 1 --levels 1 2 --json --task composition --weights".split()
+    assert main([*arguments, str(weights)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    lines = [name for name in result if "levels" in name or "without" in name]
+    assert len(lines) == 3 and result["figures"] == 2
+    for name in lines:
+        assert 0 <= result[name]["attribute match"]["mean"] <= 100
+
+
+def test_refusals_are_one_sentence(weights, tmp_path, capsys):
+    for wrong in (["--count", "0"], ["--levels", "0"], ["--layers", "roof"], ["--strength", "-1"]):
+        assert main(["--count", "1", *wrong, "--weights", str(weights)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and ". " not in message
+    assert main(["--weights", str(tmp_path)]) == 2
+    assert "missing" in capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""Strength curves, groups of sites and soft regions against plain formulations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from refusal import sentence
+
+from retrieval_core.bank.site_bank import project
+from retrieval_core.bank.tokens import EncodedReference, gather
+from retrieval_core.network.retrieval_site import RetrievalSite
+from retrieval_core.network.unet import SD15, SDXL, UNetConfig
+from retrieval_core.sampling.applications import Retrieval
+from retrieval_core.sampling.controls import (
+    CURVES,
+    GROUP_PRESETS,
+    Controls,
+    parse_curve,
+    site_groups,
+)
+from retrieval_core.sampling.regions import soften
+
+FLAT = UNetConfig(32, (1,), (1,), (1,), 1, 16, num_head_channels=16)
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "factor"),
+    [
+        ("1, 0.5, 0", 0.0, 1.0),
+        ("1, 0.5, 0", 0.25, 0.75),
+        ("1, 0.5, 0", 0.5, 0.5),
+        ("1, 0.5, 0", 1.0, 0.0),
+        ("0,2", 0.3, 0.6),
+        (" .7 ", 0.9, 0.7),
+        ("1e-1,-1", 1.0, -1.0),
+        ("constant", 0.4, 1.0),
+        ("Ease In", 0.0, 0.0),
+        ("ease in", 0.25, 3 * 0.25**2 - 2 * 0.25**3),
+        ("ease in", 1.0, 1.0),
+        ("ease out", 0.25, 1 - (3 * 0.25**2 - 2 * 0.25**3)),
+        ("ease in and out", 0.5, 1.0),
+        ("ease in and out", 0.75, 0.5),
+    ],
+)
+def test_curves(text, position, factor):
+    assert parse_curve(text).at(position) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("text", ["1, two", "", "1,,2", "nan", "1, inf", "ease", "[1, 2]", "1;2"])
+def test_a_curve_of_other_than_numbers_is_refused_in_one_sentence(text):
+    assert repr(text) in sentence(parse_curve, text)
+
+
+def test_the_curve_lies_over_the_active_part_of_sampling():
+    made = filled_bank()
+    retrieval = replace(made, strength=2.0, start=0.2, end=0.6, curve=parse_curve("0, 1"))
+    found = [retrieval.strength_at(p) for p in (0.1, 0.2, 0.3, 0.4, 0.6, 0.7)]
+    assert found == pytest.approx([0.0, 0.0, 0.5, 1.0, 2.0, 0.0])
+    assert retrieval.hook([0], 0.2) is None  # exactly 0: the base model, bit for bit
+    assert replace(retrieval, start=0.5, end=0.5).strength_at(0.5) == 0.0  # its first number
+
+
+def filled_bank() -> Retrieval:
+    """A retrieval at three sites of noise, every weight of them noise."""
+    generator = torch.Generator().manual_seed(0)
+    sites, tokens = {}, {}
+
+    for name in ("input_0", "input_1", "middle"):
+        sites[name] = RetrievalSite(16, 2)
+        for parameter in sites[name].parameters():
+            with torch.no_grad():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        tokens[name] = torch.randn(2, 12, 16, generator=generator)
+    return Retrieval(torch.nn.ModuleDict(sites), project(gather([EncodedReference(tokens)]), sites))
+
+
+def test_a_step_adds_strength_times_curve_times_group_times_region():
+    made = filled_bank()
+    h = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    region = torch.rand(4, 4, generator=torch.Generator().manual_seed(2))
+    set_up = replace(
+        made,
+        strength=1.5,
+        region=region,
+        curve=parse_curve("0.5, 1"),
+        site_strength={"input_0": 0.25},
+        guidance="both",
+    )
+    with torch.no_grad():
+        hook = set_up.hook([0, 1], 0.5)
+        for site, group in (("input_0", 0.25), ("middle", 1.0)):
+            plain = made.sites[site](h, made.bank.sites[site])
+            expected = h + 1.5 * 0.75 * group * region * plain
+            torch.testing.assert_close(hook(site, h), expected, rtol=1e-5, atol=1e-5)
+        off = replace(set_up, site_strength={"input_0": 0.0}).hook([0, 1], 0.5)
+        assert off("input_0", h) is h
+
+
+@pytest.mark.parametrize("region", [None, torch.linspace(0, 1, 16).view(4, 4)])
+def test_the_fused_output_is_the_two_layers_and_training_is_the_same(region):
+    made = replace(filled_bank(), region=region, strength=0.7)
+    h = torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    learned = made.apply("input_1", h, [0])
+    assert learned.requires_grad
+    with torch.no_grad():
+        fused = made.apply("input_1", h, [0])
+        torch.testing.assert_close(fused, learned.detach(), rtol=1e-5, atol=1e-6)
+        assert len(made.outputs) == 1
+        assert torch.equal(made.apply("input_1", h, [0]), fused)
+        matrix = made.sites["input_1"].zero_conv.weight[..., 0, 0].double()
+        matrix = matrix @ made.sites["input_1"].to_out.weight.double()
+        (found,) = made.outputs.values()
+        torch.testing.assert_close(found.double(), matrix, rtol=1e-5, atol=1e-6)
+        half = replace(made, bank=made.bank.to("cpu", torch.bfloat16), outputs={})
+        half.sites.bfloat16()
+        near = half.apply("input_1", h.bfloat16(), [0])
+        torch.testing.assert_close(near.float(), fused, rtol=0.05, atol=0.05)
+
+
+def test_groups_are_deep_between_and_shallow():
+    groups = site_groups(SD15)
+    assert groups["middle"] == groups["input_11"] == groups["input_9"] == "composition"
+    assert [groups[f"input_{i}"] for i in (0, 1, 2)] == ["detail"] * 3
+    assert {groups[f"input_{i}"] for i in range(3, 9)} == {"middle"}
+    assert set(site_groups(SDXL).values()) == {"composition", "middle", "detail"}
+    assert site_groups(FLAT) == {"input_0": "detail", "input_1": "detail", "middle": "composition"}
+
+
+def test_presets_and_custom_factors_reach_the_sites():
+    for name, factors in GROUP_PRESETS.items():
+        strengths = Controls(groups=factors).site_strengths(site_groups(SD15))
+        found = (strengths["middle"], strengths["input_5"], strengths["input_0"])
+        assert found == factors, name
+    custom = Controls(groups=(0.2, 0.0, 3.0)).site_strengths(site_groups(SD15))
+    assert (custom["input_10"], custom["input_4"], custom["input_2"]) == (0.2, 0.0, 3.0)
+
+
+def test_a_group_without_sites_is_refused_in_one_sentence():
+    middle = Controls(groups=GROUP_PRESETS["middle only"])
+    assert "composition, detail" in sentence(middle.site_strengths, site_groups(FLAT))
+    assert "'middle'" in sentence(middle.site_strengths, site_groups(FLAT))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"groups": (1.0, math.nan, 1.0)}, "nan"),
+        ({"token_budget": 0}, "budget is 0"),
+        ({"token_budget": -3}, "budget is -3"),
+    ],
+)
+def test_bad_controls_are_refused_in_one_sentence(bad, words):
+    assert words in sentence(Controls, **bad)
+
+
+def test_soft_edges_are_a_gaussian_of_the_region():
+    region = torch.zeros(9, 15)
+    region[:, 6:] = 1
+    found = soften(region, 1.5).double()
+    for x in range(15):
+        reach = range(-5, 6)
+        bell = [math.exp(-0.5 * (d / 1.5) ** 2) for d in reach]
+        seen = [float(min(max(x + d, 0), 14) >= 6) for d in reach]
+        expected = sum(b * s for b, s in zip(bell, seen, strict=True)) / sum(bell)
+        torch.testing.assert_close(
+            found[:, x], torch.full((9,), expected).double(), atol=1e-6, rtol=0
+        )
+    assert soften(region, 0) is region
+    assert soften(torch.ones(3, 4), 50).allclose(torch.ones(3, 4))
+    assert soften(region.T, 1.5).allclose(found.float().T)
+
+
+@pytest.mark.parametrize("radius", [-1.0, math.nan, math.inf])
+def test_a_bad_blur_is_refused(radius):
+    assert str(radius) in sentence(soften, torch.ones(2, 2), radius)
+
+
+def test_every_named_curve_starts_or_ends_at_full_strength_somewhere():
+    assert all(max(curve.factors) == 1.0 for curve in CURVES.values())

@@ -1,0 +1,183 @@
+"""The retrieval map: shares over steps, crops and applications, and what is drawn of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from retrieval_core.bank.site_bank import project
+from retrieval_core.bank.tokens import EncodedReference, gather
+from retrieval_core.network import retrieval_site as retrieval
+from retrieval_core.network.retrieval_site import RetrievalSite
+from retrieval_core.network.unet import SD15, SDXL
+from retrieval_core.paperdoll.model import CONFIG as PAPERDOLL
+from retrieval_core.sampling.applications import Retrieval
+from retrieval_core.sampling.attention_map import (
+    RecordedRetrieval,
+    Shares,
+    map_site,
+    overlay,
+    reference_masks,
+    shares_of,
+    side_by_side,
+)
+from retrieval_core.training_free import Source, self_attention_layers
+from retrieval_core.training_free.joint_shares import joint_shares, map_layer
+
+DIM, HEADS = 16, 2
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def sites():
+    made = RetrievalSite(DIM, HEADS).eval().requires_grad_(False)
+    for i, parameter in enumerate(made.parameters()):
+        parameter.copy_(0.4 * rand(*parameter.shape, seed=i))
+    return torch.nn.ModuleDict({"s": made})
+
+
+@pytest.fixture
+def tokens():
+    references = [
+        EncodedReference({"s": rand(1, n, DIM, seed=n)}, weight)
+        for n, weight in ((9, 1.0), (4, 0.5), (7, 1.0))
+    ]
+    return gather(references)
+
+
+@pytest.fixture
+def bank(sites, tokens):
+    return project(tokens, sites)
+
+
+def plain_shares(site: RetrievalSite, h: torch.Tensor, bank) -> torch.Tensor:
+    """Attention weights in float64, place by place and head by head, summed by owner."""
+    held = bank.sites["s"]
+    tokens = site.norm_query(h.flatten(2).transpose(1, 2))
+    query, keys = site.to_q(tokens).double(), held.keys[0].double()
+    bias = torch.zeros(len(keys)) if held.bias is None else held.bias[0]
+    out = torch.zeros(len(h), 4, query.shape[1], dtype=torch.float64)
+    dim = DIM // HEADS
+    for row in range(len(h)):
+        for place in range(query.shape[1]):
+            for head in range(HEADS):
+                part = slice(head * dim, (head + 1) * dim)
+                logits = keys[:, part] @ query[row, place, part] / dim**0.5 + bias.double()
+                weights = torch.exp(logits) / torch.exp(logits).sum()
+                for owner, weight in zip(held.owner.tolist(), weights, strict=True):
+                    out[row, owner + 1, place] += weight / HEADS
+    return out.view(len(h), 4, *h.shape[-2:])
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 1, 150])
+def test_shares_equal_the_attention_however_they_are_split(sites, bank, monkeypatch, at_once):
+    monkeypatch.setattr(retrieval, "_LOGITS", at_once)
+    h = rand(2, DIM, 3, 4)
+    found = sites["s"].shares(h, bank.sites["s"], 3)
+    torch.testing.assert_close(found.double(), plain_shares(sites["s"], h, bank))
+
+
+def test_recording_changes_nothing_and_reads_the_bank_before_merging(sites, tokens, bank):
+    limited = project(tokens, sites, 3)
+    h = rand(4, DIM, 3, 4)
+    plain = Retrieval(sites, limited, strength=2.0)
+    recorded = RecordedRetrieval(
+        sites, limited, strength=2.0, site="s", seen=bank.sites["s"], references=3
+    )
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(recorded.apply("s", h, [1, 0]), plain.apply("s", h, [1, 0]))
+    assert recorded.shares.steps == 2
+    expected = plain_shares(sites["s"], h[2:], bank)  # the conditional rows
+    torch.testing.assert_close(recorded.shares.mean().double(), expected)
+
+
+def test_a_region_takes_away_what_it_keeps_from_acting(sites, bank):
+    h, region = rand(1, DIM, 4, 4), torch.zeros(4, 4)
+    region[:, 2:] = 0.25
+    whole = Retrieval(sites, bank)
+    shares = shares_of(replace(whole, region=region), "s", h, bank.sites["s"], 3)
+    plain = shares_of(whole, "s", h, bank.sites["s"], 3)
+    torch.testing.assert_close(shares[:, 1:, :, 2:], 0.25 * plain[:, 1:, :, 2:])
+    assert float(shares[:, 1:, :, :2].max()) == 0.0
+    torch.testing.assert_close(shares.sum(1), torch.ones(1, 4, 4))
+
+
+def test_crops_are_averaged_where_they_lie():
+    shares = Shares()
+    left, right = torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 3)
+    shares.add(left, (4, 8), (0, 0))
+    shares.add(right, (4, 8), (0, 3))
+    mean = shares.mean()
+    assert torch.equal(mean[..., :3], left[..., :3])
+    torch.testing.assert_close(mean[..., 3], (left[..., 3] + right[..., 0]) / 2)
+    assert torch.equal(mean[..., 4:6], right[..., 1:])
+    assert torch.equal(mean[..., 6:], torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 4, 2))
+    shares.add(torch.rand(2, 3, 4, 4))  # another run's shape starts anew
+    assert shares.steps == 1 and shares.mean().shape == (2, 3, 4, 4)
+
+
+def test_applications_side_by_side_never_retrieve_more_than_all():
+    first = torch.tensor([0.4, 0.6]).view(1, 2, 1, 1)
+    second = torch.tensor([0.2, 0.5, 0.3]).view(1, 3, 1, 1)
+    together = side_by_side([first, second]).flatten()
+    torch.testing.assert_close(together, torch.tensor([0.0, 0.6, 0.5, 0.3]) / 1.4)
+    apart = side_by_side([first, torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)]).flatten()
+    torch.testing.assert_close(apart, torch.tensor([0.4, 0.6, 0.0]))
+
+
+def test_masks_and_overlay_show_the_strongest_reference():
+    shares = torch.zeros(1, 3, 2, 2)
+    shares[0, :, 0, 0] = torch.tensor([0.1, 0.6, 0.3])
+    shares[0, :, 0, 1] = torch.tensor([0.1, 0.2, 0.7])
+    shares[0, :, 1, 0] = torch.tensor([0.8, 0.15, 0.05])  # mostly nothing
+    shares[0, :, 1, 1] = torch.tensor([0.4, 0.29, 0.31])
+    hard = reference_masks(shares, 2, 2, hard=True)[0]
+    assert hard.tolist() == [[[1, 0], [0, 0]], [[0, 1], [0, 1]]]
+    assert torch.equal(reference_masks(shares, 2, 2, hard=False), shares[:, 1:])
+    picture = overlay(torch.full((1, 3, 2, 2), 0.5), shares, [(1, 0, 0), (0, 0, 1)])
+    assert picture[0, 0, 0, 0] > picture[0, 2, 0, 0] and picture[0, 2, 0, 1] > picture[0, 0, 0, 1]
+
+
+def test_the_map_is_read_where_a_place_is_a_part_of_a_figure():
+    """SD 1.5: 16x16 places of 512x512; SDXL: 32x32 of 1024x1024; paper-doll: 8x8."""
+    assert (map_site(SD15), map_site(SDXL), map_site(PAPERDOLL)) == (
+        "input_8",
+        "input_8",
+        "input_3",
+    )
+    for config, factor in ((SD15, 4), (SDXL, 4), (PAPERDOLL, 2)):
+        assert config.site_downsampling()[map_site(config)] == factor
+        layers = self_attention_layers(config)
+        assert layers[map_layer(layers, list(layers))].downsampling == factor
+    assert map_layer(self_attention_layers(SD15), ["middle.0"]) == "middle.0"
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 40])
+@pytest.mark.parametrize("biased", [False, True])
+def test_joint_shares_are_those_of_one_softmax(monkeypatch, at_once, biased):
+    monkeypatch.setattr("retrieval_core.training_free.joint_shares._LOGITS", at_once)
+    q, k, keys = rand(2, 6, DIM), rand(2, 6, DIM, seed=1), rand(1, 5, DIM, seed=2)
+    bias = rand(1, 5, seed=3) if biased else None
+    region = torch.tensor([0, 0.5, 1, 1, 1, 0])
+    owner = torch.tensor([0, 0, 1, 2, 2])
+    source = Source(keys, keys, bias, region)
+    found = joint_shares(q, k, HEADS, source, owner, 3)
+    dim = DIM // HEADS
+    expected = torch.zeros(2, 6, 4)
+    for row in range(2):
+        for head in range(HEADS):
+            part = slice(head * dim, (head + 1) * dim)
+            all_keys = torch.cat([k[row, :, part], keys[0, :, part]])
+            logits = q[row, :, part] @ all_keys.T / dim**0.5
+            logits[:, 6:] += 0 if bias is None else bias[0]
+            weights = logits.softmax(-1) / HEADS
+            for token, reference in enumerate(owner):
+                expected[row, :, 1 + reference] += weights[:, 6 + token] * region
+    expected[..., 0] = 1 - expected[..., 1:].sum(-1)
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,327 @@
+"""The samplers against textbook formulations in float64, and guidance against its formula."""
+
+import copy
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from refusal import sentence
+
+from retrieval_core.network.controlnet import Card, RetrievalControlNet
+from retrieval_core.network.unet import UNet, UNetConfig
+from retrieval_core.sampling.applications import Retrieval
+from retrieval_core.sampling.noise_schedule import NoiseSchedule
+from retrieval_core.sampling.sampler import guided_denoiser, sample
+
+CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
+MEAN, DEVIATION = 0.7, 0.6
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def randomised(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return module.eval().requires_grad_(False)
+
+
+def plain_abars(schedule):
+    """abar_t of scaled-linear betas, as a list of floats."""
+    low, high = math.sqrt(schedule.beta_start), math.sqrt(schedule.beta_end)
+    abar, abars = 1.0, []
+    for i in range(schedule.steps):
+        abar *= 1 - (low + (high - low) * i / (schedule.steps - 1)) ** 2
+        abars.append(abar)
+    return abars
+
+
+def plain_timesteps(schedule, count):
+    return [round((schedule.steps - 1) * (1 - i / count)) for i in range(count)]
+
+
+def gaussian(abar, z):
+    """E[x0 | z] for x0 ~ N(MEAN, DEVIATION^2) and z = sqrt(abar) x0 + sqrt(1 - abar) eps."""
+    variance = abar * DEVIATION**2 + 1 - abar
+    return MEAN + math.sqrt(abar) * DEVIATION**2 / variance * (z - math.sqrt(abar) * MEAN)
+
+
+def curved(abar, z):
+    """A denoiser that is not linear, so that wrong coefficients cannot cancel."""
+    return torch.tanh(math.sqrt(abar) * z) + 0.1 * z * math.sqrt(1 - abar)
+
+
+def in_sigma_space(schedule, denoiser):
+    """The denoiser as `sample` calls it, on x = z / sqrt(abar)."""
+    abars = plain_abars(schedule)
+    return lambda x, timestep: denoiser(abars[timestep], x * math.sqrt(abars[timestep]))
+
+
+def plain_ddim(denoiser, noise, schedule, count):
+    """Song et al. 2020, equation 12 with eta 0, on z, ending at abar 1."""
+    abars, steps, z = plain_abars(schedule), plain_timesteps(schedule, count), noise
+    for step, following in pairwise([*steps, None]):
+        abar, after = abars[step], 1.0 if following is None else abars[following]
+        x0 = denoiser(abar, z)
+        eps = (z - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+        z = math.sqrt(after) * x0 + math.sqrt(1 - after) * eps
+    return z
+
+
+def plain_dpmpp_2m(denoiser, noise, schedule, count):
+    """DPM-Solver++ (arXiv 2211.01095), algorithm 2, on z; the last step, to no noise, gives x0."""
+    abars, steps, z = plain_abars(schedule), plain_timesteps(schedule, count), noise
+    alphas = [math.sqrt(abars[t]) for t in steps]
+    sigmas = [math.sqrt(1 - abars[t]) for t in steps]
+    lambdas = [math.log(a / s) for a, s in zip(alphas, sigmas)]
+    outputs = [denoiser(abars[steps[0]], z)]
+    for i in range(1, count):
+        h = lambdas[i] - lambdas[i - 1]
+        if i == 1:
+            mixed = outputs[0]
+        else:
+            r = (lambdas[i - 1] - lambdas[i - 2]) / h
+            mixed = (1 + 1 / (2 * r)) * outputs[i - 1] - 1 / (2 * r) * outputs[i - 2]
+        z = sigmas[i] / sigmas[i - 1] * z - alphas[i] * math.expm1(-h) * mixed
+        outputs.append(denoiser(abars[steps[i]], z))
+    return outputs[-1]
+
+
+PLAIN = {"ddim": plain_ddim, "dpmpp_2m": plain_dpmpp_2m}
+
+
+@pytest.mark.parametrize("denoiser", [gaussian, curved])
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 50])
+@pytest.mark.parametrize("sampler", PLAIN)
+def test_samplers_equal_their_textbook_form(sampler, count, denoiser):
+    schedule, noise = NoiseSchedule(), rand(2, 3, 4, 4)
+    found = sample(in_sigma_space(schedule, denoiser), noise, schedule, count, sampler)
+    expected = PLAIN[sampler](denoiser, noise, schedule, count)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def error(sampler, count):
+    """Largest distance to where the exact flow of a Gaussian takes the noise."""
+    # Noise that falls off towards the clean end, so that the last step's error is not what counts.
+    schedule, noise = NoiseSchedule(beta_start=1e-7, beta_end=0.02), rand(500)
+    sigma = float(schedule.sigmas()[-1])
+    start = noise * math.sqrt(1 + sigma**2)
+    exact = MEAN + (start - MEAN) * DEVIATION / math.sqrt(sigma**2 + DEVIATION**2)
+    found = sample(in_sigma_space(schedule, gaussian), noise, schedule, count, sampler)
+    return float((found - exact).abs().max())
+
+
+def test_both_converge_and_the_multistep_sampler_faster():
+    counts = (25, 50, 100, 200)
+    first, second = ([error(name, n) for n in counts] for name in ("ddim", "dpmpp_2m"))
+    assert second[-1] < 1e-3 and first[-1] < 0.05
+    for series, (least, most) in ((first, (1.6, 2.4)), (second, (3.0, 5.5))):
+        for before, after in pairwise(series):
+            assert least < before / after < most, (first, second)
+
+
+def test_sampling_is_deterministic_and_leaves_the_noise_alone():
+    schedule, noise = NoiseSchedule(prediction="v"), rand(2, 4, 8, 8, dtype=torch.float32)
+    unet, cond = randomised(UNet(CONFIG)), rand(2, 3, 16, dtype=torch.float32)
+    denoise = guided_denoiser(unet, schedule, cond, cond * 0, 3.0)
+    before = noise.clone()
+    torch.manual_seed(1)
+    one = sample(denoise, noise, schedule, 4)
+    torch.manual_seed(2)
+    two = sample(denoise, noise, schedule, 4)
+    assert one.isfinite().all() and torch.equal(one, two) and torch.equal(noise, before)
+    assert one.dtype == torch.float32
+
+
+def test_progress_is_told_and_timesteps_fall():
+    told, asked = [], []
+
+    def denoise(x, timestep):
+        asked.append(timestep)
+        return x * 0
+
+    end = sample(denoise, rand(1, 2), NoiseSchedule(), 5, on_step=lambda *at: told.append(at))
+    assert told == [(i, 5) for i in range(1, 6)]
+    assert asked == [999, 799, 599, 400, 200]
+    assert not end.any()
+
+
+def test_no_timestep_is_visited_twice():
+    schedule = NoiseSchedule()
+    for count in range(1, 1000):
+        steps = schedule.timesteps(count).tolist()
+        assert len(steps) == count and steps[0] == 999 and steps[-1] > 0
+        assert all(a > b for a, b in pairwise(steps))
+
+
+@pytest.mark.parametrize("sampler", PLAIN)
+def test_the_most_steps_there_can_be(sampler):
+    schedule = NoiseSchedule(steps=30)
+    assert sample(lambda x, t: x * 0 + 2, rand(3), schedule, 29, sampler).isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1000, 5000])
+def test_bad_steps_are_refused(steps):
+    message = sentence(sample, None, rand(1), NoiseSchedule(), steps)
+    assert f"{steps} steps" in message and "between 1 and 999" in message
+
+
+def test_an_unknown_sampler_is_refused():
+    message = sentence(sample, None, rand(1), NoiseSchedule(), 3, "euler a")
+    assert "'euler a'" in message and "dpmpp_2m" in message and "ddim" in message
+
+
+# Guidance
+
+
+class Recording(torch.nn.Module):
+    """Calls the U-Net and keeps what it was given."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.calls = unet, []
+
+    def forward(self, x, timesteps, context, y=None, skip_hook=None):
+        self.calls.append((x, timesteps, context, skip_hook))
+        return self.unet(x, timesteps, context, y, skip_hook)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return randomised(UNet(CONFIG)).double()
+
+
+@pytest.fixture(scope="module")
+def network():
+    made = RetrievalControlNet(CONFIG, Card("paperdoll")).double()
+    return randomised(made, 1)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("cfg", [0.0, 1.0, 2.5, 7.0])
+def test_guidance_is_the_formula(unet, cfg, prediction):
+    schedule = NoiseSchedule(prediction=prediction)
+    x, cond, uncond = rand(2, 4, 8, 8) * 5, rand(2, 3, 16, seed=1), rand(2, 3, 16, seed=2)
+    timestep = 600
+    abar = plain_abars(schedule)[timestep]
+    z, steps = math.sqrt(abar) * x, torch.tensor([timestep] * 2)
+    with_text, without = unet(z, steps, cond), unet(z, steps, uncond)
+    guided = without + cfg * (with_text - without)
+    if prediction == "eps":
+        expected = (z - math.sqrt(1 - abar) * guided) / math.sqrt(abar)
+    else:
+        expected = math.sqrt(abar) * z - math.sqrt(1 - abar) * guided
+    recorder = Recording(unet)
+    found = guided_denoiser(recorder, schedule, cond, uncond, cfg)(x, timestep)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    ((seen, at, context, hook),) = recorder.calls
+    rows = 2 if cfg == 1.0 else 4
+    assert len(seen) == len(at) == len(context) == rows and hook is None
+    assert torch.equal(context[:2], cond)
+
+
+@pytest.mark.parametrize("guidance", ["cond", "both"])
+def test_retrieval_acts_on_the_rows_that_guidance_names(unet, network, guidance):
+    schedule = NoiseSchedule()
+    x, cond, uncond = rand(2, 4, 8, 8), rand(2, 3, 16, seed=1), rand(2, 3, 16, seed=2)
+    bank = network.bank(network.encode(rand(2, 4, 8, 8, seed=3), rand(2, 3, 16, seed=4)))
+    retrieval = Retrieval(network.retrieval, bank, 1.5, guidance=guidance)
+    timestep = 300
+    abar = plain_abars(schedule)[timestep]
+    z, steps = math.sqrt(abar) * x, torch.tensor([timestep] * 2)
+
+    def hook(site, h):
+        return h + 1.5 * network.retrieval[site](h, bank.sites[site])
+
+    positive = unet(z, steps, cond, skip_hook=hook)
+    negative = unet(z, steps, uncond, skip_hook=hook if guidance == "both" else None)
+    guided = negative + 3 * (positive - negative)
+    expected = (z - math.sqrt(1 - abar) * guided) / math.sqrt(abar)
+    found = guided_denoiser(unet, schedule, cond, uncond, 3.0, retrieval)(x, timestep)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_schedule_says_at_which_steps_retrieval_acts(unet, network):
+    schedule, context = NoiseSchedule(), rand(1, 3, 16)
+    bank = network.bank(network.encode(rand(1, 4, 8, 8), rand(1, 3, 16)))
+    retrieval = Retrieval(network.retrieval, bank, start=0.15, end=0.45)
+    recorder = Recording(unet)
+    denoise = guided_denoiser(recorder, schedule, context, context, 1.0, retrieval)
+    sample(denoise, rand(1, 4, 8, 8), schedule, 10)
+    acted = [hook is not None for *_, hook in recorder.calls]
+    # Fractions 0, 0.1, ... of the way from all noise to none.
+    assert acted == [False] * 2 + [True] * 3 + [False] * 5
+
+
+def test_references_are_encoded_and_projected_once_never_in_a_step(unet, network):
+    bank = network.bank(network.encode(rand(2, 4, 8, 8), rand(2, 3, 16)))
+    calls = []
+    layers = [network.encoder.input_blocks[0]]
+    layers += [layer for site in network.retrieval.values() for layer in (site.to_k, site.to_v)]
+    handles = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+    queries = []
+    handles += [
+        site.to_q.register_forward_hook(lambda *_: queries.append(1))
+        for site in network.retrieval.values()
+    ]
+    retrieval = Retrieval(network.retrieval, bank)
+    context = rand(1, 3, 16)
+    denoise = guided_denoiser(unet, NoiseSchedule(), context, context, 2.0, retrieval)
+    sample(denoise, rand(1, 4, 8, 8), NoiseSchedule(), 3)
+    for handle in handles:
+        handle.remove()
+    assert calls == [] and len(queries) == 3 * len(CONFIG.site_channels())
+
+
+def test_whole_sampling_without_retrieval_is_bit_for_bit_the_base(unet, network):
+    schedule, noise = NoiseSchedule(), rand(1, 4, 8, 8)
+    cond, uncond = rand(1, 3, 16, seed=1), rand(1, 3, 16, seed=2)
+    bank = network.bank(network.encode(rand(2, 4, 8, 8), rand(2, 3, 16)))
+    fresh = RetrievalControlNet.from_base(unet.state_dict(), "paperdoll", config=CONFIG)
+    fresh = fresh.double().eval().requires_grad_(False)
+    fresh_bank = fresh.bank(fresh.encode(rand(2, 4, 8, 8), rand(2, 3, 16)))
+
+    def end(retrieval):
+        denoise = guided_denoiser(unet, schedule, cond, uncond, 3.0, retrieval)
+        return sample(denoise, noise, schedule, 3)
+
+    base = end(None)
+    assert torch.equal(end(Retrieval(network.retrieval, bank, strength=0.0)), base)
+    assert torch.equal(end(Retrieval(network.retrieval, network.bank([]))), base)
+    assert torch.equal(end(Retrieval(fresh.retrieval, fresh_bank, guidance="both")), base)
+    assert not torch.equal(end(Retrieval(network.retrieval, bank)), base)
+
+
+# What a retrieval refuses
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf])
+def test_a_strength_that_is_no_number_is_refused(network, strength):
+    bank = network.bank([])
+    assert str(strength) in sentence(Retrieval, network.retrieval, bank, strength)
+
+
+def test_an_unknown_guidance_and_a_misshapen_region_are_refused(network):
+    bank = network.bank([])
+    assert "'all'" in sentence(Retrieval, network.retrieval, bank, guidance="all")
+    region = torch.ones(1, 8, 8)
+    assert "[1, 8, 8]" in sentence(Retrieval, network.retrieval, bank, region=region)
+    assert "[0, 8]" in sentence(Retrieval, network.retrieval, bank, region=region[0, :0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_region_works_in_every_type(network, dtype):
+    made = copy.deepcopy(network).to(dtype)
+    bank = network.bank(network.encode(rand(1, 4, 8, 8), rand(1, 3, 16))).to("cpu", dtype)
+    region = torch.zeros(20, 20)
+    region[:, 10:] = 1
+    h = rand(1, 32, 8, 8, dtype=dtype)
+    found = Retrieval(made.retrieval, bank, region=region).apply("input_0", h, [0])
+    assert found.dtype == dtype
+    assert torch.equal(found[..., :3], h[..., :3])
+    assert not torch.equal(found[..., 5:], h[..., 5:])

@@ -1,0 +1,235 @@
+"""The step-cost benchmark without a host: its arithmetic, its ratios, its table, its refusals."""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from retrieval_core.bank.site_bank import Bank, SiteBank
+from retrieval_core.network.retrieval_site import RetrievalSite
+from retrieval_core.network.unet import SD15, UNet, UNetConfig, UNetEncoder, attention
+from retrieval_core.sampling.applications import Retrieval
+from tests.benchmarks import arithmetic, step_cost, table, timing
+from tests.benchmarks.timing import BASE, Sample
+
+SMALL = UNetConfig(32, (1, 2), (1, 2), (1, 1), 1, 16, num_heads=4)
+HEIGHT, WIDTH = 12, 8
+
+
+class Counted:
+    """Operations of linear layers, convolutions and attention, layer by layer as they run."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def count(self, q, k) -> None:
+        # Once for the logits and once for the values, whatever the number of heads.
+        self.total += 2 * 2 * q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2]
+
+    def attend(self, q, k, v, heads, mask=None):
+        self.count(q, k)
+        return attention(q, k, v, heads, mask)
+
+    def watch(self, module: nn.Module) -> None:
+        def ran(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            taken = layer.weight[0].numel()  # multiplications for one output value
+            self.total += 2 * output.numel() * taken
+
+        for layer in module.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                layer.register_forward_hook(ran)
+
+
+def inputs(rows: int):
+    x = torch.randn(rows, SMALL.in_channels, HEIGHT, WIDTH)
+    context = torch.randn(rows, arithmetic.TEXT_TOKENS, SMALL.context_dim)
+    return x, torch.zeros(rows), context
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_base_models_operations_are_those_of_its_layers(rows):
+    counted = Counted()
+    unet = UNet(SMALL, attend=counted.attend).eval()
+    counted.watch(unet)
+    x, steps, context = inputs(rows)
+    with torch.inference_mode():
+        unet(x, steps, context)
+    assert counted.total == arithmetic.base_operations(SMALL, rows, HEIGHT, WIDTH)
+    counted.total = 0
+    encoder = UNetEncoder(SMALL, attend=counted.attend).eval()
+    counted.watch(encoder)
+    with torch.inference_mode():
+        encoder.encode(x, encoder.embed(steps, None, x.dtype), context)
+    assert counted.total == arithmetic.encoder_operations(SMALL, rows, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("pooling", [1, 2])
+@pytest.mark.parametrize(("order", "rows"), [([0, 1], 2), ([0, 1], 1)])
+def test_the_floor_of_the_trained_mode_is_what_a_step_runs(order, rows, pooling):
+    """What torch counts while retrieval runs, once the two output matrices are one.
+
+    Attention is counted here: torch counts its CPU kernel in some versions and not in others.
+    """
+    counted = Counted()
+
+    def attend(q, k, v, heads, mask=None):
+        counted.count(q, k)
+        return torch.zeros_like(q)
+
+    places = arithmetic.places(SMALL, HEIGHT, WIDTH)
+    layers, banks, tokens = {}, {}, {}
+    factors = SMALL.site_downsampling()
+    for i, (site, channels) in enumerate(SMALL.site_channels().items()):
+        pool, heads = pooling if factors[site] == 1 else 1, SMALL.heads(channels)
+        layers[site] = RetrievalSite(channels, heads, attend=attend, pool=pool).eval()
+        tokens[site] = 3 + 5 * i
+        keys, values = (torch.randn(1, tokens[site], channels) for _ in range(2))
+        banks[site] = SiteBank(keys, values, None, torch.zeros(tokens[site], dtype=torch.long))
+    guidance = "both" if rows == 2 else "cond"
+    retrieval = Retrieval(layers, Bank(banks, 1), guidance=guidance)
+    hook = retrieval.hook(order, 0.5)
+    sizes = {s: tuple(-(-e // f) for e in (HEIGHT, WIDTH))
+             for s, f in SMALL.site_downsampling().items()}  # fmt: skip
+    features = {s: torch.randn(2, c, *sizes[s]) for s, c in SMALL.site_channels().items()}
+    assert {site: h * w for site, (h, w) in sizes.items()} == places
+    with torch.inference_mode():
+        for site, h in features.items():
+            hook(site, h)
+        counted.total = 0
+        with FlopCounterMode(display=False) as counter:
+            for site, h in features.items():
+                hook(site, h)
+    floor = arithmetic.trained_operations(SMALL, rows, HEIGHT, WIDTH, tokens, pooling)
+    assert counter.get_total_flops() + counted.total == floor
+
+
+def test_keys_and_values_and_appended_tokens():
+    sites = {s: RetrievalSite(c, SMALL.heads(c)) for s, c in SMALL.site_channels().items()}
+    places = arithmetic.places(SMALL, HEIGHT, WIDTH)
+    counted = Counted()
+    for site, layer in sites.items():
+        counted.watch(layer)
+        layer.project(torch.randn(places[site], SMALL.site_channels()[site]))
+    assert counted.total == arithmetic.projection_operations(SMALL, places)
+    counted = Counted()
+    q, own, more = (torch.randn(2, n, 32) for n in (20, 20, 27))
+    counted.attend(q, own, own, 4)
+    alone, counted.total = counted.total, 0
+    counted.attend(q, more, more, 4)
+    assert counted.total - alone == arithmetic.self_attention_operations({"a": (20, 32, 7)}, 2)
+
+
+def test_the_floors_of_sd15():
+    """The figures of the plan: one reference adds a tenth, and a row half of two rows."""
+    base = arithmetic.base_operations(SD15, 2, 64, 64)
+    places = arithmetic.places(SD15, 64, 64)
+    both, cond = (arithmetic.trained_operations(SD15, r, 64, 64, places) for r in (2, 1))
+    assert both == 2 * cond and 0.10 < both / base < 0.12
+    four = {site: 4 * count + 1 for site, count in places.items()}
+    each, pooled = (arithmetic.trained_operations(SD15, 2, 64, 64, four, p) for p in (1, 2))
+    assert 0.37 < each / base < 0.38 and 0.12 < pooled / base < 0.14
+    assert 0.3 < arithmetic.controlnet_operations(SD15, 2, 64, 64) / base < 0.4
+
+
+def test_ratios_are_free_of_the_machines_drift():
+    clock = iter(range(1, 1000))
+    factors = {BASE: 1.0, "a": 1.5, "b": 3.0, "c": 0.5}
+
+    def step(name: str) -> Sample:
+        drift = 1 + 0.01 * next(clock)  # the machine slows down all the time
+        return Sample(factors[name] * drift, 100)
+
+    seen = []
+    series = timing.interleave(["a", "b", "c"], step, 3, lambda *state: seen.append(state))
+    assert timing.sequence(["a", "b", "c"]) == [BASE, "a", "b", BASE, "c", BASE]
+    assert seen[-1] == (BASE, 18, 18)
+    for name, factor in factors.items():
+        assert series[name].ratio == pytest.approx(factor, rel=0.03), name
+        low, high = series[name].spread
+        assert low <= series[name].ratio <= high
+    assert len(series["a"].samples) == 3 and len(series[BASE].samples) == 9
+
+
+def test_the_heap_is_kept_where_the_c_library_can():
+    assert timing.keep_heap() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_timing_on_the_cpu():
+    pytest.importorskip("psutil")  # comes with the host
+    held = []
+    sample = timing.timed(lambda: held.append(torch.ones(64 << 18)), torch.device("cpu"))
+    nothing = timing.timed(lambda: None, torch.device("cpu"))
+    assert 0 < sample.seconds < 60 and sample.peak_bytes > 64 << 20
+    assert nothing.seconds < sample.seconds
+
+
+def result() -> dict:
+    slow = timing.Series([Sample(1.3, 3 << 20), Sample(1.2, 5 << 20)], [1.3, 1.2])
+    base = timing.Series([Sample(1.0, 1 << 20)], [1.0])
+    rows = [
+        table.entry(BASE, BASE, base, 0, 0, 100),
+        table.entry("t", "trained", slow, 20, 7 << 20, 100),
+        table.entry("o", "other pack", slow, None, 0, 100),
+    ]
+    about = ("host", "torch", "device", "threads", "dtype", "base", "pixels", "rounds", "memory")
+    once = [table.once("making it", timing.Series([Sample(2.0, 1)], [1.1, 1.0, 1.2]), 1.05)]
+    return {
+        **dict.fromkeys(about, "x"), "rows a call": [2], "base operations a step": 100,
+        "steps": rows, "once": once,
+    }  # fmt: skip
+
+
+def test_the_table_shows_ratio_floor_and_factor():
+    made = result()
+    trained = made["steps"][1]
+    assert trained["ratio"] == 1.25 and trained["spread"] == [1.2, 1.3]
+    assert trained["floor"] == 1.2 and trained["factor"] == pytest.approx(1.25)
+    assert (trained["peak MiB"], trained["bank MiB"]) == (5, 7.0)
+    lines = table.text(made).splitlines()
+    (row,) = [line.split() for line in lines if line.startswith("trained")]
+    assert row == ["trained", "1.250", "1.250", "1.200-1.300", "1.200", "1.25", "5", "7.0"]
+    (other,) = [line.split() for line in lines if line.startswith("other pack")]
+    assert other[5:7] == ["-", "-"]
+    assert any("making it: 1.100 (1.000-1.200), floor 1.050" in line for line in lines)
+    json.dumps(made)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "100"], "100 pixels"),
+        (["--size", "0"], "0 pixels"),  # not the same as no size
+        (["--rounds", "0"], "0 rounds"),
+        (["--references", "4", "0"], "[4, 0]"),
+        (["--only", "trained-5-full-both"], "trained-5-full-both"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(capsys, arguments, words):
+    assert step_cost.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and message.endswith(".\n")
+
+
+def test_the_list_needs_no_host(capsys, monkeypatch):
+    monkeypatch.delenv("IPADAPTER_PLUS_PATH", raising=False)
+    monkeypatch.delenv("ADVANCED_CONTROLNET_PATH", raising=False)
+    assert step_cost.main(["--list", "--references", "4"]) == 0
+    keys = capsys.readouterr().out.split()
+    assert "trained-4-budget-cond" in keys and "training-free-4-masked-both" in keys
+    assert {"regions", "regions-apart", "controlnet"} <= set(keys)
+    assert len(keys) == 2 * 3 * 2 + 3
+    monkeypatch.setenv("IPADAPTER_PLUS_PATH", "/nowhere")
+    assert step_cost.main(["--list"]) == 2
+    assert "/nowhere" in capsys.readouterr().err
+
+
+def test_without_a_host_it_says_so(capsys, monkeypatch):
+    line = "Host tests (tests/host) skipped: no ComfyUI was found; to run them, set it."
+    monkeypatch.setattr(step_cost, "no_host_line", lambda: line)
+    assert step_cost.main(["--quick"]) == 2
+    assert capsys.readouterr().err.startswith("It needs ComfyUI: no ComfyUI was found")
