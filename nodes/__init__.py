@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .host import environment as host
+from .host import folders
 
-# At import: the host never calls an extension's on_load in 0.8.0.
-host.register_folder()
-host.register_folder(host.REFERENCES_FOLDER)
+# At import: 0.8.0 never calls an extension's on_load.
+folders.register_folder(folders.NETWORKS)
+folders.register_folder(folders.REFERENCES)
 
 
 class RetrievalExtension(ComfyExtension):
@@ -17,17 +17,17 @@ class RetrievalExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .apply_reference_retrieval import RetrievalApplyReferences
         from .encode_references import RetrievalEncodeReferences
+        from .image_similarity import RetrievalImageSimilarity
+        from .load_paperdoll_demo import RetrievalPaperdollModel
         from .load_references import RetrievalLoadReferences
         from .load_retrieval_controlnet import RetrievalLoadControlNet
-        from .paperdoll_nodes import RetrievalPaperdollModel, RetrievalPaperdollReference
+        from .paperdoll_match import RetrievalPaperdollMatch
+        from .paperdoll_reference import RetrievalPaperdollReference
+        from .record_retrieval_map import RetrievalRecordMap
         from .retrieval_controls import RetrievalControls
-        from .retrieval_map import RetrievalMap, RetrievalRecordMap
+        from .retrieval_map import RetrievalMap
         from .save_references import RetrievalSaveReferences
-        from .score_nodes import (
-            RetrievalImageSimilarity,
-            RetrievalPaperdollMatch,
-            RetrievalTextSimilarity,
-        )
+        from .text_similarity import RetrievalTextSimilarity
         from .vqa_diversity_score import RetrievalVQADiversityScore
 
         return [

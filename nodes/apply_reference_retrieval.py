@@ -1,4 +1,4 @@
-"""Apply Reference Retrieval."""
+"""Apply Reference Retrieval: the model retrieves from references while it draws."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ RECOMMENDED = "recommended"
 
 
 class RetrievalApplyReferences(io.ComfyNode):
-    """The model, looking at the references while it draws."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -33,8 +31,8 @@ class RetrievalApplyReferences(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How strongly the references act: 1 is as trained, the paper used 1.5 "
-                    "for faces, 0 switches retrieval off.",
+                    tooltip="How strongly the references act: 1 is what the network's file "
+                    "recommends, 0 switches retrieval off.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -87,11 +85,10 @@ class RetrievalApplyReferences(io.ComfyNode):
         region: Any = None,
         controls: Any = None,
     ) -> io.NodeOutput:
-        from ..retrieval_core.sampling.controls import Controls
-        from .host.skip_patch import apply
+        from .host.apply import apply_references
 
         return io.NodeOutput(
-            apply(
+            apply_references(
                 model,
                 references,
                 strength,
@@ -99,6 +96,6 @@ class RetrievalApplyReferences(io.ComfyNode):
                 end_percent,
                 None if guidance == RECOMMENDED else guidance,
                 region,
-                controls or Controls(),
+                controls,
             )
         )

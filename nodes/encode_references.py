@@ -1,17 +1,17 @@
-"""Encode References."""
+"""Encode References: each image of a batch becomes one reference, encoded once."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType
 
+SUBJECT, BACKGROUND = "subject", "background"
+
 
 class RetrievalEncodeReferences(io.ComfyNode):
-    """Each image of the batch becomes one reference, encoded once."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -56,11 +56,22 @@ class RetrievalEncodeReferences(io.ComfyNode):
                     tooltip="Edge in pixels that references are scaled to: smaller is faster, "
                     "larger keeps detail. 0 is the base model's own size.",
                 ),
+                io.Combo.Input(
+                    "mask_marks",
+                    options=[SUBJECT, BACKGROUND],
+                    default=SUBJECT,
+                    optional=True,
+                    tooltip="What is white in the mask. Masks of segmentation nodes mark the "
+                    "subject; Load Image's mask marks what is transparent or was painted, which "
+                    "is the background of a cut-out picture.",
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White where the subject is, one mask for all images or one each. What "
-                    "is outside is never encoded, so it cannot leak.",
+                    tooltip="Keeps to the subject: one mask for all images or one each. What is "
+                    "outside is never encoded, so it cannot leak. The black mask of 64 x 64 that "
+                    "Load Image gives for an opaque picture counts as no mask. The preview shows "
+                    "what was encoded.",
                 ),
                 ReferencesType.Input(
                     "references",
@@ -81,15 +92,18 @@ class RetrievalEncodeReferences(io.ComfyNode):
         concept: str,
         weight: float,
         size: int = 0,
+        mask_marks: str = SUBJECT,
         mask: Any = None,
         references: Any = None,
     ) -> io.NodeOutput:
-        from .host.encoded_references import References, encode_references
+        from .host.encoded_references import References, draw_references, encode_references
 
-        network = retrieval_controlnet
-        before = ()
+        network, before = retrieval_controlnet, ()
         if references is not None:
             references.check_network(network)
             before = references.encoded
-        encoded = encode_references(network, images, vae, clip, concept, weight, mask, size)
-        return io.NodeOutput(References(network, (*before, *encoded)))
+        encoded = encode_references(
+            network, images, vae, clip, concept, weight, mask, size, mask_marks
+        )
+        shown = ui.PreviewImage(draw_references(encoded), cls=cls)
+        return io.NodeOutput(References(network, (*before, *encoded)), ui=shown)

@@ -1,23 +1,18 @@
-"""Load References."""
+"""Load References: a character from its file."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .host import environment as host
+from .host import folders
 from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType
 
 
 class RetrievalLoadReferences(io.ComfyNode):
-    """A character from its file."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from .host.reference_library import names
-
         return io.Schema(
             node_id="RetrievalLoadReferences",
             display_name="Load References",
@@ -33,8 +28,8 @@ class RetrievalLoadReferences(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=names(),
-                    tooltip=f"A file of models/{host.REFERENCES_FOLDER}.",
+                    options=folders.list_files(folders.REFERENCES),
+                    tooltip=f"A file of models/{folders.REFERENCES}.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -57,26 +52,20 @@ class RetrievalLoadReferences(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str = "", **_: Any) -> Any:
         """Changes when the file does, so that a replaced file is read again."""
-        from .host.reference_library import path_of
-
-        try:
-            status = os.stat(path_of(file))
-        except (ValueError, OSError):
-            return "missing"
-        return f"{status.st_mtime_ns} {status.st_size}"
+        return folders.describe_version(folders.REFERENCES, file)
 
     @classmethod
     def execute(
         cls, retrieval_controlnet: Any, file: str, weight: float, references: Any = None
     ) -> io.NodeOutput:
-        from .host.encoded_references import References
-        from .host.reference_library import load, pictures
+        from .host.encoded_references import References, draw_references
+        from .host.reference_library import load
 
         before = ()
         if references is not None:
             references.check_network(retrieval_controlnet)
             before = references.encoded
         loaded = load(file, retrieval_controlnet, weight)
-        shown = pictures(loaded)
+        shown = draw_references(loaded)
         preview = None if shown is None else ui.PreviewImage(shown, cls=cls)
         return io.NodeOutput(References(retrieval_controlnet, (*before, *loaded)), ui=preview)

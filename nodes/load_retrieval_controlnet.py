@@ -1,15 +1,16 @@
-"""Load Retrieval ControlNet."""
+"""Load Retrieval ControlNet: a trained network, or the training-free mode."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..retrieval_core.training_free.attention_layers import LAYER_CHOICES
 from ..retrieval_core.training_free.training_free_network import LAYERS, LEVELS, MOST_LEVELS
-from .host import environment as host
+from .host import folders
+from .host.base_model import detect_base
+from .host.loading import transfer_progress
 from .socket_types import CATEGORY, RetrievalControlNetType
 
 DEMO = "paper-doll demo (bundled)"
@@ -17,8 +18,6 @@ TRAINING_FREE = "training-free (no file)"
 
 
 class RetrievalLoadControlNet(io.ComfyNode):
-    """A trained network from the models folder, the hub, or the bundled demo."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -33,9 +32,9 @@ class RetrievalLoadControlNet(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model that the network is for."),
                 io.Combo.Input(
                     "file",
-                    options=[DEMO, TRAINING_FREE, *host.network_files()],
+                    options=[DEMO, TRAINING_FREE, *folders.list_files(folders.NETWORKS)],
                     default=DEMO,
-                    tooltip=f"A file of models/{host.FOLDER}; or the demo that comes with the "
+                    tooltip=f"A file of models/{folders.NETWORKS}; or the demo that comes with the "
                     "pack (for the paper-doll demo model); or training-free, which needs no file: "
                     "the model itself reads the images. Not used if a repository is given.",
                 ),
@@ -44,7 +43,8 @@ class RetrievalLoadControlNet(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="Hugging Face repository to take the file from, as owner/name; it is "
-                    f"downloaded to models/{host.FOLDER} once. Leave empty for the file above.",
+                    f"downloaded to models/{folders.NETWORKS} once. Leave empty for the file "
+                    "above.",
                 ),
                 io.String.Input(
                     "repository_file",
@@ -96,11 +96,7 @@ class RetrievalLoadControlNet(io.ComfyNode):
         """Changes when the file does, so that a replaced file is read again."""
         if repository.strip() or file in (DEMO, TRAINING_FREE):
             return ""
-        try:
-            status = os.stat(host.network_path(file))
-        except (ValueError, OSError):
-            return "missing"
-        return f"{status.st_mtime_ns} {status.st_size}"
+        return folders.describe_version(folders.NETWORKS, file)
 
     @classmethod
     def execute(
@@ -114,31 +110,31 @@ class RetrievalLoadControlNet(io.ComfyNode):
         noise_levels: int = LEVELS,
         match_statistics: bool = False,
     ) -> io.NodeOutput:
-        from .host.loaded_network import load_network
+        from .host.trained_network import load_network
 
-        host.detect_base(model)  # before anything is downloaded
+        detect_base(model)  # before anything is downloaded
         if repository.strip():
-            path = _downloaded(repository, repository_file, revision)
+            path = _download(repository, repository_file, revision)
         elif file == TRAINING_FREE:
-            from .host.training_free_model import training_free
+            from .host.training_free_model import use_training_free
 
-            return io.NodeOutput(training_free(model, layers, noise_levels, match_statistics))
+            return io.NodeOutput(use_training_free(model, layers, noise_levels, match_statistics))
         elif file == DEMO:
-            from ..retrieval_core.paperdoll import bundle
+            from .host.paperdoll_host import demo_network
 
-            path = bundle.bundled(bundle.RETRIEVAL_FILE)
+            path = demo_network()
         else:
-            path = host.network_path(file)
+            path = folders.find_file(folders.NETWORKS, file)
         return io.NodeOutput(load_network(path, model))
 
 
-def _downloaded(repository: str, file: str, revision: str) -> Any:
+def _download(repository: str, file: str, revision: str) -> Any:
     from ..retrieval_core.hub import download
 
     return download(
         repository.strip(),
         file.strip(),
         revision.strip() or None,
-        host.download_folder(),
-        host.transfer_progress(),
+        folders.first_path(folders.NETWORKS),
+        transfer_progress(),
     )

@@ -1,10 +1,10 @@
-"""Retrieval Controls."""
+"""Retrieval Controls: finer settings of Apply Reference Retrieval."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..retrieval_core.bank.token_budget import DEFAULT_BUDGET
+from ..retrieval_core.bank.token_budget import AUTOMATIC, LEAST_AUTOMATIC
 from ..retrieval_core.sampling.controls import CURVES, GROUP_PRESETS
 from .socket_types import CATEGORY, RetrievalControlsType
 
@@ -13,8 +13,6 @@ LIMITED, ALL_TOKENS = "up to the budget", "all"
 
 
 class RetrievalControls(io.ComfyNode):
-    """Finer settings of Apply Reference Retrieval."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -62,19 +60,20 @@ class RetrievalControls(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "tokens",
-                    options=[LIMITED, ALL_TOKENS],
-                    default=LIMITED,
-                    tooltip="How much of the references is looked at. Up to the budget: tokens "
-                    "that are alike are merged, so that a step costs the same for any number of "
-                    "references. All: nothing is merged, and every reference costs.",
+                    options=[AUTOMATIC, LIMITED, ALL_TOKENS],
+                    default=AUTOMATIC,
+                    tooltip="How much of the references is looked at. Automatic: tokens that are "
+                    "alike are merged, to about as many as one reference has, so that a step costs "
+                    "the same for any number of references. Up to the budget: to the number below. "
+                    "All: nothing is merged, and every reference costs.",
                 ),
                 io.Int.Input(
                     "token_budget",
-                    default=DEFAULT_BUDGET,
+                    default=LEAST_AUTOMATIC,
                     min=1,
                     max=1 << 20,
-                    tooltip="The most tokens at a site, of all references together: less is "
-                    "faster, more keeps finer differences.",
+                    tooltip="For 'up to the budget': the most tokens at a site, of all references "
+                    "together: less is faster, more keeps finer differences.",
                 ),
                 io.Float.Input(
                     "keep_apart",
@@ -109,12 +108,13 @@ class RetrievalControls(io.ComfyNode):
         from ..retrieval_core.sampling.controls import Controls, parse_curve
 
         custom = (composition, middle, detail)
+        budget = {AUTOMATIC: AUTOMATIC, LIMITED: token_budget, ALL_TOKENS: None}[tokens]
         return io.NodeOutput(
             Controls(
                 parse_curve(curve_numbers if strength_curve == NUMBERS else strength_curve),
                 custom if act_on == CUSTOM else GROUP_PRESETS[act_on],
                 region_blur,
-                None if tokens == ALL_TOKENS else token_budget,
+                budget,
                 keep_apart,
             )
         )

@@ -1,4 +1,4 @@
-"""Record Retrieval Map and Retrieval Map."""
+"""Retrieval Map: which reference each region of the pictures came from."""
 
 from __future__ import annotations
 
@@ -11,41 +11,7 @@ from .socket_types import CATEGORY, RetrievalMapType
 STRONGEST, SHARES = "strongest reference", "shares"
 
 
-class RetrievalRecordMap(io.ComfyNode):
-    """The model, noting while it draws which reference each place looks at."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="RetrievalRecordMap",
-            display_name="Record Retrieval Map",
-            category=CATEGORY,
-            description=(
-                "Put this between Apply Reference Retrieval and the sampler, and Retrieval Map "
-                "behind the sampler. The picture stays exactly the same."
-            ),
-            inputs=[
-                io.Model.Input("model", tooltip="From the last Apply Reference Retrieval."),
-            ],
-            outputs=[
-                io.Model.Output(display_name="model"),
-                RetrievalMapType.Output(
-                    display_name="retrieval_map",
-                    tooltip="Filled by the sampler; the last one, if several use the model.",
-                ),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model: Any) -> io.NodeOutput:
-        from .host.recorder import record
-
-        return io.NodeOutput(*record(model))
-
-
 class RetrievalMap(io.ComfyNode):
-    """Which reference each region of the pictures came from."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -88,6 +54,6 @@ class RetrievalMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, retrieval_map: Any, images: Any, masks: str, reference: int) -> io.NodeOutput:
-        from .host.map_images import draw
+        from .host.map_images import draw_map
 
-        return io.NodeOutput(*draw(retrieval_map, images, masks == STRONGEST, reference))
+        return io.NodeOutput(*draw_map(retrieval_map, images, masks == STRONGEST, reference))

@@ -1,4 +1,4 @@
-"""Save References."""
+"""Save References: a character as one file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .host import environment as host
+from .host import folders
 from .socket_types import CATEGORY, ReferencesType
 
 
 class RetrievalSaveReferences(io.ComfyNode):
-    """A character as one file."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -20,7 +18,7 @@ class RetrievalSaveReferences(io.ComfyNode):
             display_name="Save References",
             category=CATEGORY,
             description=(
-                f"Saves encoded references as one file in models/{host.REFERENCES_FOLDER}, with "
+                f"Saves encoded references as one file in models/{folders.REFERENCES}, with "
                 "their pictures, weights and concepts, for Load References. It never overwrites."
             ),
             inputs=[
@@ -38,10 +36,11 @@ class RetrievalSaveReferences(io.ComfyNode):
 
     @classmethod
     def execute(cls, references: Any, name: str) -> io.NodeOutput:
-        from .host.reference_library import pictures, save
+        from .host.encoded_references import draw_references
+        from .host.reference_library import save
 
         path = save(references, name)
-        shown = pictures(references.encoded)
+        shown = draw_references(references.encoded)
         if shown is None:
             return io.NodeOutput(ui=ui.PreviewText(path.name))
         return io.NodeOutput(ui=ui.PreviewImage(shown, cls=cls))

@@ -1,14 +1,29 @@
-"""The pack's own types on ComfyUI's wires."""
+"""The pack's own types on ComfyUI's wires, and outputs that several nodes share."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-CATEGORY = "retrieval"
+CATEGORY, DEMO_CATEGORY = "retrieval", "retrieval/demo"
 
 RetrievalControlNetType = io.Custom("RETRIEVAL_CONTROLNET")
 ReferencesType = io.Custom("REFERENCES")
 RetrievalControlsType = io.Custom("RETRIEVAL_CONTROLS")
 RetrievalMapType = io.Custom("RETRIEVAL_MAP")
-# Of `retrieval_core.metrics.ImageScore`: a value an image, in percent.
+# Of `retrieval_core.metrics.ImageScore`: a value for each image, in percent.
 ImageScoresType = io.Custom("IMAGE_SCORES")
+
+
+def score_outputs() -> list[io.Output]:
+    """Of the nodes that score each image."""
+    return [
+        io.Float.Output(display_name="score", tooltip="The mean, in percent."),
+        io.String.Output(
+            display_name="report",
+            tooltip="The mean with its standard error, and the value of each image.",
+        ),
+        ImageScoresType.Output(
+            display_name="similarity",
+            tooltip="The value of each image, for VQA Diversity Score.",
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""VQA Diversity Score."""
+"""VQA Diversity Score: how different the answers on the images of one conditioning are."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ JUDGE = "paper-doll judge (bundled)"
 
 
 class RetrievalVQADiversityScore(io.ComfyNode):
-    """How different the images of one conditioning are, by the answers to questions on them."""
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -37,7 +35,7 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "vqa_model",
-                    options=[JUDGE, *model_folders.model_folders(model_folders.VQA)],
+                    options=[JUDGE, *model_folders.list_models(model_folders.VQA)],
                     default=JUDGE,
                     tooltip="Who answers: a folder of models/VQA or models/LLM in the format of "
                     "transformers; or the judge that comes with the pack, for pictures of the "
@@ -62,7 +60,7 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                     options=[
                         AUTOMATIC,
                         WORDS,
-                        *model_folders.model_folders(model_folders.CLIP),
+                        *model_folders.list_models(model_folders.CLIP),
                     ],
                     default=AUTOMATIC,
                     optional=True,
@@ -140,33 +138,20 @@ class RetrievalVQADiversityScore(io.ComfyNode):
         clip: Any = None,
         similarity: Any = None,
     ) -> io.NodeOutput:
-        import torch
-
-        from ..retrieval_core.metrics.diversity_report import distance_plot, report_text
-        from .host import vqa_asking as vqa_score
-        from .host.scoring import figures, pictures
+        from .host.vqa_asking import score_diversity
 
         judged = vqa_model == JUDGE and not vqa_repository.strip()
-        batch = (figures if judged else pictures)(images, least=2)
-        asked = vqa_score.questions_in(questions)
-        vqa_score.check_similarity(similarity, len(batch))
-        compared = vqa_score.Comparison(answer_encoder, encoder_repository, clip, judged)
-        # Both are here before the first is asked.
-        folder = None
-        if not judged:
-            folder = model_folders.find(model_folders.VQA, vqa_model, vqa_repository)
-        encoder = compared.folder()
-
-        answers = vqa_score.answers_of(batch, asked, folder, max_new_tokens, batch_size)
-        result = compared.score(answers, similarity, encoder)
-        plot = torch.from_numpy(distance_plot(result))[None]
-        pairs = [batch[[p.first, p.second]].movedim(1, -1) for p in result.extremes()]
-        by = f"Answers by {vqa_repository.strip() or vqa_model}, compared by {compared.name}."
-        return io.NodeOutput(
-            result.score.mean,
-            f"{report_text(result)}\n\n{by}",
-            plot,
-            *(pair.contiguous() for pair in pairs),
-            float("nan") if result.weighted is None else result.weighted.mean,
-            ui=ui.PreviewImage(plot, cls=cls),
+        scored = score_diversity(
+            images,
+            None if judged else vqa_model,
+            questions,
+            vqa_repository,
+            answer_encoder,
+            encoder_repository,
+            max_new_tokens,
+            batch_size,
+            clip,
+            similarity,
         )
+        plot = scored[2]
+        return io.NodeOutput(*scored, ui=ui.PreviewImage(plot, cls=cls))

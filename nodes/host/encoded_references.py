@@ -6,35 +6,39 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-import comfy.model_management as management
 import comfy.utils
 import torch
 from torch import Tensor
 
-from ...retrieval_core.bank.site_bank import Bank, SiteBank, project
-from ...retrieval_core.bank.thumbnails import thumbnail
-from ...retrieval_core.bank.tokens import EncodedReference, Tokens, check_weight, gather
+from ...retrieval_core.bank.site_bank import Bank, SiteBank
+from ...retrieval_core.bank.thumbnails import draw_thumbnails, make_thumbnail
+from ...retrieval_core.bank.token_budget import Budget
+from ...retrieval_core.bank.tokens import EncodedReference, check_weight, join_references
 from ...retrieval_core.data.prepare import PreparedReference, prepare
 from ...retrieval_core.errors import RetrievalError
-from . import environment as host
-from .loaded_network import Network
+from .base_model import NATIVE_SIZE, identify_model
+from .conditioning import encode_pixels, encode_text
+from .reference_network import ReferenceNetwork
 
-_REMEMBERED_BYTES = 256 << 20
-# Copies of a site's tokens alive at once while a bank is made: as they are, normed, keys, values,
-# and both joined with the null token.
-_ALIVE = 6
+_CACHED_BYTES = 256 << 20
+# What Load Image gives for a picture without transparency: zeros of this size.
+_PLACEHOLDER = (64, 64)
+
+MaskMarks = Literal["subject", "background"]
 
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Encoded references on the CPU, and the network that encoded them; immutable."""
+    """Encoded references on the CPU, and the network that encoded them.
 
-    network: Network
+    It caches the bank made last, for when something else of an application changes.
+    """
+
+    network: ReferenceNetwork
     encoded: tuple[EncodedReference, ...] = ()
-    _banks: dict[int | None, Bank] = field(default_factory=dict, repr=False)
+    _banks: dict[Any, Bank] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict) -> References:
         return self
@@ -44,29 +48,29 @@ class References:
         banks = sum(bank.nbytes() for bank in self._banks.values())
         return banks + sum(reference.nbytes() for reference in self.encoded)
 
-    def bank(self, token_budget: int | None = None) -> Bank:
-        """The bank of all references, of at most `token_budget` tokens a site, on the CPU.
-
-        The last one is kept for when something else of an application changes.
+    def bank(self, budget: Budget = None) -> Bank:
+        """The bank of all references, on the CPU; `budget`: see `token_budget.site_budgets`.
 
         Raises:
-            RetrievalError: all weights are 0, or the budget is below 1.
+            RetrievalError: all weights are 0.
         """
-        if token_budget not in self._banks:
-            bank = _project(self.network, gather(self.encoded), token_budget)
+        if budget not in self._banks:
+            bank = self.network.make_bank(join_references(self.encoded), budget)
             self._banks.clear()
-            self._banks[token_budget] = bank
-        return self._banks[token_budget]
+            self._banks[budget] = bank
+        return self._banks[budget]
 
-    def site_bank(self, site: str, device: torch.device) -> SiteBank:
-        """One site of the bank, all tokens of all references; for use while sampling, when the
-        site's layers are on the device."""
-        tokens = gather([reference.at(site).to(device) for reference in self.encoded])
-        return project(tokens, self.network.layers).sites[site]
+    def site_bank(self, site: str, budget: Budget = None) -> SiteBank:
+        """One site of the bank with all tokens, also where the budget merges them."""
+        bank, tokens = self.bank(budget), join_references(self.encoded).at(site)
+        null = 1
+        if bank.sites[site].keys.shape[1] == null + tokens.sites[site].tokens.shape[2]:
+            return bank.sites[site]
+        return self.network.make_bank(tokens, None).sites[site]
 
-    def check_network(self, network: Network) -> None:
+    def check_network(self, network: ReferenceNetwork) -> None:
         """RetrievalError unless `network` has the weights that encoded these references."""
-        if self.network.fingerprint != network.fingerprint:
+        if self.network.maker.fingerprint != network.maker.fingerprint:
             raise RetrievalError(
                 f"The references to add to were encoded by '{self.network.name}' (base "
                 f"'{self.network.base}') and this node encodes with '{network.name}' (base "
@@ -74,58 +78,37 @@ class References:
             )
 
 
-def _project(network: Any, tokens: Tokens, token_budget: int | None) -> Bank:
-    """`bank.project` on the host's device, or on the CPU where that has no room."""
-    device, bar = management.get_torch_device(), comfy.utils.ProgressBar(len(tokens.sites))
-
-    def on_site(done: int, count: int) -> None:
-        management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, count)
-
-    trained = network.layers is not None
-    moved = [site for site in tokens.sites.values() if trained or site.over(token_budget)]
-    needed = _ALIVE * max((site.parts.numel() for site in moved), default=0)
-    needed *= torch.float32.itemsize
-    if trained:
-        management.load_models_gpu([network.sites], memory_required=needed)
-    else:
-        management.free_memory(needed, device)
-    try:
-        return project(tokens, network.layers, token_budget, device, on_site)
-    except management.OOM_EXCEPTION:
-        return project(tokens, network.layers, token_budget, "cpu", on_site)
-
-
-class _Memory:
-    """The last encoded references, so that only what changed is encoded again."""
+class _EncodedCache:
+    """The references encoded last, up to a number of bytes, so that only what changed is encoded
+    again."""
 
     def __init__(self, limit: int):
         self.limit, self.used = limit, 0
-        self.kept: OrderedDict[tuple, EncodedReference] = OrderedDict()
+        self.references: OrderedDict[tuple, EncodedReference] = OrderedDict()
 
     def get(self, key: tuple) -> EncodedReference | None:
-        if key in self.kept:
-            self.kept.move_to_end(key)
-        return self.kept.get(key)
+        if key in self.references:
+            self.references.move_to_end(key)
+        return self.references.get(key)
 
     def put(self, key: tuple, reference: EncodedReference) -> None:
-        if key in self.kept or reference.nbytes() > self.limit:
+        if key in self.references or reference.nbytes() > self.limit:
             return
-        self.kept[key] = reference
+        self.references[key] = reference
         self.used += reference.nbytes()
         while self.used > self.limit:
-            self.used -= self.kept.popitem(last=False)[1].nbytes()
+            self.used -= self.references.popitem(last=False)[1].nbytes()
 
     def clear(self) -> None:
-        self.kept.clear()
+        self.references.clear()
         self.used = 0
 
 
-memory = _Memory(_REMEMBERED_BYTES)
+cache = _EncodedCache(_CACHED_BYTES)
 
 
 def encode_references(
-    network: Network,
+    network: ReferenceNetwork,
     images: Tensor,
     vae: Any,
     clip: Any,
@@ -133,113 +116,107 @@ def encode_references(
     weight: float = 1.0,
     masks: Tensor | None = None,
     size: int = 0,
+    mask_marks: MaskMarks = "subject",
 ) -> tuple[EncodedReference, ...]:
     """Encodes a batch of images, one reference each, on the host's device.
 
     Args:
         images: [R, H, W, 3] in 0..1. masks: [H, W] or [M, H, W] of any size, repeated over the
-            batch as the host does, or None.
+            batch as the host does, or None. Zeros of Load Image's placeholder size are no mask.
         concept: the text that says what to take. weight: of every reference of the batch.
         size: edge in pixels that references are scaled to; 0 for the base model's own.
+        mask_marks: what is white in the masks.
 
     Raises:
         RetrievalError: no images, a mask that selects nothing, or a VAE or CLIP of another base.
     """
     weight = check_weight(weight)
-    size = size or host.NATIVE_SIZE[network.base]
-    prepared = _prepare(images, masks, concept, size)
-    if vae is None or clip is None:
-        made_by: tuple = ()
-    else:
-        made_by = (host.identity(vae.patcher), host.identity(clip.patcher), clip.layer_idx)
-    shared = (network.fingerprint, network.identity, made_by, concept, size)
+    size = size or NATIVE_SIZE[network.base]
+    prepared = _prepare(images, masks, mask_marks, concept, size)
+    made_by: tuple = ()
+    if vae is not None and clip is not None:
+        made_by = (identify_model(vae.patcher), identify_model(clip.patcher), clip.layer_idx)
+    shared = (network.maker.fingerprint, network.identity, made_by, concept, size)
     keys = [(*shared, _digest(reference)) for reference in prepared]
-    results = {key: memory.get(key) for key in keys}
+    results = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if results[key] is None and keys.index(key) == i]
     if missing:
         chosen = [prepared[i] for i in missing]
         with torch.inference_mode():
-            context, pooled, latents = _read(network, chosen, vae, clip, concept)
-            trained = isinstance(network, Network)
-            encode = partial(_encode, network) if trained else network.encode
-            encoded = encode(chosen, context, pooled, latents, concept, size)
+            inputs = _encode_inputs(network, chosen, vae, clip, concept)
+            encoded = network.encode(chosen, *inputs, concept, size)
         for i, reference in zip(missing, encoded, strict=True):
-            reference = replace(reference, thumbnail=thumbnail(prepared[i].image))
+            reference = replace(reference, thumbnail=make_thumbnail(prepared[i].image))
             results[keys[i]] = reference
-            memory.put(keys[i], reference)
+            cache.put(keys[i], reference)
     found = (results[key] for key in keys)
     return tuple(replace(reference, weight=weight) for reference in found if reference is not None)
 
 
+def draw_references(references: Sequence[EncodedReference]) -> Tensor | None:
+    """A sheet of the references' thumbnails as the host's IMAGE [1, H, W, 3], or None."""
+    shown = draw_thumbnails([r.thumbnail for r in references if r.thumbnail is not None])
+    return None if shown is None else shown[None].float() / 255
+
+
 def _prepare(
-    images: Tensor, masks: Tensor | None, concept: str, size: int
+    images: Tensor, masks: Tensor | None, mask_marks: MaskMarks, concept: str, size: int
 ) -> list[PreparedReference]:
     if images.ndim != 4 or not images.numel():
         raise RetrievalError(
             f"The batch of reference images is empty (shape {list(images.shape)}); connect at "
             "least one image."
         )
-    fitted: Sequence[Tensor | None] = [None] * len(images)
+    subjects: Sequence[Tensor | None] = [None] * len(images)
     if masks is not None:
         masks = masks[None] if masks.ndim == 2 else masks.reshape(-1, *masks.shape[-2:])
         if not masks.numel():
             raise RetrievalError(
                 f"The batch of masks is empty (shape {list(masks.shape)}); connect a mask, or none."
             )
-        fitted = list(comfy.utils.repeat_to_batch_size(masks, len(images)))
-    pairs = zip(images, fitted, strict=True)
+        fitted = comfy.utils.repeat_to_batch_size(masks, len(images))
+        subjects = [_subject(mask, mask_marks) for mask in fitted]
+    pairs = zip(images, subjects, strict=True)
     return [prepare(i[..., :3].float(), m, concept, size=size) for i, m in pairs]
 
 
-def _read(
-    network: Network, prepared: Sequence[PreparedReference], vae: Any, clip: Any, concept: str
+def _subject(mask: Tensor, mask_marks: MaskMarks) -> Tensor | None:
+    """Where the subject is, [H, W]; None for no mask."""
+    if mask.shape == _PLACEHOLDER and not mask.any():
+        return None
+    subject = 1 - mask.float() if mask_marks == "background" else mask
+    if subject.max() <= 0:
+        other = "subject" if mask_marks == "background" else "background"
+        raise RetrievalError(
+            f"With 'mask marks' set to {mask_marks}, the mask of {mask.shape[1]} x {mask.shape[0]} "
+            f"pixels leaves no subject to take; set it to {other}, or connect another mask."
+        )
+    return subject
+
+
+def _encode_inputs(
+    network: ReferenceNetwork,
+    prepared: Sequence[PreparedReference],
+    vae: Any,
+    clip: Any,
+    concept: str,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Context [1, L, D] and pooled output of the concept, clean latents [R, C, h, w]."""
-    width, channels = network.network.config.context_dim, network.latent_channels
-    context, pooled = host.encode_text(clip, concept)
+    width, channels = network.config.context_dim, network.latent_format.latent_channels
+    context, pooled = encode_text(clip, concept)
     if context.shape[-1] != width:
         raise RetrievalError(
             f"The CLIP given makes text of width {context.shape[-1]} and '{network.name}' "
             f"(base '{network.base}') reads {width}; connect the CLIP of the base model."
         )
     pixels = torch.stack([reference.image.movedim(0, -1) for reference in prepared])
-    latents = host.encode_pixels(vae, pixels, network.latent_format)
+    latents = encode_pixels(vae, pixels, network.latent_format)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise RetrievalError(
             f"The VAE given makes latents of {latents.shape[1]} channels and '{network.name}' "
             f"(base '{network.base}') reads {channels}; connect the VAE of the base model."
         )
     return context, pooled, latents
-
-
-def _encode(
-    network: Network,
-    prepared: Sequence[PreparedReference],
-    context: Tensor,
-    pooled: Tensor | None,
-    latents: Tensor,
-    concept: str,
-    size: int,
-) -> list[EncodedReference]:
-    config = network.network.config
-    vector = None
-    if config.adm_in_channels is not None:
-        vector = host.vector_conditioning(pooled, size, config.adm_in_channels)
-    kind = network.compute_dtype
-    needed = latents[0, 0].numel() * management.dtype_size(kind) * 0.01 * (1 << 20)
-    management.load_models_gpu([network.encoder, network.sites], memory_required=needed)
-    device = network.encoder.load_device
-    inputs = [None if t is None else t.to(device, kind) for t in (context, vector)]
-    progress = comfy.utils.ProgressBar(len(prepared))
-    encoded = []
-    for latent, reference in zip(latents, prepared, strict=True):
-        management.throw_exception_if_processing_interrupted()
-        (one,) = network.network.encode(
-            latent[None].to(device, kind), *inputs, masks=[reference.mask], concepts=[concept]
-        )
-        encoded.append(one.to("cpu"))
-        progress.update(1)
-    return encoded
 
 
 def _digest(reference: PreparedReference) -> str:

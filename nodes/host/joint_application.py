@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,74 +11,60 @@ import torch
 from torch import Tensor
 
 from ...retrieval_core.bank.site_bank import SiteBank
+from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.sampling.applications import COND
-from ...retrieval_core.training_free import (
-    JointRetrieval,
-    Source,
-    TrainingFree,
-    self_attention_layers,
-)
-from ...retrieval_core.training_free.joint_retrieval import source_of
+from ...retrieval_core.sampling.joint_attention import Source
+from ...retrieval_core.training_free import JointRetrieval, TrainingFree, self_attention_layers
+from ...retrieval_core.training_free.joint_retrieval import make_source
 from ...retrieval_core.training_free.joint_shares import joint_shares, map_layer
-from ...retrieval_core.training_free.training_free_network import site_name
-from . import step
-from .host_regions import Region
+from ...retrieval_core.training_free.training_free_network import nearest, site_name
+from . import step_context
+from .picture_region import PictureRegion
 from .recorder import Recorder
-from .skip_patch import UNCOND, RetrievalPatch
+from .step_context import Area, StepContext, chunk_areas, chunk_kinds, strength_at
+
+# The largest timestep; what a percentage of sampling is told apart by.
+LAST = 999
 
 
-@dataclass(frozen=True, eq=False)
-class Application:
-    """One application of references; what it holds on the device lives while a sampler runs."""
+class JointApplication:
+    """An application of the training-free mode; clones of a model share it.
 
-    network: TrainingFree
-    retrieval: JointRetrieval
-    reference_count: int = 0
-    _banks: dict[Any, dict[str, SiteBank]] = field(default_factory=dict)
+    It caches the layers' banks of one noise level on each device until the sampler ends.
+    """
 
-    def __deepcopy__(self, memo: dict) -> Application:
+    def __init__(self, network: TrainingFree, retrieval: JointRetrieval, reference_count: int):
+        self.network, self.retrieval = network, retrieval
+        self.reference_count = reference_count
+        self.names = network.names
+        self.region = PictureRegion.of(retrieval)
+        self._banks: dict[Any, tuple[int, dict[str, SiteBank]]] = {}
+
+    def __deepcopy__(self, memo: dict) -> JointApplication:
         return self
-
-    def sources(
-        self,
-        name: str,
-        q: Tensor,
-        size: tuple[int, int],
-        extra: dict,
-        strength: float,
-        level: int,
-    ) -> list[Source | None]:
-        """What each chunk of the batch attends to at a layer of `size` (height, width)."""
-        noted: step.Step | None = extra.get(step.STEP)
-        retrieval = self.retrieval
-        order = extra.get("cond_or_uncond") or [COND]
-        negative = {UNCOND} if noted is None else noted.unconditional
-        wanted = [retrieval.guidance == "both" or i not in negative for i in order]
-        strength *= retrieval.site_strength.get(name, 1.0)
-        # Patches that merge or tile the tokens leave no places for a region to be laid on.
-        placed = retrieval.region is None or q.shape[1] == size[0] * size[1]
-        if strength <= 0 or not placed or not any(wanted):
-            return [None] * len(order)
-        bank = self._on_device(q, level)[name]
-        areas: list[Any] = [None] * len(order)
-        if retrieval.region is not None and noted is not None:
-            uuids = extra.get("uuids") or areas
-            areas = [noted.areas.get(uuid) for uuid in uuids]
-        made = {
-            area: source_of(bank, strength, self._region(noted, area), q, size, retrieval.adain)
-            for area in set(areas)
-        }
-        return [made[area] if seen else None for area, seen in zip(areas, wanted, strict=True)]
-
-    @cached_property
-    def region(self) -> Region | None:
-        """Where it acts; None for everywhere."""
-        return Region.of(self.retrieval)
 
     @cached_property
     def map_layer(self) -> str:
-        """The layer that a retrieval map is read from."""
-        return map_layer(self_attention_layers(self.network.config), self.network.names)
+        """The layer that a retrieval map is measured at."""
+        return map_layer(self_attention_layers(self.network.config), self.names)
+
+    def sources(self, name: str, q: Tensor, extra: dict) -> list[Source | None]:
+        """What each chunk of the batch attends to at a layer, beside its own tokens."""
+        context: StepContext | None = extra.get(step_context.STEP)
+        retrieval, size = self.retrieval, extra["activations_shape"][-2:]
+        wanted = retrieval.retrieves(chunk_kinds(extra, context))
+        strength = strength_at(retrieval, context) * retrieval.site_strength.get(name, 1.0)
+        # Patches that merge or tile the tokens leave no positions for a region to be laid on.
+        placed = retrieval.region is None or q.shape[1] == size[0] * size[1]
+        if strength <= 0 or not placed or not any(wanted):
+            return [None] * len(wanted)
+        bank = self._bank(q, context)[name]
+        areas = chunk_areas(extra, None if retrieval.region is None else context)
+        made = {
+            area: make_source(bank, strength, self._region(context, area), q, size, retrieval.adain)
+            for area in set(areas)
+        }
+        return [made[area] if asks else None for area, asks in zip(areas, wanted, strict=True)]
 
     def record(
         self,
@@ -87,60 +72,56 @@ class Application:
         found: Sequence[Source | None],
         q: Tensor,
         k: Tensor,
-        size: tuple[int, int],
         extra: dict,
-        level: int,
     ) -> None:
         """Where the positive prompts' rows look at `map_layer`, from what `sources` gave."""
-        noted: step.Step = extra[step.STEP]
-        if q.shape[1] != size[0] * size[1]:  # a patch has merged the tokens: no places are left
+        context: StepContext = extra[step_context.STEP]
+        size, heads = extra["activations_shape"][-2:], extra["n_heads"]
+        if q.shape[1] != size[0] * size[1]:  # a patch has merged the tokens: no positions are left
             return
-        order, heads = extra.get("cond_or_uncond") or [COND], extra["n_heads"]
-        areas = [noted.areas.get(uuid) for uuid in extra.get("uuids") or [None] * len(order)]
-        owner = self._on_device(q, level)[self.map_layer].owner
+        kinds, areas = chunk_kinds(extra, context), chunk_areas(extra, context)
+        owner = self._bank(q, context)[self.map_layer].owner
         factor = self_attention_layers(self.network.config)[self.map_layer].downsampling
-        canvas = (-(-noted.shape[0] // factor), -(-noted.shape[1] // factor))
-        chunks = zip(order, areas, found, q.chunk(len(order)), k.chunk(len(order)), strict=True)
+        canvas = (-(-context.shape[0] // factor), -(-context.shape[1] // factor))
+        chunks = zip(kinds, areas, found, q.chunk(len(kinds)), k.chunk(len(kinds)), strict=True)
         for kind, area, source, queries, keys in chunks:
-            if kind in noted.unconditional or source is None:
+            if kind != COND or source is None:
                 continue
             shares = joint_shares(queries, keys, heads, source, owner, self.reference_count)
-            shares = shares.transpose(1, 2).unflatten(2, size)
+            shares = shares.transpose(1, 2).unflatten(2, tuple(size))
             if area is None:
                 recorder.add(self, shares)
             else:
                 recorder.add(self, shares, canvas, (area[2] // factor, area[3] // factor))
 
-    def _on_device(self, q: Tensor, level: int) -> dict[str, SiteBank]:
-        """The layers' banks at a noise level; of others only the CPU's copy stays."""
-        key = (level, q.device, q.dtype)
-        if key not in self._banks:
-            self._banks.clear()
+    def _bank(self, q: Tensor, context: StepContext | None) -> dict[str, SiteBank]:
+        """The layers' banks at the step's noise level; of others only the CPU's copy stays."""
+        if context is None:  # called by something else than the host's samplers
+            raise RetrievalError(
+                "The training-free mode was called outside of ComfyUI's samplers, so the noise "
+                "level is not known; sample with a KSampler or SamplerCustom node."
+            )
+        level = nearest(self.retrieval.timesteps, (1 - context.progress()) * LAST)
+        key = (q.device, q.dtype)
+        loaded, banks = self._banks.get(key, (None, {}))
+        if loaded != level:
             sites = self.retrieval.bank.sites
-            self._banks[key] = {
-                name: sites[site_name(name, level)].to(q.device, q.dtype)
-                for name in self.network.names
+            banks = {
+                name: sites[site_name(name, level)].to(q.device, q.dtype) for name in self.names
             }
-        return self._banks[key]
+            self._banks[key] = level, banks
+        return banks
 
-    def _region(self, noted: step.Step | None, area: tuple[int, ...] | None) -> Tensor | None:
-        if self.region is None or noted is None:
+    def _region(self, context: StepContext | None, area: Area | None) -> Tensor | None:
+        if self.region is None or context is None:
             return self.retrieval.region
-        return self.region.over(noted, area)
+        return self.region.crop(context, area)
 
     def cleanup(self, *_: Any) -> None:
-        """An ON_CLEANUP callback: frees the device's copies, also after an interruption."""
+        """An ON_CLEANUP callback: frees the devices' copies, also after an interruption."""
         self._banks.clear()
         if self.region is not None:
             self.region.cleanup()
-
-    def prepare_sampling(
-        self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kw: Any
-    ) -> Any:
-        """A PREPARE_SAMPLING wrapper: the bank's memory enters the host's estimate."""
-        return RetrievalPatch.prepare_sampling(
-            self, executor, model, noise_shape, conds, *args, **kw
-        )
 
     def nbytes(self, noise_shape: Any, dtype: torch.dtype) -> int:
         """What sampling needs beside weights: one level's bank, and keys and values of a layer
@@ -153,9 +134,9 @@ class Application:
         }
         level = max(sum(n for site, n in sizes.items() if site.endswith(end)) for end in ends)
         joined = []
-        for name in self.network.names:
+        for name in self.names:
             layer = layers[name]
-            places = noise_shape[2] * noise_shape[3] // layer.downsampling**2
-            tokens = max(sizes[name + end] for end in ends) + 2 * places * layer.width
+            positions = noise_shape[2] * noise_shape[3] // layer.downsampling**2
+            tokens = max(sizes[name + end] for end in ends) + 2 * positions * layer.width
             joined.append(2 * noise_shape[0] * tokens)
         return int((level + max(joined)) * management.dtype_size(dtype))

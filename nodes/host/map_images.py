@@ -11,7 +11,9 @@ from ...retrieval_core.sheets import reference_colour
 from .recorder import Recorder
 
 
-def draw(recorder: Recorder, images: Tensor, hard: bool, reference: int) -> tuple[Tensor, Tensor]:
+def draw_map(
+    recorder: Recorder, images: Tensor, hard: bool, reference: int
+) -> tuple[Tensor, Tensor]:
     """Overlay [B, H, W, 3] and masks [B * references, H, W], or [B, H, W] of one reference.
 
     Args:

@@ -11,7 +11,7 @@ import folder_paths
 
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.metrics.model_folder import check
-from . import environment as host
+from .loading import transfer_progress
 
 VQA, CLIP, DINO = "VQA", "CLIP", "DINO"
 # Folders below the models directory, by the host's names where it has one.
@@ -23,7 +23,7 @@ ROOTS = {
 MARK = "config.json"
 
 
-def roots(kind: str) -> list[Path]:
+def list_roots(kind: str) -> list[Path]:
     """Where models of a kind are looked for, with the paths extra_model_paths.yaml added."""
     found: list[str] = []
     for name in ROOTS[kind]:
@@ -33,16 +33,16 @@ def roots(kind: str) -> list[Path]:
     return [Path(path) for path in dict.fromkeys(found)]
 
 
-def model_folders(*kinds: str) -> list[str]:
+def list_models(*kinds: str) -> list[str]:
     """Names of the models' folders, as `name` or `group/name`."""
     found = set()
-    for root in (root for kind in kinds for root in roots(kind)):
+    for root in (root for kind in kinds for root in list_roots(kind)):
         for mark in (*root.glob(f"*/{MARK}"), *root.glob(f"*/*/{MARK}")):
             found.add(mark.parent.relative_to(root).as_posix())
     return sorted(name for name in found if not any(p.startswith(".") for p in name.split("/")))
 
 
-def find(kind: str, name: str, repository: str = "") -> Path:
+def find_folder(kind: str, name: str, repository: str = "") -> Path:
     """The folder of a model, fetched from the hub first if a repository is named.
 
     Raises:
@@ -50,14 +50,14 @@ def find(kind: str, name: str, repository: str = "") -> Path:
             a part, not the name of a repository, or what `find_model` says of fetching it.
     """
     if repository.strip():
-        return _fetched(repository.strip())
+        return _fetch(repository.strip())
     places = " or ".join(f"models/{place}" for place in ROOTS[kind])
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or "/" in parts or any(c in "\\:\0" for c in name):
         raise RetrievalError(
             f"{name!r} is not the name of a folder inside {places}; choose one from the list."
         )
-    for root in roots(kind):
+    for root in list_roots(kind):
         folder = root.joinpath(*parts)
         if (folder / MARK).is_file():
             check(folder)
@@ -68,7 +68,7 @@ def find(kind: str, name: str, repository: str = "") -> Path:
     )
 
 
-def _fetched(repository: str) -> Path:
+def _fetch(repository: str) -> Path:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     from ...retrieval_core.metrics.model_folder import find_model
@@ -83,4 +83,4 @@ def _fetched(repository: str) -> Path:
         raise RetrievalError(
             f"{repository!r} is not the name of a hub repository; write it as owner/name."
         )
-    return find_model(repository, host.transfer_progress())
+    return find_model(repository, transfer_progress())

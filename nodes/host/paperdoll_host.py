@@ -6,8 +6,10 @@ The host's U-Net, samplers and memory management run the same weights as `retrie
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats
@@ -23,8 +25,9 @@ from torch import Tensor, nn
 from ...retrieval_core.data import Sample, reference
 from ...retrieval_core.data.sample import Concept
 from ...retrieval_core.network.unet import UNetConfig
+from ...retrieval_core.paperdoll.bundle import BASE_FILE, RETRIEVAL_FILE, bundled
 from ...retrieval_core.paperdoll.draw import render
-from ...retrieval_core.paperdoll.model import PaperdollModel
+from ...retrieval_core.paperdoll.model import PaperdollModel, load_base
 from ...retrieval_core.paperdoll.text import TextEncoder, Tokenizer
 from ...retrieval_core.paperdoll.vae import PATCH, PatchVAE
 from ...retrieval_core.paperdoll.world import (
@@ -36,6 +39,7 @@ from ...retrieval_core.paperdoll.world import (
     random_outfit,
     random_scene,
 )
+from .loading import load_weights, patcher_class
 
 # In float32 only: at this size half precision saves nothing, and the demo stays exact.
 DTYPES = [torch.float32]
@@ -89,7 +93,9 @@ def unet_arguments(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def host_model(base: PaperdollModel) -> comfy.model_patcher.ModelPatcher:
+def make_model(
+    base: PaperdollModel, patcher: type[comfy.model_patcher.ModelPatcher]
+) -> comfy.model_patcher.ModelPatcher:
     """The U-Net as the host's MODEL: v-prediction on SD's schedule, weights as in the file."""
     device, offload = management.get_torch_device(), management.unet_offload_device()
     config = PaperdollConfig(unet_arguments(base.unet.config))
@@ -98,8 +104,22 @@ def host_model(base: PaperdollModel) -> comfy.model_patcher.ModelPatcher:
     dtype = management.unet_dtype(device, model_params=count, supported_dtypes=DTYPES)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, DTYPES))
     model = comfy.model_base.BaseModel(config, config.model_type(None), device=offload)
-    model.diffusion_model.load_state_dict(base.unet.state_dict(), strict=True)
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    load_weights(model.diffusion_model, base.unet.state_dict())
+    return patcher(model, load_device=device, offload_device=offload)
+
+
+def load_model(
+    path: str | os.PathLike[str], disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """A base model's file as the host's MODEL, which the host can rebuild from it.
+
+    Args:
+        disable_dynamic: without dynamic VRAM, as the host asks for when it compiles or trains.
+    """
+    plain = comfy.model_patcher.ModelPatcher
+    model = make_model(load_base(path), plain if disable_dynamic else patcher_class())
+    model.cached_patcher_init = (load_model, (path,))
+    return model
 
 
 class HostTokenizer:
@@ -161,7 +181,7 @@ class HostCLIP(comfy.sd.CLIP):
         return copy
 
 
-def host_clip(base: PaperdollModel) -> HostCLIP:
+def make_clip(base: PaperdollModel) -> HostCLIP:
     """The text encoder as the host's CLIP."""
     target = comfy.supported_models_base.ClipTarget(
         lambda **_: HostTokenizer(), lambda **_: HostText(base.text)
@@ -192,32 +212,45 @@ class HostVAE(comfy.sd.VAE):
         self.device = management.vae_device()
         self.vae_dtype = torch.float32
         self.output_device = management.intermediate_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(
+        self.patcher = patcher_class()(
             vae, load_device=self.device, offload_device=management.vae_offload_device()
         )
         self.size = management.module_size(vae)
 
 
-def host_vae(base: PaperdollModel) -> HostVAE:
+def make_vae(base: PaperdollModel) -> HostVAE:
     """The VAE as the host's VAE."""
     return HostVAE(base.vae)
 
 
-def empty_latent(base: PaperdollModel, batch_size: int, figures: int = 1) -> dict[str, Tensor]:
+def load_demo(
+    batch_size: int, figures: int
+) -> tuple[comfy.model_patcher.ModelPatcher, HostCLIP, HostVAE, dict[str, Tensor]]:
+    """The bundled base model as MODEL, CLIP and VAE, and an empty LATENT for it."""
+    path = bundled(BASE_FILE)
+    base = load_base(path)
+    latent = make_latent(base, batch_size, figures)
+    return load_model(path), make_clip(base), make_vae(base), latent
+
+
+def demo_network() -> Path:
+    """The path of the bundled retrieval network."""
+    return bundled(RETRIEVAL_FILE)
+
+
+def make_latent(base: PaperdollModel, batch_size: int, figures: int = 1) -> dict[str, Tensor]:
     """The host's LATENT of zeros [batch_size, C, 16, 16 * figures]."""
     edge = base.latent_size
     shape = (batch_size, base.vae.channels, edge, edge * figures)
     return {"samples": torch.zeros(shape, device=management.intermediate_device())}
 
 
-def character_of(rng: np.random.Generator) -> tuple[Identity, Outfit]:
+def draw_character(rng: np.random.Generator) -> tuple[Identity, Outfit]:
     """A character held out of training."""
     return random_identity(rng, True), random_outfit(rng, True)
 
 
-def reference_pictures(
-    character: int, concept: Concept, pictures: int
-) -> tuple[Tensor, Tensor, str]:
+def draw_references(character: int, concept: Concept, pictures: int) -> tuple[Tensor, Tensor, str]:
     """Pictures of a character held out of training, each in a scene of its own.
 
     Returns:
@@ -225,7 +258,7 @@ def reference_pictures(
         attributes in words.
     """
     rng = np.random.default_rng([character, 30])
-    who, clothes = character_of(rng)
+    who, clothes = draw_character(rng)
     images, masks = [], []
     for _ in range(pictures):
         drawn = render(Figure(who, clothes, random_scene(rng)))

@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import folder_paths
-from torch import Tensor
 
 from ...retrieval_core.bank.bank_file import load_references, save_references
-from ...retrieval_core.bank.thumbnails import sheet
 from ...retrieval_core.bank.tokens import EncodedReference, check_weight
 from ...retrieval_core.errors import RetrievalError
-from . import environment as host
 from .encoded_references import References
+from .folders import REFERENCES, find_file, first_path
+from .reference_network import ReferenceNetwork
 
 SUFFIX = ".safetensors"
 _FORBIDDEN = '<>:"|?*'
-
-
-def names() -> list[str]:
-    """Names of the files in models/retrieval_references."""
-    return folder_paths.get_filename_list(host.REFERENCES_FOLDER)
-
-
-def path_of(name: str) -> str:
-    """The path of a file of `names`; RetrievalError if it has gone."""
-    path = folder_paths.get_full_path(host.REFERENCES_FOLDER, name)
-    if path is None:
-        raise RetrievalError(
-            f"There is no file '{name}' in models/{host.REFERENCES_FOLDER}; choose another, or "
-            "press R to reload the list."
-        )
-    return path
 
 
 def new_path(prefix: str) -> Path:
@@ -45,7 +27,7 @@ def new_path(prefix: str) -> Path:
     Raises:
         RetrievalError: a name that is empty, or leaves the folder.
     """
-    home = os.path.abspath(folder_paths.get_folder_paths(host.REFERENCES_FOLDER)[0])
+    home = os.path.abspath(first_path(REFERENCES))
     parts = PurePosixPath(prefix.replace("\\", "/")).parts
     plain = all(part == part.strip() and not part.startswith((".", "/")) for part in parts)
     unsafe = any(c in _FORBIDDEN or ord(c) < 32 for c in prefix)
@@ -54,6 +36,7 @@ def new_path(prefix: str) -> Path:
             f"{prefix!r} is not a plain file name; write it as name or folder/name, without dots "
             f"in front and without {' '.join(_FORBIDDEN)}."
         )
+    _check_inside(home, Path(home, *parts[:-1]), prefix)
     try:
         os.makedirs(home, exist_ok=True)
         folder, name, number, _, _ = folder_paths.get_save_image_path("/".join(parts), home)
@@ -62,16 +45,20 @@ def new_path(prefix: str) -> Path:
             f"Could not write in '{home}' ({error.strerror or error}); choose a folder that can "
             "be written."
         ) from error
-    if not Path(folder).resolve().is_relative_to(Path(home).resolve()):
-        raise RetrievalError(
-            f"{prefix!r} would be written outside '{home}'; remove the link there, or choose "
-            "another name."
-        )
+    _check_inside(home, Path(folder), prefix)  # with %year% and the like filled in
     path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
     while path.exists():  # a name that the host's counting passes over is not overwritten either
         number += 1
         path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
     return path
+
+
+def _check_inside(home: str, folder: Path, prefix: str) -> None:
+    if not folder.resolve().is_relative_to(Path(home).resolve()):
+        raise RetrievalError(
+            f"{prefix!r} would be written outside '{home}'; remove the link there, or choose "
+            "another name."
+        )
 
 
 def save(references: References, prefix: str) -> Path:
@@ -85,18 +72,12 @@ def save(references: References, prefix: str) -> Path:
     return path
 
 
-def load(name: str, network: Any, weight: float = 1.0) -> tuple[EncodedReference, ...]:
+def load(name: str, network: ReferenceNetwork, weight: float = 1.0) -> tuple[EncodedReference, ...]:
     """The references of a file, their weights multiplied by `weight`.
 
     Raises:
         RetrievalError: no such file, or one that is damaged or was made by another network.
     """
     factor = check_weight(weight)
-    loaded = load_references(path_of(name), network.maker)
+    loaded = load_references(find_file(REFERENCES, name), network.maker)
     return tuple(reference.with_weight(reference.weight * factor) for reference in loaded)
-
-
-def pictures(references: tuple[EncodedReference, ...]) -> Tensor | None:
-    """A sheet of the references' thumbnails as the host's IMAGE [1, H, W, 3], or None."""
-    shown = sheet([r.thumbnail for r in references if r.thumbnail is not None])
-    return None if shown is None else shown[None].float() / 255

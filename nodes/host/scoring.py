@@ -1,4 +1,4 @@
-"""Models that score, in the host's care: loaded while they are used, and given up afterwards."""
+"""Models that score, in the host's care: loaded while they are used, and unloaded afterwards."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from comfy.image_encoders.dino2 import Dinov2Model
 from torch import Tensor, nn
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.metrics import ImageScore
 from ...retrieval_core.metrics.images import as_batch
-from ...retrieval_core.paperdoll import bundle
-from ...retrieval_core.paperdoll.judge import Judge, load_judge
-from ...retrieval_core.paperdoll.world import SIZE
 
 # Images that an encoder sees at a time, between two looks at the host's interruption.
 BATCH = 16
 
 
-class Kept(nn.Module):
+class ManagedModel(nn.Module):
     """A model in a module of our own: the host sets attributes on what it manages, and a
     transformers model has a `device` that cannot be set.
     """
@@ -35,11 +31,11 @@ class Kept(nn.Module):
 
 
 @contextmanager
-def loaded(model: nn.Module) -> Iterator[None]:
+def load_model(model: nn.Module) -> Iterator[None]:
     """A model on the host's device for text encoders; it is unloaded when the context ends."""
     device = management.text_encoder_device()
     patcher = comfy.model_patcher.ModelPatcher(
-        Kept(model),
+        ManagedModel(model),
         load_device=device,
         offload_device=management.text_encoder_offload_device(),
     )
@@ -52,7 +48,7 @@ def loaded(model: nn.Module) -> Iterator[None]:
         management.free_memory(1e30, device, keep_loaded=others)
 
 
-def half_type() -> torch.dtype:
+def choose_half() -> torch.dtype:
     """The precision for models of billions of values: half, where the device is good at it.
 
     Encoders stay in float32: the last digits of their cosines count.
@@ -63,7 +59,7 @@ def half_type() -> torch.dtype:
     return torch.float16 if management.should_use_fp16(device) else torch.float32
 
 
-def watched(rounds: int = 1) -> Callable[[int, int, int], None]:
+def watch_progress(rounds: int = 1) -> Callable[[int, int, int], None]:
     """A callback (round, done, total) that moves the node's bar and heeds interruptions."""
     bar = comfy.utils.ProgressBar(1)
 
@@ -78,7 +74,7 @@ class WatchedAnswerer:
     """A VQA model under the node's bar, which runs over all questions."""
 
     def __init__(self, vqa: Any, questions: int) -> None:
-        self.vqa, self.asked, self.progress = vqa, 0, watched(questions)
+        self.vqa, self.asked, self.progress = vqa, 0, watch_progress(questions)
 
     def answer(self, images: Tensor, question: str) -> list[str]:
         def progress(done: int, total: int) -> None:
@@ -93,7 +89,7 @@ class WatchedEncoder:
     """An encoder of the core, a few images at a time."""
 
     def __init__(self, encoder: Any) -> None:
-        self.encoder, self.progress = encoder, watched()
+        self.encoder, self.progress = encoder, watch_progress()
 
     def embed_images(self, images: Tensor) -> Tensor:
         return self._rows(self.encoder.embed_images, images)
@@ -147,7 +143,7 @@ class HostImageEncoder:
         return self.clip_vision.encode_image(images.movedim(1, -1))["image_embeds"].float()
 
 
-def pictures(images: Any, what: str = "image", least: int = 1) -> Tensor:
+def convert_images(images: Any, what: str = "image", least: int = 1) -> Tensor:
     """An IMAGE [N, H, W, C] (or several in a list) as the scores take them: [N, 3, H, W], CPU.
 
     Raises:
@@ -156,34 +152,3 @@ def pictures(images: Any, what: str = "image", least: int = 1) -> Tensor:
     batches = [images] if isinstance(images, Tensor) else list(images)
     moved = [batch[..., :3].movedim(-1, 1).float().cpu() for batch in batches]
     return as_batch(moved[0] if len(moved) == 1 else [p for m in moved for p in m], what, least)
-
-
-def figures(images: Any, least: int = 1) -> Tensor:
-    """`pictures` of the paper-doll model's size.
-
-    Raises:
-        RetrievalError: see `pictures`, or another size.
-    """
-    found = pictures(images, least=least)
-    height, width = found.shape[-2:]
-    if (height, width) != (SIZE, SIZE):
-        raise RetrievalError(
-            f"The images are {width} x {height} pixels and the paper-doll judge reads figures of "
-            f"{SIZE} x {SIZE}; give pictures of the paper-doll model before they are enlarged, or "
-            "choose a VQA model."
-        )
-    return found
-
-
-def judge() -> Judge:
-    """The bundled judge, some 2 MB."""
-    return load_judge(bundle.bundled(bundle.JUDGE_FILE)).eval()
-
-
-def report(title: str, score: ImageScore, against: str) -> str:
-    """A score and the value of each image, as lines of text."""
-    count = len(score.values)
-    error = "" if count > 1 else ", one image, so no standard error"
-    lines = [f"{title}: {score.estimate} % ({count} images, {against}{error})"]
-    lines += [f"{number}: {value:.2f} %" for number, value in enumerate(score.values, 1)]
-    return "\n".join(lines)

@@ -1,13 +1,9 @@
-"""The training-free mode in the host: its own U-Net reads the references and attends to them.
-
-The value of RETRIEVAL_CONTROLNET is here a `TrainingFreeNetwork`; it encodes and applies itself.
-"""
+"""The training-free mode in the host: its own U-Net reads the references and attends to them."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as management
@@ -17,28 +13,32 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ...retrieval_core.bank.bank_file import Maker, fingerprint_of
-from ...retrieval_core.bank.encoding import split
-from ...retrieval_core.bank.site_bank import Bank
-from ...retrieval_core.bank.tokens import EncodedReference
+from ...retrieval_core.bank.bank_file import Maker
+from ...retrieval_core.bank.encoding import split_features
+from ...retrieval_core.bank.site_bank import Bank, make_bank
+from ...retrieval_core.bank.token_budget import Budget
+from ...retrieval_core.bank.tokens import EncodedReference, Tokens
 from ...retrieval_core.data.prepare import PreparedReference
-from ...retrieval_core.sampling.applications import Guidance
+from ...retrieval_core.errors import RetrievalError
+from ...retrieval_core.network.unet import UNetConfig
 from ...retrieval_core.sampling.controls import Controls
 from ...retrieval_core.training_free import JointRetrieval, TrainingFree, fixed_noise
 from ...retrieval_core.training_free.training_free_network import LAYERS, LEVELS, site_name
-from . import environment as host
-from . import step
-from .joint_application import Application
-from .self_attention import ATTN1, LAST, attach, attention_of, block_of
+from . import step_context
+from .attention import bind_attention
+from .base_model import detect_base, fingerprint_base, identify_model
+from .conditioning import vector_conditioning
+from .joint_application import LAST, JointApplication
+from .loading import reserve_memory
+from .self_attention import ATTN1, attach_joint_attention, parse_layer_name
 
-NAME = "training-free"
-
-fingerprints: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+# Copies of a site's tokens alive at once while they are merged.
+_ALIVE = 4
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingFreeNetwork:
-    """A base model as its own retrieval network; immutable. Its interface is `network.Network`'s.
+class TrainingFreeModel:
+    """A base model as its own `ReferenceNetwork`.
 
     Attributes:
         network: the choice of layers and noise levels.
@@ -49,33 +49,30 @@ class TrainingFreeNetwork:
     network: TrainingFree
     model: Any
     latent_format: Any
-    name: str = NAME
-    layers: None = None  # references hold keys and values
+    name: str = "training-free"
 
     @property
     def base(self) -> str:
         return self.network.base
 
     @property
-    def fingerprint(self) -> str:
-        return self.network.fingerprint
+    def config(self) -> UNetConfig:
+        return self.network.config
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        return self.network.card.recommended
 
     @property
     def maker(self) -> Maker:
-        """What saved references are bound to."""
-        return Maker.of(self.network)
+        return self.network.maker
 
     @property
     def identity(self) -> Any:
-        """What encoded references depend on beside the fingerprint: LoRAs on the model."""
-        return host.identity(self.model)
+        """LoRAs on the model, which what is encoded depends on, too."""
+        return identify_model(self.model)
 
-    @property
-    def latent_channels(self) -> int:
-        """Of the references' latents; an inpainting model's own input has more."""
-        return self.latent_format.latent_channels
-
-    def __deepcopy__(self, memo: dict) -> TrainingFreeNetwork:
+    def __deepcopy__(self, memo: dict) -> TrainingFreeModel:
         return self
 
     def get_ram_usage(self) -> int:
@@ -91,93 +88,90 @@ class TrainingFreeNetwork:
         concept: str,
         size: int,
     ) -> list[EncodedReference]:
-        """Each reference read by the model at each noise level, on the host's own path.
-
-        Args:
-            context: [1, L, D] of the concept. pooled: its pooled output where the CLIP has one.
-            latents: [R, C, h, w], clean, scaled as the model's are. size: of the pictures.
-        """
+        """See `ReferenceNetwork`: each reference is read at each noise level, on the host's own
+        path."""
         more: dict[str, Any] = {} if pooled is None else {"pooled_output": pooled}
-        if self.network.config.adm_in_channels is not None:
-            host.vector_conditioning(pooled, size, self.network.config.adm_in_channels)
+        if self.config.adm_in_channels is not None:
+            vector_conditioning(pooled, size, self.config.adm_in_channels)
             more |= {"width": size, "height": size, "target_width": size, "target_height": size}
         progress = comfy.utils.ProgressBar(len(prepared) * self.network.levels)
         encoded = []
         for latent, reference in zip(latents, prepared, strict=True):
-            reading = _Reading(self.network, latent[None], progress)
-            guider = comfy.samplers.CFGGuider(reading.on(self.model))
+            sampler = _LayerRecorder(self.network, latent[None], progress)
+            guider = comfy.samplers.CFGGuider(sampler.attach(self.model))
             guider.inner_set_conds({"positive": [[context, more]]})
             noise, nothing = fixed_noise(latent[None].shape), torch.zeros_like(latent[None])
-            guider.sample(noise, nothing, reading, torch.ones(2), disable_pbar=True, seed=0)
-            encoded += split(reading.recorded, [reference.mask], concepts=[concept])
+            guider.sample(noise, nothing, sampler, torch.ones(2), disable_pbar=True, seed=0)
+            encoded += split_features(
+                sampler.recorded, latent.shape[1:], [reference.mask], concepts=[concept]
+            )
         return encoded
 
+    def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
+        """See `ReferenceNetwork`; merged on the CPU where the device has no room."""
+        device, factors = management.get_torch_device(), self.network.site_downsampling()
+        largest = max((site.tokens.numel() for site in tokens.sites.values()), default=0)
+        if budget is not None:
+            management.free_memory(_ALIVE * torch.float32.itemsize * largest, device)
+        bar = comfy.utils.ProgressBar(len(tokens.sites))
+
+        def on_site(done: int, count: int) -> None:
+            management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, count)
+
+        try:
+            return make_bank(tokens, None, factors, budget, device, on_site)
+        except management.OOM_EXCEPTION:
+            return make_bank(tokens, None, factors, budget, "cpu", on_site)
+
     def apply(
-        self,
-        model: Any,
-        references: Any,
-        strength: float,
-        start: float,
-        end: float,
-        guidance: Guidance,
-        region: Tensor | None,
-        controls: Controls,
+        self, model: Any, references: Any, controls: Controls, share: float, **acting: Any
     ) -> Any:
-        """See `patch.apply`, which has checked model, guidance and region."""
+        """See `ReferenceNetwork`.
+
+        Raises:
+            RetrievalError: the references were read by another checkpoint than the MODEL's.
+        """
+        if fingerprint_base(model) != self.network.base_fingerprint:
+            raise RetrievalError(
+                "The references were read by another checkpoint than the model they are applied "
+                "to; connect the same checkpoint to Load Retrieval ControlNet and encode the "
+                "references again."
+            )
         retrieval = JointRetrieval(
-            {},
-            Bank(),
-            strength,
-            start,
-            end,
-            guidance,
-            region,
-            controls.curve,
-            controls.site_strengths(self.network.groups()),
+            references.bank(controls.token_budget),
+            site_strength=controls.site_strengths(self.network.groups()),
             timesteps=self.network.timesteps(),
             adain=self.network.adain,
-            apart=controls.apart,
+            **acting,
         )
+        application = JointApplication(self.network, retrieval, len(references.encoded))
         patched = model.clone()
-        if strength == 0 or not any(controls.groups) or not references.encoded:
-            return patched
-        bank = references.bank(controls.token_budget)
-        application = Application(
-            self.network, replace(retrieval, bank=bank), len(references.encoded)
-        )
-        attach(patched, self.network.config, application, application.region)
-        patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step.KEY, application.cleanup)
+        attach_joint_attention(patched, self.config, application, application.region)
+        patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step_context.KEY, application.cleanup)
         patched.add_wrapper_with_key(
-            WrappersMP.PREPARE_SAMPLING, step.KEY, application.prepare_sampling
+            WrappersMP.PREPARE_SAMPLING, step_context.KEY, reserve_memory(application.nbytes)
         )
-        step.add_wrappers(patched)
+        step_context.add_wrappers(patched)
         return patched
 
 
-def training_free(
+def use_training_free(
     model: Any, layers: str = LAYERS, levels: int = LEVELS, adain: bool = False
-) -> TrainingFreeNetwork:
+) -> TrainingFreeModel:
     """The training-free mode on a MODEL; see `TrainingFree`.
 
     Raises:
         RetrievalError: an unsupported model, a choice of layers that there is not, or a number of
             levels below 1.
     """
-    base = host.detect_base(model)
-    if model.model not in fingerprints:
-        weights = dict(model.get_model_object("diffusion_model").state_dict())
-        for key, kept in model.backup.items():  # weights that a LoRA has changed in place
-            name = key.removeprefix("diffusion_model.")
-            if name in weights:
-                weights[name] = kept.weight
-        fingerprints[model.model] = fingerprint_of(weights)
-    print_of = fingerprints[model.model]
-    chosen = TrainingFree(base.config, base.name, print_of, layers, levels, adain)
-    return TrainingFreeNetwork(chosen, model, base.latent_format)
+    base = detect_base(model)
+    chosen = TrainingFree(base.config, base.name, fingerprint_base(model), layers, levels, adain)
+    return TrainingFreeModel(chosen, model, base.latent_format)
 
 
-class _Reading(comfy.samplers.Sampler):
-    """Stands in a sampler's place: one evaluation of a clean latent at each noise level, recorded.
+class _LayerRecorder(comfy.samplers.Sampler):
+    """A sampler that evaluates a clean latent once at each noise level and records the layers.
 
     The latent does not go through the guider, which would scale it a second time.
     """
@@ -187,14 +181,14 @@ class _Reading(comfy.samplers.Sampler):
         self.level = 0
         self.recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
 
-    def on(self, model: Any) -> Any:
+    def attach(self, model: Any) -> Any:
         """A clone of the MODEL whose chosen layers report here."""
         clone = model.clone()
-        held = clone.model_options["transformer_options"].get("patches_replace", {})
+        replaced = clone.model_options["transformer_options"].get("patches_replace", {})
         for name in self.network.names:
-            block = block_of(name)
-            before = held.get(ATTN1, {}).get(block)
-            clone.set_model_attn1_replace(_Recording(self, name, before), *block)
+            block = parse_layer_name(name)
+            before = replaced.get(ATTN1, {}).get(block)
+            clone.set_model_attn1_replace(_RecordLayer(self, name, before), *block)
         return clone
 
     def sample(
@@ -220,21 +214,22 @@ class _Reading(comfy.samplers.Sampler):
         return latent_image
 
 
-class _Recording:
-    """An attn1 replacement that keeps the keys and values of one layer on the CPU."""
+class _RecordLayer:
+    """An attn1 replacement that copies the keys and values of one layer to the CPU."""
 
-    def __init__(self, reading: _Reading, name: str, before: Callable | None):
-        self.reading, self.name, self.before = reading, name, before
+    def __init__(self, recorder: _LayerRecorder, name: str, before: Callable | None):
+        self.recorder, self.name, self.before = recorder, name, before
 
-    def __deepcopy__(self, memo: dict) -> _Recording:
+    def __deepcopy__(self, memo: dict) -> _RecordLayer:
         return self
 
+    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
-        site = site_name(self.name, self.reading.level)
+        site = site_name(self.name, self.recorder.level)
         # Guidance of other packs may run the layers again, differently: the first pass counts.
-        if site not in self.reading.recorded:
+        if site not in self.recorder.recorded:
             height, width = extra["activations_shape"][-2:]
-            self.reading.recorded[site] = torch.stack([k.cpu(), v.cpu()], 1), (height, width)
+            self.recorder.recorded[site] = torch.stack([k.cpu(), v.cpu()], 1), (height, width)
         if self.before is not None:
             return self.before(q, k, v, extra)
-        return attention_of(extra)(q, k, v, extra["n_heads"])
+        return bind_attention(extra)(q, k, v, extra["n_heads"])

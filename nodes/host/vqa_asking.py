@@ -1,4 +1,5 @@
-"""What VQA Diversity Score does: ask with one model, give it up, compare with another."""
+"""VQA Diversity Score: asks questions with one model, unloads it, then compares the answers with
+another."""
 
 from __future__ import annotations
 
@@ -6,12 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.metrics import ImageScore, VQADiversity, ask, score_answers
-from ...retrieval_core.paperdoll.judge_scores import JudgeAnswerer, WordEmbedder
-from . import model_folders, scoring
+from ...retrieval_core.metrics.diversity_report import distance_plot, report_text
+from ...retrieval_core.metrics.word_embedder import WordEmbedder
+from . import model_folders
+from .scoring import (
+    HostTextEncoder,
+    WatchedAnswerer,
+    WatchedEncoder,
+    choose_half,
+    convert_images,
+    load_model,
+)
 
 AUTOMATIC = "automatic"
 WORDS = "words (no model)"
@@ -46,11 +57,11 @@ class Comparison:
             return "their words"
         return "the connected CLIP" if self.connected else (self.repository or self.choice)
 
-    def folder(self) -> Path | None:
+    def find_folder(self) -> Path | None:
         """Of the CLIP model that was chosen or named; fetched if need be."""
         if self.words or self.connected:
             return None
-        return model_folders.find(model_folders.CLIP, self.choice, self.repository)
+        return model_folders.find_folder(model_folders.CLIP, self.choice, self.repository)
 
     def score(
         self,
@@ -60,16 +71,16 @@ class Comparison:
     ) -> VQADiversity:
         values = None if similarity is None else similarity.values
         if folder is None:
-            encoder = WordEmbedder() if self.words else scoring.HostTextEncoder(self.clip)
+            encoder = WordEmbedder() if self.words else HostTextEncoder(self.clip)
             return score_answers(answers, encoder, values)
         from ...retrieval_core.metrics.encoders import load_clip
 
         clip = load_clip(folder)
-        with scoring.loaded(clip.model):
-            return score_answers(answers, scoring.WatchedEncoder(clip), values)
+        with load_model(clip.model):
+            return score_answers(answers, WatchedEncoder(clip), values)
 
 
-def questions_in(text: str) -> list[str]:
+def parse_questions(text: str) -> list[str]:
     """The questions of a text, one a line.
 
     Raises:
@@ -92,7 +103,7 @@ def check_similarity(similarity: ImageScore | None, count: int) -> None:
         )
 
 
-def answers_of(
+def ask_questions(
     images: Tensor, questions: list[str], folder: Path | None, most_tokens: int, batch: int
 ) -> dict[str, tuple[str, ...]]:
     """question -> an answer an image, by the model in a folder, or the paper-doll judge if None.
@@ -101,9 +112,61 @@ def answers_of(
         RetrievalError: see `ask`, or a folder that holds no such model.
     """
     if folder is None:
-        return ask(images, questions, JudgeAnswerer(scoring.judge()))
+        from .paperdoll_scores import make_answerer
+
+        return ask(images, questions, make_answerer())
     from ...retrieval_core.metrics.vqa_models import load_vqa
 
-    vqa = load_vqa(folder, most_tokens, batch, dtype=scoring.half_type())
-    with scoring.loaded(vqa.model):
-        return ask(images, questions, scoring.WatchedAnswerer(vqa, len(set(questions))))
+    vqa = load_vqa(folder, most_tokens, batch, dtype=choose_half())
+    with load_model(vqa.model):
+        return ask(images, questions, WatchedAnswerer(vqa, len(set(questions))))
+
+
+def score_diversity(
+    images: Any,
+    vqa_model: str | None,
+    questions: str,
+    vqa_repository: str,
+    answer_encoder: str,
+    encoder_repository: str,
+    max_new_tokens: int,
+    batch_size: int,
+    clip: Any,
+    similarity: ImageScore | None,
+) -> tuple[float, str, Tensor, Tensor, Tensor, float]:
+    """The outputs of the node: score, report, plot, the pairs most and least alike, and the
+    weighted score.
+
+    Args:
+        vqa_model: a folder's name; None for the paper-doll judge. The others: as the node's inputs.
+
+    Raises:
+        RetrievalError: what `ask_questions`, `Comparison` and `check_similarity` refuse.
+    """
+    judged = vqa_model is None
+    if judged:
+        from .paperdoll_scores import convert_figures as convert
+    else:
+        convert = convert_images
+    batch, asked = convert(images, least=2), parse_questions(questions)
+    check_similarity(similarity, len(batch))
+    compared = Comparison(answer_encoder, encoder_repository, clip, judged)
+    # Both are here before the first is asked.
+    folder = None
+    if vqa_model is not None:
+        folder = model_folders.find_folder(model_folders.VQA, vqa_model, vqa_repository)
+    encoder = compared.find_folder()
+    answers = ask_questions(batch, asked, folder, max_new_tokens, batch_size)
+    result = compared.score(answers, similarity, encoder)
+    alike, different = (
+        batch[[pair.first, pair.second]].movedim(1, -1).contiguous() for pair in result.extremes()
+    )
+    name = "the paper-doll judge" if judged else vqa_repository.strip() or vqa_model
+    return (
+        result.score.mean,
+        f"{report_text(result)}\n\nAnswers by {name}, compared by {compared.name}.",
+        torch.from_numpy(distance_plot(result))[None],
+        alike,
+        different,
+        float("nan") if result.weighted is None else result.weighted.mean,
+    )

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from .token_budget import check_budget, limit_tokens
+from ..network.controlnet import RetrievalControlNet
+from ..network.retrieval_site import RetrievalSite
+from .token_budget import Budget, limit_tokens, site_budgets
 from .tokens import SiteTokens, Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class SiteBank:
-    """Keys and values [G, N, D] of one site for G banks side by side, a null token first if any.
+    """Keys and values [G, N, D] of one site for a batch of G banks, a null token first if any.
 
     Attributes:
         bias: additive on the logits, [G, N] (log weights, -inf for what is masked), or None
@@ -44,7 +47,7 @@ class SiteBank:
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """All sites of one or more banks; see `SiteBank`.
+    """All sites of a batch of banks; see `SiteBank`.
 
     `references` is the number of references that count (weight above 0); an empty bank (0) is
     never attended to, so that sampling is bit for bit the base model's.
@@ -66,20 +69,19 @@ class Bank:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-class Projection(Protocol):
-    """What `project` needs of a site's layers (`retrieval.RetrievalSite`)."""
-
-    def normed(self, tokens: Tensor) -> Tensor: ...
-
-    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def null(self) -> Tensor: ...
+def make_network_bank(
+    network: RetrievalControlNet, tokens: Tokens, budget: Budget = None, **kw: Any
+) -> Bank:
+    """`make_bank` with the layers of a trained network; `kw`: device, on_site."""
+    factors = network.config.site_downsampling()
+    return make_bank(tokens, network.retrieval, factors, budget, **kw)
 
 
-def project(
+def make_bank(
     tokens: Tokens,
-    layers: Mapping[str, Projection] | None,
-    token_budget: int | None = None,
+    layers: Mapping[str, RetrievalSite] | None,
+    factors: Mapping[str, int],
+    budget: Budget = None,
     device: torch.device | str | None = None,
     on_site: Callable[[int, int], None] | None = None,
 ) -> Bank:
@@ -88,43 +90,64 @@ def project(
     The null token cannot be masked, so a bank whose references are all dropped retrieves nothing.
 
     Args:
-        layers: of the sites; their null token is put first. None, in the training-free mode: the
-            tokens are keys and values, and there is no null token.
-        token_budget: the most tokens at a site, null token aside (`limit_tokens`); None: all.
+        layers: of the sites. None, in the training-free mode: the tokens are keys and values, and
+            there is no null token.
+        factors: site -> latent pixels that a token spans along an edge.
+        budget: the most tokens at a site, null token aside (`site_budgets`).
         device: where to compute; the bank is where the tokens were. None: where the tokens are.
         on_site: called with (sites done, sites in all); may raise to interrupt.
-
-    Raises:
-        RetrievalError: a budget below 1.
     """
-    budget = None if token_budget is None else check_budget(token_budget)
-    sites = {}
+    budgets, sites = site_budgets(budget, factors, tokens.latent_size), {}
     for name, given in tokens.sites.items():
-        sites[name] = _project(given, None if layers is None else layers[name], budget, device)
+        home, most = given.tokens.device, budgets[name]
+        over = most is not None and given.tokens.shape[2] > most
+        if device is not None and (layers is not None or over):
+            given = given.to(device)
+        if layers is not None:
+            made = _project(given, layers[name], most if over else None)
+        else:
+            limited = limit_tokens(given, most) if over else given
+            made = SiteBank(*limited.tokens.unbind(1), limited.bias, limited.owner)
+        sites[name] = made.to(home, made.keys.dtype)
         if on_site is not None:
             on_site(len(sites), len(tokens.sites))
     return Bank(sites, tokens.references)
 
 
-def _project(
-    given: SiteTokens,
-    layer: Projection | None,
-    budget: int | None,
-    device: torch.device | str | None,
-) -> SiteBank:
-    home = given.parts.device
-    if device is not None and (layer is not None or given.over(budget)):
-        given = given.to(device)
-    features = layer is not None and given.parts.shape[1] == 1
-    if features:
-        given = replace(given, parts=layer.normed(given.parts))
+def _project(given: SiteTokens, layer: RetrievalSite, budget: int | None) -> SiteBank:
+    """Keys and values of features [G, 1, N, D], merged to the budget, behind the null token's."""
+    features = given.tokens[:, 0]
+    normed = layer.norm_reference(features)
+    given = replace(given, tokens=normed[:, None])
     if budget is not None:
-        given = limit_tokens(given, budget)
-    keys, values = layer.project(given.parts[:, 0]) if features else given.parts.unbind(1)
-    bias, owner = given.bias, given.owner
-    if layer is not None:
-        null = layer.null()[None, None].to(keys).expand(len(keys), -1, -1)
-        keys, values = torch.cat([null, keys], 1), torch.cat([torch.zeros_like(null), values], 1)
-        owner = F.pad(owner, (1, 0), value=-1)
-        bias = None if bias is None else F.pad(bias, (1, 0))
-    return SiteBank(keys, values, bias, owner).to(home, keys.dtype)
+        given = limit_tokens(
+            given, budget, lambda chosen: attention_drawn(layer, features, normed, given, chosen)
+        )
+        normed = given.tokens[:, 0]
+    keys, values = layer.to_k(normed), layer.to_v(normed)
+    null = layer.null(keys).expand(len(keys), 1, -1)
+    bias = None if given.bias is None else F.pad(given.bias, (1, 0))
+    return SiteBank(
+        torch.cat([null, keys], 1),
+        torch.cat([torch.zeros_like(null), values], 1),
+        bias,
+        F.pad(given.owner, (1, 0), value=-1),
+    )
+
+
+def attention_drawn(
+    layer: RetrievalSite, features: Tensor, normed: Tensor, given: SiteTokens, chosen: Tensor
+) -> Tensor:
+    """The share of attention that each token draws, [G, N], when the image shows what the chosen
+    tokens [G, Q] of the references show; the mean over them and the heads.
+    """
+    rows = torch.arange(len(features), device=features.device)[:, None]
+    q, k = layer.to_q(layer.norm_query(features[rows, chosen])), layer.to_k(normed)
+    k = torch.cat([layer.null(k).expand(len(k), 1, -1), k], 1)
+    q, k = (rearrange(t.float(), "g n (h d) -> h g n d", h=layer.heads) for t in (q, k))
+    bias = F.pad(given.weights.log(), (1, 0))[:, None]
+    shares = torch.zeros_like(bias[:, 0])
+    for query, key in zip(q, k, strict=True):  # head by head: all at once would be much memory
+        logits = query @ key.transpose(1, 2) / key.shape[2] ** 0.5 + bias
+        shares += logits.softmax(-1).mean(1)
+    return shares[:, 1:] / layer.heads

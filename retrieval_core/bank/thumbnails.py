@@ -18,7 +18,7 @@ _QUALITY = 85
 _MOST = 36  # on a sheet: what is shown in a list is small
 
 
-def thumbnail(image: Tensor) -> Tensor:
+def make_thumbnail(image: Tensor) -> Tensor:
     """uint8 [h, w, 3], no edge above `EDGE`, of an image [3, H, W] in 0..1."""
     scale = min(1.0, EDGE / max(image.shape[-2:]))
     size = [max(1, round(edge * scale)) for edge in image.shape[-2:]]
@@ -26,8 +26,8 @@ def thumbnail(image: Tensor) -> Tensor:
     return (small.clamp(0, 1) * 255).round().to(torch.uint8).movedim(0, -1).contiguous()
 
 
-def sheet(thumbnails: Sequence[Tensor]) -> Tensor | None:
-    """Thumbnails side by side in a near square, uint8 [H, W, 3]; None if there are none."""
+def draw_thumbnails(thumbnails: Sequence[Tensor]) -> Tensor | None:
+    """Thumbnails in rows of a near square, uint8 [H, W, 3]; None if there are none."""
     shown = thumbnails[:_MOST]
     if not shown:
         return None

@@ -1,137 +1,186 @@
-"""Bounds a bank's tokens: tokens that are alike are merged, once, before sampling.
+"""Keeps a bank small: tokens that are alike are merged, once, before sampling.
 
-A cluster of tokens becomes one token with their mean and with log(sum of their weights) on its
-logit, so that it draws the attention that they drew together; tokens that are equal merge without
-any loss. Tokens of several references merge too: pictures of one character repeat each other.
-Clusters are found by farthest-first traversal (Gonzalez 1985, each centre the token that all
-earlier ones represent worst), then a few rounds of Lloyd's algorithm. Nothing is random: the same
-tokens give the same result.
+A budget for each site bounds what a step costs, for any number of references. The tokens to keep
+are chosen in rounds, each time those with the largest product of importance and squared distance
+to the nearest token kept so far (farthest-first traversal, many at a time). A token's importance is
+the attention that it draws from the references' own content, so that an eye outweighs a wall. Every
+other token then merges into the nearest one kept: their mean by importance, with log(sum of their
+weights) on its logits, so that it draws the attention that they drew together. Equal tokens merge
+without any loss. Nothing is random.
 
-Measured on a trained paper-doll network (relative error of what is added to the picture's 16x16
-site, four references, a quarter of their tokens kept): clusters of keys and values 0.10, the same
-without merging across references 0.16, bipartite matching of keys (ToMe, arXiv 2210.09461) across
-references 0.36 and within each 0.42, random choice 0.52, pooling of neighbours 0.70. In the trained
-mode it is LN(f) that is clustered, before it is projected: there 0.11, and over all sites 0.06 to
-0.22 where clusters of keys and values have 0.07 to 0.21.
+`python -m tests.benchmarks.token_budget` measures what merging loses and what it costs.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RetrievalError
 from .tokens import SiteTokens
 
-DEFAULT_BUDGET = 512
+AUTOMATIC: Literal["automatic"] = "automatic"
+# Tokens at a site: AUTOMATIC, one number for all sites, numbers by site, or None for all tokens.
+Budget = Literal["automatic"] | int | Mapping[str, int] | None
 
-_ROUNDS = 3  # of Lloyd's algorithm
-_WIDTH = 128  # of the projection in which distances are measured
-_CHUNK = 16384  # tokens at once in products with all clusters
+LEAST_AUTOMATIC = 512
+QUERIES = 64  # tokens of the references that importance is measured by
+_ROUNDS = 8
+_CANDIDATES = 4  # looked at for each token to keep
+_WIDTH = 64  # of the projection in which distances are measured
+_LEAST_SHARE = 1e-3  # of the mean importance: a token that draws no attention still counts a little
+_CHUNK = 16384  # tokens at once in products with all that are kept
 
 
-def check_budget(budget: int) -> int:
-    """The most tokens at a site; RetrievalError for less than one."""
-    if budget < 1:
+def check_budget(budget: Budget) -> None:
+    """RetrievalError for a budget of less than one token."""
+    if isinstance(budget, int) and budget < 1:
         raise RetrievalError(
             f"The token budget is {budget}, which leaves nothing to retrieve; give 1 or more, or "
-            "switch the budget off to keep all tokens."
+            "keep all tokens."
         )
-    return int(budget)
+
+
+def site_budgets(
+    budget: Budget, factors: Mapping[str, int], latent_size: tuple[int, int]
+) -> dict[str, int | None]:
+    """site -> the most tokens there, or None for all of them.
+
+    Automatic is one token for each position of a reference at the site, or at half the latent's
+    resolution where the site is finer, and never less than `LEAST_AUTOMATIC`. Attention to the bank
+    then never costs more than the base model's own attention to the picture.
+
+    Args:
+        factors: site -> latent pixels that a token spans along an edge.
+        latent_size: height and width of the references' latent.
+    """
+    if isinstance(budget, Mapping):
+        return {site: budget.get(site) for site in factors}
+    if budget != AUTOMATIC:
+        return dict.fromkeys(factors, budget)
+    edges = {site: [-(-edge // max(factor, 2)) for edge in latent_size]
+             for site, factor in factors.items()}  # fmt: skip
+    return {site: max(LEAST_AUTOMATIC, math.prod(edge)) for site, edge in edges.items()}
 
 
 @torch.no_grad()
-def limit_tokens(site: SiteTokens, budget: int) -> SiteTokens:
-    """At most `budget` tokens of a site; itself if it has no more.
+def limit_tokens(
+    site: SiteTokens, budget: int, measure: Callable[[Tensor], Tensor] | None = None
+) -> SiteTokens:
+    """At most `budget` tokens of a site with more; of a merged token, `owner` is the kept one's.
 
-    `SiteTokens.owner` names, of a merged token, the reference with the largest part in it.
-
-    Raises:
-        RetrievalError: a budget below 1.
+    Args:
+        measure: the importance [G, N] of all tokens, measured by the tokens at indices [G, Q];
+            None: their weights.
     """
-    budget = check_budget(budget)
-    if not site.over(budget):
-        return site
-    parts = site.parts.float()
-    weights = parts.new_ones(parts.shape[0], parts.shape[2])
-    if site.bias is not None:
-        weights = site.bias.float().exp()
-    labels = _clusters(_features(parts, weights), weights, budget)
-    size = _sums(labels, weights, weights.new_ones(1, 1, 1).expand(*weights.shape, 1), budget)
-    mass = _sums(labels, weights, F.one_hot(site.owner).float().expand(len(parts), -1, -1), budget)
-    found = (size[..., 0] > 0).any(0)  # clusters that no bank has a token in are left out
-    size, divisor = size[:, found], size[:, found].clamp_min(torch.finfo(torch.float32).tiny)
-    means = [_sums(labels, weights, part, budget)[:, found] / divisor for part in parts.unbind(1)]
-    owner = mass[:, found].argmax(-1).to(site.owner)
+    features, importance = _features(site), site.weights
+    if measure is not None:
+        queries, _ = choose(features, importance, min(QUERIES, features.shape[1]))
+        floor = _LEAST_SHARE / features.shape[1]
+        importance = measure(queries).clamp_min(floor) * (importance > 0)
+    kept, labels = choose(features, importance, budget)
+    return _merge(site, kept, labels, importance)
+
+
+def choose(features: Tensor, importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Tokens that stand for all: their indices [G, count], and for each token which of them is
+    nearest, [G, N].
+
+    Args:
+        features: [G, N, F], in which distances are measured. importance: [G, N].
+    """
+    squares = features.square().sum(-1)
+    distance, labels = squares, torch.zeros_like(squares, dtype=torch.long)
+    kept: list[Tensor] = []
+    for turn in range(_ROUNDS):
+        first, last = (count * t // _ROUNDS for t in (turn, turn + 1))
+        if first == last:
+            continue
+        newest = _farthest(features, importance, distance, last - first)
+        centres = _take(features, newest)
+        gap, nearest = _nearest(features, centres)
+        gap = (gap + squares).clamp_min(0).scatter(1, newest, 0.0)
+        nearer = gap < distance if kept else torch.ones_like(gap, dtype=torch.bool)
+        distance = torch.where(nearer, gap, distance)
+        labels = torch.where(nearer, nearest + first, labels)
+        kept.append(newest)
+    return torch.cat(kept, 1), labels
+
+
+def _farthest(features: Tensor, importance: Tensor, distance: Tensor, count: int) -> Tensor:
+    """The next tokens to keep, [G, count]: of the best candidates those that stay the best when all
+    better ones have been taken."""
+    many = min(_CANDIDATES * count, distance.shape[1])
+    scores, candidates = (importance * distance).topk(many, 1)
+    x = _take(features, candidates)
+    left = importance.gather(1, candidates)[..., None] * torch.cdist(x, x).square()
+    better = torch.ones_like(left, dtype=torch.bool).tril(-1)
+    left = torch.minimum(scores, left.masked_fill(~better, torch.inf).amin(2))
+    return candidates.gather(1, left.topk(count, 1).indices)
+
+
+def _take(features: Tensor, indices: Tensor) -> Tensor:
+    return features.gather(1, indices[..., None].expand(-1, -1, features.shape[2]))
+
+
+def _nearest(features: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """|c|^2 - 2 x c of the nearest of the centres [G, n, F] for each x, and its index: [G, N]."""
+    offset = centres.square().sum(-1)[:, None]
+    found = [
+        torch.baddbmm(offset, x, centres.transpose(1, 2), alpha=-2).min(-1)
+        for x in features.split(_CHUNK, 1)
+    ]
+    return torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
+
+
+def _features(site: SiteTokens) -> Tensor:
+    """[G, N, F]: the P tensors of tokens [G, P, N, D], centred, of unit size, and projected."""
+    weights = site.weights[..., None]
+    total = weights.sum(1, keepdim=True).clamp_min(1e-12)
+    scaled = []
+    for tokens in site.tokens.float().unbind(1):
+        centred = tokens - (tokens * weights).sum(1, keepdim=True) / total
+        size = (centred.square().mean(-1, keepdim=True) * weights).sum(1, keepdim=True) / total
+        scaled.append(centred / size.sqrt().clamp_min(1e-12))
+    joined = torch.cat(scaled, -1)
+    if joined.shape[-1] <= _WIDTH:
+        return joined
+    # Distances survive a projection on random directions (Johnson and Lindenstrauss).
+    gauss = torch.randn(joined.shape[-1], _WIDTH, generator=torch.Generator().manual_seed(0))
+    return joined @ (gauss / _WIDTH**0.5).to(joined)
+
+
+def _merge(site: SiteTokens, kept: Tensor, labels: Tensor, importance: Tensor) -> SiteTokens:
+    """One token for each of those kept: the mean of the tokens with its label, by importance."""
+    count = kept.shape[1]
+    size = _sums(labels, site.weights[..., None], count)
+    used = (size[..., 0] > 0).any(0)  # a token kept twice over, or masked in every bank, goes
+    share = importance[:, None, :, None]
+    joined = torch.cat([(site.tokens.float() * share).transpose(1, 2).flatten(2),
+                        importance[..., None]], -1)  # fmt: skip
+    sums = _sums(labels, joined, count)[:, used]
+    means = sums[..., :-1] / sums[..., -1:].clamp_min(torch.finfo(torch.float32).tiny)
+    owner = site.owner.expand_as(importance).gather(1, kept)[:, used]
     return SiteTokens(
-        torch.stack(means, 1).to(site.parts),
-        size[..., 0].log().to(site.parts),
+        means.unflatten(2, (site.tokens.shape[1], -1)).transpose(1, 2).to(site.tokens),
+        size[:, used, 0].log().to(site.tokens),
         owner[0] if len(owner) == 1 else owner,
     )
 
 
-def _features(parts: Tensor, weights: Tensor) -> Tensor:
-    """[G, N, F]: parts [G, P, N, D], each centred and of unit size, projected to a small width."""
-    total = weights.sum(1)[:, None, None].clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = []
-    for tokens in parts.unbind(1):
-        centred = tokens - (tokens * weights[..., None]).sum(1, keepdim=True) / total
-        spread = (centred.square().mean(-1) * weights).sum(1)[:, None, None] / total
-        scaled.append(centred / spread.sqrt().clamp_min(1e-12))
-    width = parts.shape[1] * parts.shape[3]
-    if width <= _WIDTH:
-        return torch.cat(scaled, -1)
-    # Distances survive a projection on random directions (Johnson and Lindenstrauss).
-    gauss = torch.randn(width, _WIDTH, generator=torch.Generator().manual_seed(0))
-    directions = (gauss / _WIDTH**0.5).to(parts).split(parts.shape[3])
-    return torch.stack([t @ to for t, to in zip(scaled, directions, strict=True)]).sum(0)
+def _sums(labels: Tensor, values: Tensor, count: int) -> Tensor:
+    """Sums [G, count, D] of the values [G, N, D] with each label.
 
-
-def _clusters(features: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Labels [G, N] in 0..count-1 of features [G, N, F]; tokens of weight 0 count for nothing."""
-    squares = features.square().sum(-1)
-    rows = torch.arange(len(features), device=features.device)
-    chosen = [squares.masked_fill(weights == 0, torch.inf).argmin(1)]  # nearest to the mean
-    nearest = torch.full_like(squares, torch.inf)
-    for _ in range(count - 1):
-        newest = chosen[-1]
-        centre = features[rows, newest]
-        products = (features @ centre[..., None])[..., 0]
-        distance = squares + squares[rows, newest][:, None] - 2 * products
-        nearest = torch.minimum(nearest, distance)
-        nearest[rows, newest] = 0
-        chosen.append((nearest * weights).argmax(1))
-    centres = features[rows[:, None], torch.stack(chosen, 1)]
-    labels = _assign(features, centres)
-    for _ in range(_ROUNDS):
-        ones = weights.new_ones(1, 1, 1).expand(*weights.shape, 1)
-        size = _sums(labels, weights, ones, count)
-        means = _sums(labels, weights, features, count) / size.clamp_min(1e-12)
-        centres = torch.where(size > 0, means, centres)
-        labels = _assign(features, centres)
-    return labels
-
-
-def _assign(features: Tensor, centres: Tensor) -> Tensor:
-    """The nearest of the centres [G, n, F] to each of the features [G, N, F]: [G, N]."""
-    offset = centres.square().sum(-1)[:, None]
-    parts = [
-        (offset - 2 * part @ centres.transpose(1, 2)).argmin(-1)
-        for part in features.split(_CHUNK, 1)
-    ]
-    return torch.cat(parts, 1)
-
-
-def _sums(labels: Tensor, weights: Tensor, tokens: Tensor, count: int) -> Tensor:
-    """Weighted sums [G, count, D] of the tokens [G, N, D] of each label.
-
-    Products with indicator matrices, because scattered additions are in no fixed order on GPUs.
+    Sorted and reduced by segment: scattered additions are in no fixed order on GPUs.
     """
-    clusters = torch.arange(count, device=labels.device)
-    total = tokens.new_zeros(len(labels), count, tokens.shape[-1])
-    for i in range(0, labels.shape[1], _CHUNK):
-        part = slice(i, i + _CHUNK)
-        member = (labels[:, part, None] == clusters) * weights[:, part, None]
-        total += member.transpose(1, 2) @ tokens[:, part]
-    return total
+    groups = torch.arange(len(labels), device=labels.device)[:, None] * count
+    order = (labels + groups).flatten().argsort(stable=True)
+    lengths = torch.zeros(len(labels) * count, dtype=torch.long, device=labels.device)
+    lengths.scatter_add_(0, (labels + groups).flatten(), torch.ones_like(order))
+    ordered = values.flatten(0, 1)[order]
+    sums = torch.segment_reduce(ordered, "sum", lengths=lengths, unsafe=True)
+    return sums.unflatten(0, (len(labels), count))

@@ -1,7 +1,7 @@
-"""What is kept of references, token by token, and references side by side: what banks are made of.
+"""Tokens of encoded references, one reference each and joined for one bank or a batch of banks.
 
-An `EncodedReference` holds the features f_s that the retrieval encoder read at every site, or the
-keys and values that a base model's own attention had. `bank.project` makes banks of them.
+Tokens are what a bank is made of: the features f_s that the retrieval encoder read at every site,
+or, in the training-free mode, the keys and values of the base model's own self-attention.
 """
 
 from __future__ import annotations
@@ -18,32 +18,30 @@ from ..errors import RetrievalError
 
 @dataclass(frozen=True, eq=False)
 class EncodedReference:
-    """One reference: what was read of it at each site.
+    """One encoded reference.
 
     Attributes:
-        tokens: site -> [P, N, D] of the N tokens that were kept; those wholly outside the
-            reference's mask are not in it. P = 1: features f_s, of which a network makes keys and
-            values when the bank is built; P = 2: keys and values themselves (training-free mode).
+        tokens: site -> [P, N, D], N tokens of the site; those wholly outside the reference's mask
+            are left out. P = 1: features f_s, of which a network makes keys and values when a
+            bank is made. P = 2: keys and values (training-free mode).
         weight: >= 0; enters as log(weight) on the attention logits, 0 removes the reference.
-        concept: what was to be taken ("face", "clothes", "figure", or tags).
+        concept: what is to be taken ("face", "clothes", "figure", or tags).
+        latent_size: height and width of the latent that was encoded.
         thumbnail: a small picture of it, uint8 [h, w, 3], or None.
     """
 
     tokens: Mapping[str, Tensor]
     weight: float = 1.0
     concept: str = "figure"
+    latent_size: tuple[int, int] = (0, 0)
     thumbnail: Tensor | None = None
 
     def with_weight(self, weight: float) -> EncodedReference:
         """The same reference with another weight; RetrievalError as in `check_weight`."""
         return replace(self, weight=check_weight(weight))
 
-    def at(self, site: str) -> EncodedReference:
-        """The same reference with one of its sites only."""
-        return replace(self, tokens={site: self.tokens[site]})
-
     def to(self, device: torch.device | str) -> EncodedReference:
-        """Its tokens on another device, laid out for reading."""
+        """Contiguous tokens on another device."""
         tokens = {site: t.to(device).contiguous() for site, t in self.tokens.items()}
         return replace(self, tokens=tokens)
 
@@ -54,38 +52,48 @@ class EncodedReference:
 
 @dataclass(frozen=True, eq=False)
 class SiteTokens:
-    """Tokens of one site for G banks side by side.
+    """Tokens of one site for a batch of G banks.
 
     Attributes:
-        parts: [G, P, N, D], see `EncodedReference.tokens`.
+        tokens: [G, P, N, D], see `EncodedReference.tokens`.
         bias: additive on the logits, [G, N] (log weights, -inf for what is masked), or None
             where it would be all zero.
         owner: [N], or [G, N] where they differ, index of the reference that each token belongs to.
     """
 
-    parts: Tensor
+    tokens: Tensor
     bias: Tensor | None
     owner: Tensor
 
-    def over(self, budget: int | None) -> bool:
-        """Whether there are more tokens than a budget allows; None allows any number."""
-        return budget is not None and self.parts.shape[2] > budget
+    @property
+    def weights(self) -> Tensor:
+        """How often each token counts, float32 [G, N]: exp(bias)."""
+        if self.bias is None:
+            return torch.ones_like(self.tokens[:, 0, :, 0], dtype=torch.float32)
+        return self.bias.float().exp()
 
     def to(self, device: torch.device | str) -> SiteTokens:
         bias = None if self.bias is None else self.bias.to(device)
-        return SiteTokens(self.parts.to(device), bias, self.owner.to(device))
+        return SiteTokens(self.tokens.to(device), bias, self.owner.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """All sites of one or more banks to be; `references` counts those of a weight above 0."""
+    """Tokens of all sites for a batch of G banks.
+
+    Attributes:
+        sites: site -> its tokens.
+        references: how many references have a weight above 0.
+        latent_size: height and width of the largest reference's latent.
+    """
 
     sites: Mapping[str, SiteTokens] = field(default_factory=dict)
     references: int = 0
+    latent_size: tuple[int, int] = (0, 0)
 
     def at(self, site: str) -> Tokens:
-        """One of the sites only."""
-        return Tokens({site: self.sites[site]}, self.references)
+        """Those of one site only."""
+        return replace(self, sites={site: self.sites[site]})
 
 
 def check_weight(weight: float) -> float:
@@ -99,8 +107,8 @@ def check_weight(weight: float) -> float:
     return value
 
 
-def gather(references: Sequence[EncodedReference]) -> Tokens:
-    """The tokens of several references for one bank (G = 1).
+def join_references(references: Sequence[EncodedReference]) -> Tokens:
+    """The tokens of several references for one bank (G = 1); those of weight 0 are left out.
 
     Args:
         references: in the order that `SiteTokens.owner` counts; of an empty list, no tokens.
@@ -116,40 +124,45 @@ def gather(references: Sequence[EncodedReference]) -> Tokens:
             f"All {len(weights)} references have weight 0, so there is nothing to retrieve; give "
             "at least one a weight above 0, or set the strength to 0 to switch retrieval off."
         )
-    kept = [(i, r, w) for i, (r, w) in enumerate(zip(references, weights, strict=True)) if w > 0]
+    used = [(i, r, w) for i, (r, w) in enumerate(zip(references, weights, strict=True)) if w > 0]
     sites = {}
-    for site in kept[0][1].tokens:
-        parts = torch.cat([r.tokens[site] for _, r, _ in kept], 1)
-        counts = [r.tokens[site].shape[1] for _, r, _ in kept]
-        owner = _spread([i for i, _, _ in kept], counts, parts.device)
+    for site in used[0][1].tokens:
+        tokens = torch.cat([r.tokens[site] for _, r, _ in used], 1)
+        counts = [r.tokens[site].shape[1] for _, r, _ in used]
         bias = None
-        if any(w != 1.0 for _, _, w in kept):
-            logs = torch.tensor([math.log(w) for _, _, w in kept], dtype=torch.float64)
-            bias = logs.repeat_interleave(torch.tensor(counts)).to(parts)[None]
-        sites[site] = SiteTokens(parts[None], bias, owner)
-    return Tokens(sites, len(kept))
+        if any(w != 1.0 for _, _, w in used):
+            logs = torch.tensor([math.log(w) for _, _, w in used], dtype=torch.float64)
+            bias = logs.repeat_interleave(torch.tensor(counts)).to(tokens)[None]
+        owner = _repeat([i for i, _, _ in used], counts).to(tokens.device)
+        sites[site] = SiteTokens(tokens[None], bias, owner)
+    largest = max((r.latent_size for _, r, _ in used), key=math.prod)
+    return Tokens(sites, len(used), largest)
 
 
-def stack(tokens: Mapping[str, Tensor], keep: Mapping[str, Tensor] | None = None) -> Tokens:
-    """Tokens of R references each for G banks side by side, as training uses them.
+def batch_references(
+    tokens: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor] | None = None,
+    latent_size: tuple[int, int] = (0, 0),
+) -> Tokens:
+    """The tokens of equally many references for each of G banks, as training uses them.
 
     Args:
         tokens: site -> [G, R, P, N, D].
         keep: site -> bool [G, R, N], False for tokens left out (masked, or a dropped reference).
+        latent_size: of the references.
     """
     sites, count = {}, 0
     for site, given in tokens.items():
         count = given.shape[1]
-        parts = given.transpose(1, 2).flatten(2, 3)
-        owner = _spread(range(count), [given.shape[3]] * count, given.device)
+        joined = given.transpose(1, 2).flatten(2, 3)
         bias = None
         if keep is not None and not bool(keep[site].all()):
-            bias = parts.new_zeros(len(parts), parts.shape[2])
+            bias = joined.new_zeros(len(joined), joined.shape[2])
             bias.masked_fill_(~keep[site].flatten(1, 2), float("-inf"))
-        sites[site] = SiteTokens(parts, bias, owner)
-    return Tokens(sites, count)
+        owner = _repeat(range(count), [given.shape[3]] * count).to(given.device)
+        sites[site] = SiteTokens(joined, bias, owner)
+    return Tokens(sites, count, latent_size)
 
 
-def _spread(values: Iterable[int], counts: Sequence[int], device: torch.device) -> Tensor:
-    spread = torch.tensor(list(values)).repeat_interleave(torch.tensor(list(counts)))
-    return spread.to(device)
+def _repeat(values: Iterable[int], counts: Sequence[int]) -> Tensor:
+    return torch.tensor(list(values)).repeat_interleave(torch.tensor(list(counts)))

@@ -183,15 +183,6 @@ def check_reference_weights(weights: Sequence[float]) -> list[float]:
     return values
 
 
-def token_mask(mask: np.ndarray | Tensor, height: int, width: int) -> Tensor:
-    """Which tokens of a height x width grid over a mask [H, W] are kept: bool [height, width].
-
-    A token is left out only if it falls wholly outside the mask; the edges need not divide.
-    """
-    selected = (torch.as_tensor(mask) > 0).float()
-    return F.adaptive_max_pool2d(selected[None, None], (height, width))[0, 0] > 0
-
-
 def prepare(
     image: np.ndarray | Tensor,
     mask: np.ndarray | Tensor | None = None,

@@ -11,17 +11,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..bank.bank_file import fingerprint
+from ..bank.site_bank import make_network_bank
 from ..data.prepare import PreparedReference
 from ..errors import RetrievalError
+from ..network.fingerprint import fingerprint_weights
 from ..network.unet import UNet
 from ..paperdoll.bundle import Bundle
-from ..paperdoll.generate import Sampling, stacked
-from ..paperdoll.measure_training_free import side_by_side
+from ..paperdoll.generate import Sampling, encode_groups
+from ..paperdoll.measure_training_free import make_banks
 from ..paperdoll.model import PaperdollModel
-from ..sampling.applications import Retrieval
+from ..sampling.applications import Application, Retrieval
+from ..sampling.frozen_site import freeze_sites
 from ..sampling.sampler import guided_denoiser, sample
-from ..training_free import JointRetrieval, TrainingFree, layer_modules
+from ..training_free import JointRetrieval, TrainingFree, name_layers
 from .characters import Character
 from .protocol import Run
 
@@ -63,12 +65,12 @@ class PaperdollMethod(ABC):
     ):
         self.base, self.weights, self.how, self.name = base, tuple(weights), how, name
         settings = json.dumps([how.steps, how.cfg, how.sampler, how.guidance, how.end])
-        made_by = "".join((fingerprint(base), about, settings))
+        made_by = "".join((fingerprint_weights(base.state_dict()), about, settings))
         self.digest = hashlib.sha256(made_by.encode()).hexdigest()[:16]
 
     @abstractmethod
-    def retrieval(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Retrieval:
-        """What is injected for one group of references a row."""
+    def apply(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Application:
+        """One group of references a row, applied."""
 
     def unet(self) -> UNet:
         """The U-Net that draws while retrieval is on."""
@@ -81,13 +83,13 @@ class PaperdollMethod(ABC):
         prompts, text = [run.prompt for run, _ in rows], self.base.text
         noise = torch.cat([self.noise(run.seed, number) for run, number in rows])
         with torch.inference_mode():
-            unet, retrieval = self.base.unet, None
+            unet, applied = self.base.unet, []
             if weight:
                 groups = [characters[run.character].references for run, _ in rows]
-                unet, retrieval = self.unet(), self.retrieval(groups, weight)
+                unet, applied = self.unet(), [self.apply(groups, weight)]
             cond, uncond = text.encode(prompts), text.encode([""] * len(prompts))
             schedule, how = self.base.schedule, self.how
-            denoise = guided_denoiser(unet, schedule, cond, uncond, how.cfg, retrieval)
+            denoise = guided_denoiser(unet, schedule, cond, uncond, how.cfg, applied)
             latents = sample(denoise, noise, schedule, how.steps, how.sampler)
             pictures = self.base.vae.decode(latents)
         return list(pictures.split([run.samples for run in runs]))
@@ -105,7 +107,7 @@ class TrainedMethod(PaperdollMethod):
         self, bundle: Bundle, weights: Sequence[float], how: Sampling, name: str = "trained"
     ):
         self.network = bundle.network
-        about = fingerprint(bundle.network)
+        about = fingerprint_weights(bundle.network.state_dict())
         for key, weight in sorted(bundle.network.decoder.items()):
             about += f"{key} {weight.flatten()[:: max(1, weight.numel() // 64)].tolist()}"
         super().__init__(bundle.base, weights, how, name, about)
@@ -113,10 +115,11 @@ class TrainedMethod(PaperdollMethod):
     def unet(self) -> UNet:
         return self.network.apply_decoder(self.base.unet)
 
-    def retrieval(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Retrieval:
+    def apply(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Application:
         guidance = self.how.guidance or self.network.card.recommended["guidance"]
-        bank = self.network.project(stacked(self.base, self.network, groups))
-        return Retrieval(self.network.retrieval, bank, weight, end=self.how.end, guidance=guidance)
+        bank = make_network_bank(self.network, encode_groups(self.base, self.network, groups))
+        sites = freeze_sites(self.network)
+        return Retrieval(bank, weight, end=self.how.end, guidance=guidance, sites=sites)
 
 
 class TrainingFreeMethod(PaperdollMethod):
@@ -132,14 +135,14 @@ class TrainingFreeMethod(PaperdollMethod):
         self.network = TrainingFree.of(base.unet, "paperdoll")
         super().__init__(base, weights, how, name, self.network.fingerprint)
 
-    def retrieval(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Retrieval:
+    def apply(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Application:
         guidance = self.how.guidance or self.network.card.recommended["guidance"]
         return JointRetrieval(
-            layer_modules(self.base.unet),
-            side_by_side(self.base, self.network, groups),
+            make_banks(self.base, self.network, groups),
             weight,
             end=self.how.end,
             guidance=guidance,
+            names=name_layers(self.base.unet),
             timesteps=self.network.timesteps(),
             adain=self.network.adain,
         )

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ..bank.bank_file import fingerprint
 from ..errors import RetrievalError
 from ..metrics import (
     DEFAULT_QUESTIONS,
@@ -20,8 +19,10 @@ from ..metrics import (
     score_answers,
     text_similarity,
 )
+from ..metrics.word_embedder import WordEmbedder
+from ..network.fingerprint import fingerprint_weights
 from ..paperdoll.judge import Judge
-from ..paperdoll.judge_scores import WordEmbedder, attribute_match, describe
+from ..paperdoll.judge_scores import attribute_match, describe
 from ..paperdoll.world import BACKGROUNDS, EXPRESSIONS, POSES, SIZE
 from .characters import Character
 from .protocol import Run
@@ -61,7 +62,7 @@ class PaperdollScorer:
 
     def __init__(self, judge: Judge):
         self.judge = judge
-        self.digest = {"scores": f"paper-doll judge {fingerprint(judge)[:16]}"}
+        self.digest = {"scores": f"paper-doll judge {fingerprint_weights(judge.state_dict())[:16]}"}
         self._embedder = WordEmbedder()
 
     def score(

@@ -2,7 +2,9 @@
 
 File format (DESIGN, "File format"): one safetensors file, keys `encoder.*`, `retrieval.<site>.*`
 and optionally `decoder.*` in the base model's own names; metadata `format`, `format_version`,
-`base`, `config`, `recommended`, `training`, and `query_pooling` where queries are pooled.
+`base`, `config`, `recommended`, `training`, and `query_pooling` where queries are pooled. The
+decoder is the trained decoder's difference to the base that it was trained on; in version 1 it was
+the trained decoder itself.
 """
 
 from __future__ import annotations
@@ -10,19 +12,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..bank.encoding import split
-from ..bank.site_bank import Bank, project
-from ..bank.tokens import EncodedReference, Tokens, gather
 from ..errors import RetrievalError
 from ..files import parse_json, read_safetensors, save_safetensors
-from ..sampling.applications import GUIDANCES
 from .encoder import RetrievalEncoder
 from .retrieval_site import RetrievalSite, query_pools
 from .unet import (
@@ -36,12 +34,15 @@ from .unet import (
 )
 
 FORMAT = "retrieval_controlnet"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BASES = ("sd15", "sd21", "sdxl", "paperdoll")
 DECODER_PARTS = ("output_blocks.", "out.")
-# By base: see `RetrievalControlNet.query_pooling`. A paper doll's finest level has 16 x 16 places.
+# By base; a paper doll's full-resolution sites have 16 x 16 positions only.
 QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
 MOST_POOLING = 8
+
+Guidance = Literal["cond", "both"]
+GUIDANCES: tuple[str, ...] = get_args(Guidance)
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,14 @@ class RetrievalControlNet(nn.Module):
         config: the base U-Net's shape; sites and their widths follow from it.
         operations, attend: injected layers and attention function (see `unet`).
         card: base name, recommended settings and provenance.
-        query_pooling: edge in places of the squares that query as one at the sites of the latent's
-            own resolution (`RetrievalSite.pool`); None: by the base (`QUERY_POOLING`).
+        query_pooling: query pooling factor at the full-resolution sites; None: by the base
+            (`QUERY_POOLING`).
 
-    `decoder` maps the base model's own names (`output_blocks.*`, `out.*`) to trained weights, or
-    is empty: they replace the base's while retrieval is on (§5.4).
+    Attributes:
+        decoder: trained decoder weights under the base model's own names (`output_blocks.*`,
+            `out.*`), or empty (§5.4).
+        decoder_is_difference: whether they are differences to the base they were trained on; in
+            files of version 1 they are the trained weights.
     """
 
     def __init__(
@@ -86,23 +90,21 @@ class RetrievalControlNet(nn.Module):
         super().__init__()
         kw = {"device": device, "dtype": dtype}
         self.config, self.card = config, card
-        self.query_pooling = query_pooling or QUERY_POOLING.get(card.base, 1)
-        pools = query_pools(config, self.query_pooling)
+        if query_pooling is None:
+            query_pooling = QUERY_POOLING[card.base]
+        self.query_pooling = query_pooling
+        pools = query_pools(config, query_pooling)
         self.encoder = RetrievalEncoder(config, operations, attend, **kw)
         self.retrieval = nn.ModuleDict(
             {
                 site: RetrievalSite(
-                    channels,
-                    config.heads(channels),
-                    operations,
-                    attend,
-                    pools[site],
-                    **kw,
+                    channels, config.heads(channels), operations, attend, pools[site], **kw
                 )
                 for site, channels in config.site_channels().items()
             }
         )
         self.decoder: dict[str, Tensor] = {}
+        self.decoder_is_difference = True
 
     @classmethod
     def from_base(
@@ -129,10 +131,10 @@ class RetrievalControlNet(nn.Module):
             site.initialise(generator)
         return network
 
-    def read(
+    def encode_features(
         self, latents: Tensor, context: Tensor, y: Tensor | None = None
     ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-        """What the encoder reads of each reference, f_s [R, 1, H_s * W_s, C_s]: a `Reading`.
+        """site -> the features f_s [R, 1, H_s * W_s, C_s] of each reference, and (H_s, W_s).
 
         Args:
             latents: clean reference latents [R, C, H, W].
@@ -142,44 +144,24 @@ class RetrievalControlNet(nn.Module):
         features = self.encoder(latents, context, y).items()
         return {s: (f.flatten(2).transpose(1, 2)[:, None], tuple(f.shape[2:])) for s, f in features}
 
-    def encode(
-        self,
-        latents: Tensor,
-        context: Tensor,
-        y: Tensor | None = None,
-        masks: Sequence[Tensor | None] | None = None,
-        weights: Sequence[float] | None = None,
-        concepts: Sequence[str] | None = None,
-    ) -> list[EncodedReference]:
-        """`read` and `split`: encodes references once, without the tokens outside their masks.
-
-        It takes one pass of the encoder; keys and values are made with the bank.
-
-        Raises:
-            RetrievalError: a mask selects nothing.
-        """
-        reading = self.read(latents, context, y)
-        return split(reading, masks or [None] * len(latents), weights, concepts)
-
-    def bank(self, references: Sequence[EncodedReference], token_budget: int | None = None) -> Bank:
-        """One bank of several references (see `tokens.gather` and `bank.project`)."""
-        return self.project(gather(references), token_budget)
-
-    def project(self, tokens: Tokens, token_budget: int | None = None) -> Bank:
-        """`bank.project` with this network's layers."""
-        return project(tokens, self.retrieval, token_budget)  # type: ignore[arg-type]
-
-    def apply_decoder(self, unet: UNet) -> UNet:
+    def apply_decoder(self, unet: UNet, strength: float = 1.0) -> UNet:
         """A U-Net that shares the base's encoder and has the trained decoder, if there is one.
 
         For inference, with torch's own layers and attention; the base itself is not touched.
+
+        Args:
+            strength: of the difference, up to 1.
         """
         if not self.decoder:
             return unet
+        own = unet.state_dict()
+        decoder = {k: v.to(own[k]) for k, v in self.decoder.items()}
+        if self.decoder_is_difference:
+            decoder = {k: own[k] + min(strength, 1.0) * v for k, v in decoder.items()}
         with torch.device("meta"):
             patched = UNet(unet.config).requires_grad_(False)
         # Detached: assigning the base's own parameters would set their requires_grad too.
-        patched.load_state_dict({**unet.state_dict(), **self.decoder}, assign=True)
+        patched.load_state_dict({**own, **decoder}, assign=True)
         return patched.eval()
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -195,7 +177,7 @@ class RetrievalControlNet(nn.Module):
         pooling = {"query_pooling": str(self.query_pooling)} if self.query_pooling > 1 else {}
         return {
             "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
+            "format_version": str(FORMAT_VERSION if self.decoder_is_difference else 1),
             "base": self.card.base,
             "config": json.dumps(self.config.to_dict()),
             "recommended": json.dumps(self.card.recommended),
@@ -221,18 +203,31 @@ def check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) ->
 
 
 def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> RetrievalControlNet:
-    """Reads a network's file.
+    """Reads a network's file; see `build_network`."""
+    return build_network(*read_safetensors(path), path, base, **kw)
+
+
+def build_network(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    path: str | os.PathLike[str],
+    base: str | None = None,
+    load_weights: Callable[[nn.Module, dict[str, Tensor]], object] = nn.Module.load_state_dict,
+    **kw: Any,
+) -> RetrievalControlNet:
+    """The network of a file that was read.
 
     Args:
-        path: a safetensors file written by `RetrievalControlNet.save`.
+        tensors, metadata: of a safetensors file written by `RetrievalControlNet.save`.
+        path: of the file, for messages.
         base: the base model it is wanted for, one of `BASES`; None accepts any.
+        load_weights: loads weights that fit a module.
         kw: `operations`, `attend`, `device`, `dtype` of the layers.
 
     Raises:
-        RetrievalError: no such file, truncated, another format, a newer version, another base,
-            metadata that do not make sense, or missing, unexpected or misshapen keys.
+        RetrievalError: another format, a newer version, another base, metadata that do not make
+            sense, or missing, unexpected or misshapen keys.
     """
-    tensors, metadata = read_safetensors(path)
     check_metadata(path, metadata)
     found = metadata.get("base", "")
     if found not in BASES:
@@ -249,17 +244,18 @@ def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> Re
     recommended = _recommended(parse_json(metadata.get("recommended"), "recommended", path), path)
     training = parse_json(metadata.get("training"), "training", path)
     card, pooling = Card(found, recommended, training), _query_pooling(path, metadata)
-    network = RetrievalControlNet(config, card, query_pooling=pooling, **kw)
     decoder = {k[len("decoder.") :]: v for k, v in tensors.items() if k.startswith("decoder.")}
     rest = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
-    load_strictly(network, rest, f"retrieval network '{path}'")
-    if decoder:
-        with torch.device("meta"):
-            expected = decoder_state(UNet(config))
-        check_weights(expected, decoder, f"decoder of '{path}'")
-    like = next(network.parameters())
-    # A copy: what safetensors hands out is a view of the file, which may be overwritten.
-    network.decoder = {k: v.to(like, copy=True) for k, v in decoder.items()}
+    # Shapes by the configuration: a host's layers may have no weights before they are loaded.
+    with torch.device("meta"):
+        check_weights(RetrievalControlNet(config, card).state_dict(), rest, f"network '{path}'")
+        if decoder:
+            check_weights(decoder_state(UNet(config)), decoder, f"decoder of '{path}'")
+    network = RetrievalControlNet(config, card, query_pooling=pooling, **kw)
+    load_weights(network, rest)
+    # Copies: what safetensors hands out is a view of the file, which may be overwritten.
+    network.decoder = {k: v.clone() for k, v in decoder.items()}
+    network.decoder_is_difference = metadata["format_version"] != "1"
     return network
 
 
@@ -289,3 +285,10 @@ def _recommended(values: dict[str, Any], path: str | os.PathLike[str]) -> dict[s
 def decoder_state(unet: UNet) -> dict[str, Tensor]:
     """The decoder's weights under the base model's own names."""
     return {k: v for k, v in unet.state_dict().items() if k.startswith(DECODER_PARTS)}
+
+
+def decoder_difference(
+    trained: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What training changed in a decoder: `decoder_state` of it less that of its base."""
+    return {k: v.detach() - base[k].detach().to(v) for k, v in trained.items()}

@@ -21,13 +21,16 @@ class RetrievalEncoder(UNetEncoder):
         """Features f_s of every site.
 
         Args:
-            latents: [R, C, H, W], scaled as the base model's latents are.
+            latents: [R, C, H, W], scaled as the base model's latents are. An inpainting base's
+                encoder, of 2 C + 1 input channels, reads them as pictures with nothing to fill in.
             context: [R, L, D] text context of each reference.
             y: [R, A] vector conditioning where the base has one (SDXL).
 
         Returns:
             site -> [R, C_s, H_s, W_s].
         """
+        if self.config.in_channels == 2 * latents.shape[1] + 1:
+            latents = torch.cat([latents, torch.zeros_like(latents[:, :1]), latents], 1)
         timesteps = torch.zeros(latents.shape[0], device=latents.device)
         emb = self.embed(timesteps, y, latents.dtype)
         features = self.encode(latents, emb, context)

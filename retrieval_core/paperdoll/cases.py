@@ -110,5 +110,5 @@ def unsaid(case: Case) -> Case:
 
 
 def groups(cases: Sequence[Case]) -> list[list[PreparedReference]]:
-    """The references of each case, as `generate.stacked` takes them."""
+    """The references of each case, as `generate.encode_groups` takes them."""
     return [case.references for case in cases]

@@ -18,7 +18,7 @@ from ..sampling.attention_map import overlay
 from ..sheets import Row, Tile, reference_colour, write_sheet
 from .bundle import Bundle, load_bundle
 from .cases import Case, composition_case, groups, same_character_case
-from .generate import Sampling, gathered, generate, retrieval_of, stacked
+from .generate import Sampling, apply_bank, encode_group, encode_groups, generate
 from .measure import chance_levels, match_rates
 from .text import CONCEPTS
 from .world import SIZE
@@ -67,8 +67,8 @@ def pictures_of(
     """Without retrieval, with it, and the map over the latter, from the same prompts and noise."""
     prompts, noise = [case.prompt for case in cases], noise_for(bundle, seed, len(cases))
     plain = generate(bundle, prompts, noise, None, how)
-    tokens = stacked(bundle.base, bundle.network, groups(cases))
-    retrieval = retrieval_of(bundle.network, tokens, how)
+    tokens = encode_groups(bundle.base, bundle.network, groups(cases))
+    retrieval = apply_bank(bundle.network, tokens, how)
     found = generate(bundle, prompts, noise, retrieval, how)
     colours = [reference_colour(i) for i in range(len(cases[0].references))]
     return plain, found, overlay(found, retrieval.shares.mean(), colours)
@@ -112,11 +112,11 @@ def show_own(
 ) -> Path:
     """The user's own reference files: four seeds without and with retrieval, and the maps."""
     prepared = [own_reference(reference) for reference in references]
-    tokens = gathered(bundle.base, bundle.network, prepared)
+    tokens = encode_group(bundle.base, bundle.network, prepared)
     count = 4
     noise = noise_for(bundle, seed, count)
     plain = generate(bundle, [prompt] * count, noise, None, how)
-    retrieval = retrieval_of(bundle.network, tokens, how)
+    retrieval = apply_bank(bundle.network, tokens, how)
     found = generate(bundle, [prompt] * count, noise, retrieval, how)
     colours = [reference_colour(i) for i in range(len(prepared))]
     maps = overlay(found, retrieval.shares.mean(), colours)

@@ -26,7 +26,7 @@ from ..sampling.applications import Retrieval
 from .batches import render_any, to_images
 from .bundle import Bundle, load_bundle
 from .cases import Case, composition_case, groups, same_character_case, unsaid
-from .generate import Sampling, gathered, generate, retrieval_of, stacked
+from .generate import Sampling, apply_bank, encode_group, encode_groups, generate
 from .judge import ATTRIBUTES, SCENE, chance, truth
 
 BATCH = 40
@@ -61,7 +61,8 @@ class Measurement:
 
     def _retrieval(self, cases: Sequence[Case]) -> Retrieval:
         network = self.bundle.network
-        return retrieval_of(network, stacked(self.bundle.base, network, groups(cases)), self.how)
+        tokens = encode_groups(self.bundle.base, network, groups(cases))
+        return apply_bank(network, tokens, self.how)
 
     def read(self, cases: Sequence[Case], retrieve: bool, title: str) -> list[Reading]:
         """What the judge reads off one figure a case."""
@@ -141,16 +142,16 @@ def exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
     ).eval()
     off = replace(how, strength=0.0)
     cases = {
-        "strength 0": (bundle, gathered(base, network, case.references), off),
-        "empty bank": (bundle, gathered(base, network, []), how),
+        "strength 0": (bundle, encode_group(base, network, case.references), off),
+        "empty bank": (bundle, encode_group(base, network, []), how),
         "fresh network": (
             Bundle(base, fresh, bundle.judge),
-            gathered(base, fresh, case.references),
+            encode_group(base, fresh, case.references),
             how,
         ),
     }
     return {
-        name: torch.equal(generate(b, prompts, noise, retrieval_of(b.network, tokens, h), h), plain)
+        name: torch.equal(generate(b, prompts, noise, apply_bank(b.network, tokens, h), h), plain)
         for name, (b, tokens, h) in cases.items()
     }
 

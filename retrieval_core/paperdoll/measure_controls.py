@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..bank.token_budget import DEFAULT_BUDGET
+from ..bank.token_budget import AUTOMATIC
 from ..errors import RetrievalError
 from ..network.retrieval_site import RetrievalSite, query_pools
-from ..sampling.applications import Retrieval, Several
+from ..sampling.applications import Application
 from ..sampling.sampler import Denoise, guided_denoiser, sample
 from .bundle import Bundle, load_bundle
 from .cases import Case, composition_case, groups, same_character_case, unsaid
-from .generate import Sampling, retrieval_of, stacked
+from .generate import Sampling, apply_bank, encode_groups
 from .judge import chance
 from .measure import (
     BATCH,
@@ -47,9 +47,9 @@ def budget_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[s
     """Attribute match with all tokens and with the default budget."""
     runs = {
         name: Measurement(bundle, replace(how, token_budget=budget), seed)
-        for name, budget in (("all tokens", None), ("default budget", DEFAULT_BUDGET))
+        for name, budget in (("all tokens", None), ("default budget", AUTOMATIC))
     }
-    return {"tokens a site at most": DEFAULT_BUDGET, **_lost(runs, count, seed)}
+    return _lost(runs, count, seed)
 
 
 def pooling_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
@@ -167,21 +167,20 @@ def pairs(
     base, applied = bundle.base, []
     if retrieve:
         for cases, place in ((lefts, 0), (rights, 1)):
-            tokens = stacked(base, bundle.network, groups(cases))
-            one = replace(retrieval_of(bundle.network, tokens, how), apart=apart)
+            tokens = encode_groups(base, bundle.network, groups(cases))
+            one = replace(apply_bank(bundle.network, tokens, how), apart=apart)
             applied.append(_in_half(one, place))
     unet = bundle.network.apply_decoder(base.unet) if retrieve else base.unet
     with torch.inference_mode():
         cond = base.text.encode([case.prompt for case in lefts])
         uncond = base.text.encode([""] * len(lefts))
 
-        def denoiser(active: Sequence[Retrieval]) -> Denoise:
-            several = Several(active) if active else None
-            return guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, several)
+        def denoiser(active: Sequence[Application]) -> Denoise:
+            return guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, active)
 
         denoise = denoiser(applied)
         if by_area:
-            halves = [denoiser([_cropped(one, place) for one in applied]) for place in range(2)]
+            halves = [denoiser([_crop(one, place) for one in applied]) for place in range(2)]
 
             def denoise(x: Tensor, timestep: int) -> Tensor:
                 parts = x.chunk(2, -1)
@@ -190,12 +189,12 @@ def pairs(
         return base.vae.decode(sample(denoise, noise, base.schedule, how.steps, how.sampler))
 
 
-def _cropped(retrieval: Retrieval, place: int) -> Retrieval:
+def _crop(retrieval: Application, place: int) -> Application:
     assert retrieval.region is not None
     return replace(retrieval, region=retrieval.region.chunk(2, -1)[place])
 
 
-def _in_half(retrieval: Retrieval, place: int) -> Retrieval:
+def _in_half(retrieval: Application, place: int) -> Application:
     region = torch.zeros(SIZE, 2 * SIZE)
     region[:, place * SIZE : (place + 1) * SIZE] = 1
     return replace(retrieval, region=region)

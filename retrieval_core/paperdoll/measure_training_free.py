@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bank.site_bank import Bank, project
-from ..bank.tokens import stack
-from ..data.prepare import PreparedReference, token_mask
+from ..bank.encoding import batch_features
+from ..bank.site_bank import Bank, make_bank
+from ..data.prepare import PreparedReference
 from ..errors import RetrievalError
-from ..sampling.applications import GUIDANCES
+from ..network.controlnet import GUIDANCES
 from ..sampling.sampler import guided_denoiser, sample
-from ..training_free.attention_layers import layer_modules
+from ..training_free.attention_layers import name_layers
 from ..training_free.joint_retrieval import JointRetrieval
 from ..training_free.recording import record
 from ..training_free.training_free_network import LAYERS, LEVELS, TrainingFree
 from .bundle import BASE_FILE, JUDGE_FILE, bundled
 from .cases import Case, composition_case, groups, same_character_case
+from .generate import stack_masks
 from .judge import Judge, load_judge
 from .measure import chance_levels, follow_rates, leak_rate, match_rates
 from .model import PaperdollModel, load_base
@@ -61,23 +62,17 @@ class Setting:
         return ", ".join(parts + (["AdaIN"] if self.adain else []))
 
 
-def side_by_side(
+def make_banks(
     base: PaperdollModel, network: TrainingFree, references: Sequence[Sequence[PreparedReference]]
 ) -> Bank:
-    """G banks of equally many references each; masks count, weights do not."""
+    """Banks of equally many references each; masks count, weights do not."""
     flat = [reference for group in references for reference in group]
-    split = (len(references), len(references[0]))
+    used = torch.ones(len(references), len(references[0]), dtype=torch.bool)
     latents = base.vae.encode(torch.stack([reference.image for reference in flat]))
     context = base.text.encode([reference.concept for reference in flat])
     recorded = record(base.unet, base.schedule, network, latents, context)
-    whole = torch.ones(flat[0].image.shape[-2:])
-    masks = [whole if reference.mask is None else reference.mask for reference in flat]
-    keep = {
-        site: torch.stack([token_mask(mask, *size).flatten() for mask in masks]).view(*split, -1)
-        for site, (_, size) in recorded.items()
-    }
-    tokens = {site: read.unflatten(0, split) for site, (read, _) in recorded.items()}
-    return project(stack(tokens, keep), None)
+    tokens = batch_features(recorded, latents.shape[2:], used, stack_masks(flat))
+    return make_bank(tokens, None, network.site_downsampling())
 
 
 def pictures(
@@ -85,22 +80,23 @@ def pictures(
 ) -> Tensor:
     """One picture a case, [B, 3, 64, 64] in 0..1, from unit noise."""
     with torch.inference_mode():
-        retrieval = None
+        applied = []
         if setting.levels is not None:
             network = TrainingFree(
                 base.unet.config, "paperdoll", "", setting.layers, setting.levels, setting.adain
             )
-            retrieval = JointRetrieval(
-                layer_modules(base.unet),
-                side_by_side(base, network, groups(cases)),
+            one = JointRetrieval(
+                make_banks(base, network, groups(cases)),
                 setting.strength,
                 guidance=setting.guidance,  # type: ignore[arg-type]
+                names=name_layers(base.unet),
                 timesteps=network.timesteps(),
                 adain=network.adain,
             )
+            applied.append(one)
         cond, uncond = (base.text.encode([c.prompt for c in cases]), base.text.encode([""]))
         uncond = uncond.expand(len(cases), -1, -1)
-        denoise = guided_denoiser(base.unet, base.schedule, cond, uncond, setting.cfg, retrieval)
+        denoise = guided_denoiser(base.unet, base.schedule, cond, uncond, setting.cfg, applied)
         latents = sample(denoise, noise, base.schedule, setting.steps)
         return base.vae.decode(latents)
 

@@ -1,55 +1,50 @@
-"""One application of a bank to a U-Net: strength, schedule, region and rows (DESIGN §4, §6)."""
+"""Applications of references to a U-Net: strength, schedule, region and rows (DESIGN §4, §6)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bank.site_bank import Bank
 from ..errors import RetrievalError
-from ..network.retrieval_site import RetrievalSite
-from ..network.unet import SelfAttentionHook, SkipHook
+from ..network.controlnet import GUIDANCES, Guidance
+from ..network.unet import Attention, SelfAttentionHook, SkipHook
 from .controls import CONSTANT, StrengthCurve
-from .isolation import check_apart, isolation_hook
-from .regions import queries_in, region_at
+from .frozen_site import FrozenSite, SiteRegion
+from .isolation import Partition, attend_apart, check_apart, partition
+from .joint_attention import Source
+from .regions import active_queries, region_at
 
-Guidance = Literal["cond", "both"]
-GUIDANCES: tuple[str, ...] = get_args(Guidance)
 COND = 0
 
 
 @dataclass(frozen=True, eq=False)
-class Retrieval:
-    """What is added to the skip features while sampling; immutable.
+class Application:
+    """One application of a bank: when, where and how strongly it acts.
+
+    A subclass acts on the skip features (`add_retrieved`) or in self-attention (`source`).
 
     Attributes:
-        sites: the retrieval network's layers by site.
         bank: what is attended to, on the features' device and of their type.
         strength: multiplies what was retrieved; 0 switches retrieval off.
         start, end: the part of sampling in which it acts, fractions 0 (all noise) to 1.
         guidance: "cond": only conditional rows retrieve; "both": unconditional rows too.
         region: [H, W] of 0..1 over the image, or None for everywhere.
         curve: of the strength, from start to end.
-        site_strength: site -> factor of the strength; 1 for a site that is not in it.
-        outputs: (site, device, type) -> `RetrievalSite.output_matrix`, filled while sampling and
-            shared by `dataclasses.replace`; the weights are not to change meanwhile.
+        site_strength: site or layer -> factor of the strength; 1 for one that is not in it.
         apart: until which part of sampling the region is kept apart from those of other
             applications that are kept apart too (`isolation`); 0 for never.
-        places: the region at each site, filled while sampling.
 
     Raises:
         RetrievalError: a strength that is not finite, a schedule outside 0..1, an unknown
             guidance, a region of another shape, or regions apart outside 0..1.
     """
 
-    hooks: ClassVar[str] = "skip_hook"  # the argument of the U-Net that takes `hook`
-
-    sites: Mapping[str, nn.Module]
     bank: Bank
     strength: float = 1.0
     start: float = 0.0
@@ -58,9 +53,7 @@ class Retrieval:
     region: Tensor | None = None
     curve: StrengthCurve = CONSTANT
     site_strength: Mapping[str, float] = field(default_factory=dict)
-    outputs: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
     apart: float = 0.0
-    places: dict[tuple, tuple] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_apart(self.apart)
@@ -85,141 +78,148 @@ class Retrieval:
                 "'both'."
             )
 
-    def arguments(self, cond_or_uncond: Sequence[int], progress: float) -> dict[str, Any]:
-        """What a U-Net is called with at one step, beside its inputs; see `hook`."""
-        return {self.hooks: self.hook(cond_or_uncond, progress)}
+    def strength_at(self, progress: float) -> float:
+        """The strength at a point of sampling, 0 (the first step's noise) to 1 (none); 0 where
+        nothing is to be done at all."""
+        if self.bank.empty or not self.start <= progress <= self.end:
+            return 0.0
+        length = self.end - self.start
+        return self.strength * self.curve.at((progress - self.start) / length if length else 0.0)
 
     def isolated_at(self, progress: float) -> bool:
         """Whether its region is kept apart from others at a point of sampling."""
         acts = self.strength != 0 and not self.bank.empty
         return acts and self.region is not None and 0 < self.apart and progress <= self.apart
 
-    def strength_at(self, progress: float) -> float:
-        """The strength at a point of sampling; 0 where nothing is to be done at all."""
-        if self.bank.empty or not self.start <= progress <= self.end:
-            return 0.0
-        length = self.end - self.start
-        return self.strength * self.curve.at((progress - self.start) / length if length else 0.0)
+    def retrieves(self, cond_or_uncond: Sequence[int]) -> list[bool]:
+        """Which chunks of a batch retrieve; 0 is a conditional chunk, 1 an unconditional one."""
+        return [self.guidance == "both" or kind == COND for kind in cond_or_uncond]
 
-    def hook(self, cond_or_uncond: Sequence[int], progress: float) -> SkipHook | None:
-        """A U-Net's `skip_hook` for one step, or None if nothing is to be done.
+    def add_retrieved(
+        self, site: str, h: Tensor, cond_or_uncond: Sequence[int], strength: float
+    ) -> Tensor:
+        """Skip features h [B, C, H, W] with what the site retrieves added to rows that retrieve."""
+        return h
+
+    def source(
+        self, layer: Attention, q: Tensor, size: tuple[int, int], progress: float, strength: float
+    ) -> Source | None:
+        """What a self-attention layer of `size` (height, width) also attends to."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieval(Application):
+    """An application of a trained network, at the skip connections.
+
+    It caches the region at each site's resolution, for as long as it lives.
+
+    Attributes:
+        sites: the network's sites (`freeze_sites`).
+    """
+
+    sites: Mapping[str, FrozenSite] = field(default_factory=dict)
+    _regions: dict[tuple, SiteRegion] = field(init=False, default_factory=dict, repr=False)
+
+    def add_retrieved(
+        self, site: str, h: Tensor, cond_or_uncond: Sequence[int], strength: float
+    ) -> Tensor:
+        """See `Application`. Each chunk of rows is served by all of the bank's G entries, B /
+        chunks / G rows each."""
+        strength *= self.site_strength.get(site, 1.0)
+        wanted = [i for i, asks in enumerate(self.retrieves(cond_or_uncond)) if asks]
+        if not wanted or strength == 0:
+            return h
+        layer, bank, region = self.sites[site], self.bank.sites[site], self._region(site, h)
+        # The bank's entries serve runs of rows in order: chunks are only joined where it has one.
+        together = len(wanted) == 1 or len(bank.keys) == 1
+        if together and len(wanted) == len(cond_or_uncond):
+            return layer.add_retrieved(h, bank, strength, region)
+        chunks = list(h.chunk(len(cond_or_uncond)))
+        if together:
+            joined = torch.cat([chunks[i] for i in wanted])
+            served = layer.add_retrieved(joined, bank, strength, region).chunk(len(wanted))
+        else:
+            served = [layer.add_retrieved(chunks[i], bank, strength, region) for i in wanted]
+        for i, chunk in zip(wanted, served, strict=True):
+            chunks[i] = chunk
+        return torch.cat(chunks)
+
+    def _region(self, site: str, h: Tensor) -> SiteRegion | None:
+        if self.region is None:
+            return None
+        key = (site, h.device, h.dtype, h.shape[2:])
+        if key not in self._regions:
+            mask = region_at(self.region, h)
+            self._regions[key] = SiteRegion(mask, active_queries(mask, self.sites[site].pool))
+        return self._regions[key]
+
+
+class Applications:
+    """Several applications on one U-Net, in order, such as one for each region.
+
+    It caches what each self-attention layer's positions may attend to where regions are kept apart,
+    by layer size and regions, for as long as it lives.
+    """
+
+    def __init__(self, applications: Sequence[Application]):
+        self.applications = list(applications)
+        self._partitions: dict[tuple, Partition | None] = {}
+
+    def hooks(self, cond_or_uncond: Sequence[int], progress: float) -> dict[str, Any]:
+        """What a U-Net is called with at one step, beside its inputs; nothing where none acts.
 
         Args:
             cond_or_uncond: the batch's chunks in order, 0 for conditional, 1 for unconditional.
             progress: 0 at the first step's noise, 1 at none.
         """
-        strength = self.strength_at(progress)
-        if strength == 0:
-            return None
-
-        def hook(site: str, h: Tensor) -> Tensor:
-            return self.apply(site, h, cond_or_uncond, strength)
-
-        return hook
-
-    def apply(
-        self, site: str, h: Tensor, cond_or_uncond: Sequence[int], strength: float | None = None
-    ) -> Tensor:
-        """h [B, C, H, W] with what the site retrieves added to the rows that retrieve.
-
-        Each chunk of rows is served by all of the bank's G banks, B / chunks / G rows each.
-
-        Args:
-            strength: at this step (`strength_at`); by default the constant one.
-        """
-        strength = self.strength if strength is None else strength
-        strength *= self.site_strength.get(site, 1.0)
-        both = self.guidance == "both"
-        wanted = [i for i, kind in enumerate(cond_or_uncond) if both or kind == COND]
-        if not wanted or strength == 0:
-            return h
-        if len(wanted) == len(cond_or_uncond) and self._shared(site, wanted):
-            return self._added(site, h, strength)
-        chunks = list(h.chunk(len(cond_or_uncond)))
-        if self._shared(site, wanted):
-            joined = torch.cat([chunks[i] for i in wanted])
-            served = self._added(site, joined, strength).chunk(len(wanted))
-        else:
-            served = tuple(self._added(site, chunks[i], strength) for i in wanted)
-        for i, chunk in zip(wanted, served):
-            chunks[i] = chunk
-        return torch.cat(chunks)
-
-    def _shared(self, site: str, wanted: Sequence[int]) -> bool:
-        """Whether one call can serve all wanted chunks: the bank serves runs of rows in order."""
-        return len(wanted) == 1 or self.bank.sites[site].keys.shape[0] == 1
-
-    def _added(self, site: str, h: Tensor, strength: float) -> Tensor:
-        """h + strength * region * zero_conv(W_o attended)."""
-        layer = self.sites[site]
-        assert isinstance(layer, RetrievalSite)
-        bank = self.bank.sites[site]
-        region, asked = self._place(site, layer, h)
-        if torch.is_grad_enabled():  # training: both matrices learn, and change with every step
-            retrieved = layer(h, bank) * strength
-            return h + (retrieved if region is None else retrieved * region)
-        if asked is not None and not len(asked):
-            return h
-        tokens = layer.attended_pooled(h, bank, asked).transpose(1, 2)
-        matrix = self._output(site, layer, h).expand(h.shape[0], -1, -1)
-        if layer.pool == 1 and asked is None:
-            # One product with the two matrices' product, and the sum with h in the same pass.
-            if region is not None:
-                tokens = tokens * region.flatten(2)
-            return torch.baddbmm(h.flatten(2), matrix, tokens, alpha=strength).view_as(h)
-        retrieved = layer.spread(matrix @ tokens, h, asked)
-        retrieved = retrieved if region is None else retrieved * region
-        return torch.add(h, retrieved, alpha=strength)
-
-    def _place(
-        self, site: str, layer: RetrievalSite, h: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The region at the features h, and the queries that count in it; see `queries_in`."""
-        if self.region is None:
-            return None, None
-        key = (site, h.device, h.dtype, h.shape[-2:])
-        if key not in self.places:
-            region = region_at(self.region, h)
-            self.places[key] = region, queries_in(region, layer.pool)
-        return self.places[key]
-
-    def _output(self, site: str, layer: RetrievalSite, h: Tensor) -> Tensor:
-        key = (site, h.device, h.dtype)
-        if key not in self.outputs:
-            self.outputs[key] = layer.output_matrix(h)
-        return self.outputs[key]
-
-
-@dataclass(frozen=True, eq=False)
-class Several:
-    """Several applications on one U-Net, in order, such as one a region; see `Retrieval`."""
-
-    applied: Sequence[Retrieval]
-    isolations: dict[tuple[int, ...], SelfAttentionHook | None] = field(
-        init=False, default_factory=dict, repr=False
-    )  # by the applications kept apart: what a hook knows of the regions serves all steps
-
-    def arguments(self, cond_or_uncond: Sequence[int], progress: float) -> dict[str, Any]:
-        """As of a single one, and the base's self-attention kept within regions."""
-        apart = tuple(i for i, one in enumerate(self.applied) if one.isolated_at(progress))
-        if apart not in self.isolations:
-            regions = (self.applied[i].region for i in apart)
-            self.isolations[apart] = isolation_hook([r for r in regions if r is not None])
+        acting = [(one, one.strength_at(progress)) for one in self.applications]
+        acting = [(one, strength) for one, strength in acting if strength != 0]
+        apart = tuple(i for i, a in enumerate(self.applications) if a.isolated_at(progress))
+        if not acting and len(apart) < 2:
+            return {}
+        skip_hook = self._skip_hook(acting, cond_or_uncond)
         return {
-            Retrieval.hooks: self.hook(cond_or_uncond, progress),
-            "self_attention": self.isolations[apart],
+            "skip_hook": skip_hook,
+            "self_attention": self._self_attention(acting, apart, cond_or_uncond, progress),
         }
 
-    def hook(self, cond_or_uncond: Sequence[int], progress: float) -> SkipHook | None:
-        """All of their hooks one after another, or None if none has anything to do."""
-        found = [one.hook(cond_or_uncond, progress) for one in self.applied]
-        active = [hook for hook in found if hook is not None]
-        if not active:
-            return None
-
+    def _skip_hook(
+        self, acting: Sequence[tuple[Application, float]], cond_or_uncond: Sequence[int]
+    ) -> SkipHook:
         def hook(site: str, h: Tensor) -> Tensor:
-            for one in active:
-                h = one(site, h)
+            for one, strength in acting:
+                h = one.add_retrieved(site, h, cond_or_uncond, strength)
             return h
 
         return hook
+
+    def _self_attention(
+        self,
+        acting: Sequence[tuple[Application, float]],
+        apart: tuple[int, ...],
+        cond_or_uncond: Sequence[int],
+        progress: float,
+    ) -> SelfAttentionHook:
+        def hook(
+            layer: Attention, size: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, heads: int
+        ) -> Tensor:
+            chunks: list[list[Source]] = [[] for _ in cond_or_uncond]
+            for one, strength in acting:
+                source = one.source(layer, q, size, progress, strength)
+                if source is not None:
+                    for chunk, asks in zip(chunks, one.retrieves(cond_or_uncond), strict=True):
+                        chunk += [source] * asks
+            partitions = [self._partition(apart, size, q.device)] * len(chunks)
+            return attend_apart(layer.attend, q, k, v, heads, chunks, partitions)
+
+        return hook
+
+    def _partition(
+        self, apart: tuple[int, ...], size: tuple[int, int], device: torch.device
+    ) -> Partition | None:
+        key = (apart, size, device)
+        if key not in self._partitions:
+            regions = [self.applications[i].region for i in apart]
+            self._partitions[key] = partition([r.to(device) for r in regions], size)
+        return self._partitions[key]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..bank.site_bank import SiteBank
-from ..network.retrieval_site import RetrievalSite
+from ..network.retrieval_site import unpool_queries
 from ..network.unet import MIDDLE, UNetConfig
 from .applications import COND, Retrieval
 from .regions import region_at
+
+_LOGITS = 1 << 24  # held at once where shares are measured
 
 
 def map_site(config: UNetConfig) -> str:
     """The site that a map is read from: the last one that a transformer block leads to.
 
-    It knows what a place shows, and is coarse enough for its attention to cost next to nothing.
+    It knows what a position shows, and is coarse enough for its attention to cost next to nothing.
     """
     plan = enumerate(config.encoder_plan(), 1)
     read = [f"input_{index}" for index, (_, _, _, depth) in plan if depth]
@@ -28,7 +32,7 @@ def map_site(config: UNetConfig) -> str:
 
 @dataclass
 class Shares:
-    """The attention shares [B, 1 + references, H, W] seen so far: their sum and, for each place,
+    """The attention shares [B, 1 + references, H, W] seen so far: their sum and, for each position,
     how often it was seen.
     """
 
@@ -60,29 +64,39 @@ class Shares:
         self.steps += 1
 
     def mean(self) -> Tensor:
-        """Mean share over the steps, the null token's first; the shares of a place add up to 1."""
+        """Mean shares over the steps, the null token's first; those of a position add up to 1."""
         assert self.total is not None and self.seen is not None, "nothing was retrieved yet"
         mean = self.total / self.seen.clamp_min(1)
         mean[:, 0] += (self.seen == 0).to(mean)
         return mean
 
 
-def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+def merge_shares(applications: Sequence[Tensor]) -> Tensor:
     """The shares of several applications as those of one: [B, 1 + all references, H, W].
 
     Args:
-        parts: mean shares [B, 1 + references, H, W] of each. Where applications overlap, so that
-            together they retrieve more than everything, their shares are scaled down to all of it.
+        applications: mean shares [B, 1 + references, h, w] of each; they come out at the largest
+            resolution. Where applications overlap, so that together they retrieve more than
+            everything, their shares are scaled down to all of it.
     """
-    retrieved = torch.cat([part[:, 1:] for part in parts], 1)
-    retrieved = retrieved / retrieved.sum(1, keepdim=True).clamp_min(1)
-    return torch.cat([(1 - retrieved.sum(1, keepdim=True)).clamp_min(0), retrieved], 1)
+    size = max((shares.shape[2:] for shares in applications), key=math.prod)
+    retrieved = [
+        shares[:, 1:]
+        if shares.shape[2:] == size
+        else F.interpolate(shares[:, 1:], size=tuple(size), mode="bilinear")
+        for shares in applications
+    ]
+    joined = torch.cat(retrieved, 1)
+    joined = joined / joined.sum(1, keepdim=True).clamp_min(1)
+    return torch.cat([(1 - joined.sum(1, keepdim=True)).clamp_min(0), joined], 1)
 
 
-def shares_of(
+def measure_shares(
     retrieval: Retrieval, site: str, h: Tensor, bank: SiteBank, references: int
 ) -> Tensor:
     """Where the features h [B, C, H, W] of a site look, by reference, within the region.
+
+    Attention is averaged over the heads; the shares of a position add up to 1.
 
     Args:
         bank: of the site; from before its tokens were merged it tells references apart better.
@@ -91,8 +105,22 @@ def shares_of(
         [B, 1 + references, H, W], the null token's share first.
     """
     layer = retrieval.sites[site]
-    assert isinstance(layer, RetrievalSite)
-    shares = layer.shares(h, bank, references)
+    q = layer.query(h)
+    q, k = (
+        rearrange(t.float(), "g n (h d) -> g h n d", h=layer.heads)
+        for t in (q.reshape(len(bank.keys), -1, q.shape[2]), bank.keys)
+    )
+    bias = 0.0 if bank.bias is None else bank.bias[:, None, None].float()
+    owner = bank.owner.expand(len(k), -1)[:, None] + 1
+    shares = q.new_zeros(len(k), q.shape[2], references + 1)
+    at_once = max(1, _LOGITS // (k.shape[0] * k.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], at_once):
+        logits = q[:, :, start : start + at_once] @ k.transpose(2, 3) / k.shape[3] ** 0.5
+        weights = (logits + bias).softmax(-1).mean(1)
+        index = owner.expand_as(weights)
+        shares[:, start : start + at_once].scatter_add_(2, index, weights)
+    shares = shares.view(len(h), -1, references + 1).transpose(1, 2)
+    shares = unpool_queries(shares, h.shape[2:], layer.pool)
     if retrieval.region is None:
         return shares
     retrieved = shares[:, 1:] * region_at(retrieval.region, h).to(shares)
@@ -101,32 +129,34 @@ def shares_of(
 
 @dataclass(frozen=True, eq=False)
 class RecordedRetrieval(Retrieval):
-    """A `Retrieval` that also records, at `site`, where the conditional rows looked.
+    """A `Retrieval` that also records, at one site, where the conditional rows looked.
 
     The result is bit for bit that of `Retrieval`; the cost is one attention map of that site.
 
     Attributes:
-        seen: what the shares are read from, by default the bank's own site; a bank's site from
+        recorded: the site.
+        shares: where they looked, summed while sampling.
+        seen: what the shares are measured with, by default the bank's own site; a bank's site from
             before its tokens were merged tells references apart better.
         references: how many there are; 0 for as many as the bank's tokens name.
     """
 
-    site: str = "middle"
+    recorded: str = "middle"
     shares: Shares = field(default_factory=Shares)
     seen: SiteBank | None = None
     references: int = 0
 
-    def apply(
-        self, site: str, h: Tensor, cond_or_uncond: Sequence[int], strength: float | None = None
+    def add_retrieved(
+        self, site: str, h: Tensor, cond_or_uncond: Sequence[int], strength: float
     ) -> Tensor:
-        if site == self.site:
+        if site == self.recorded:
             chunks = h.chunk(len(cond_or_uncond))
             rows = next((c for c, kind in zip(chunks, cond_or_uncond) if kind == COND), None)
             if rows is not None:
                 bank = self.seen or self.bank.sites[site]
                 count = self.references or int(bank.owner.max()) + 1
-                self.shares.add(shares_of(self, site, rows, bank, count))
-        return super().apply(site, h, cond_or_uncond, strength)
+                self.shares.add(measure_shares(self, site, rows, bank, count))
+        return super().add_retrieved(site, h, cond_or_uncond, strength)
 
 
 def strongest_reference(shares: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +193,7 @@ def reference_masks(shares: Tensor, height: int, width: int, hard: bool) -> Tens
 
     Args:
         shares: see `strongest_reference`.
-        hard: 1 in each place for the one reference most looked at, and for none where the null
+        hard: 1 at each position for the one reference most looked at, and for none where the null
             token had more than all references together; otherwise the shares themselves.
     """
     smooth = F.interpolate(shares, size=(height, width), mode="bilinear", align_corners=False)

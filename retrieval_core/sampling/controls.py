@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..bank.token_budget import DEFAULT_BUDGET, check_budget
+from ..bank.token_budget import AUTOMATIC, Budget, check_budget
 from ..errors import RetrievalError
 from ..network.unet import MIDDLE, UNetConfig
 from .isolation import check_apart
@@ -122,7 +122,7 @@ class Controls:
         curve: of the strength over the active part of sampling.
         groups: factors of the strength at the sites of composition, middle and detail.
         region_blur: see `regions.soften`.
-        token_budget: the most tokens of the bank at a site, or None for all of them.
+        token_budget: the most tokens of the bank at a site, see `token_budget.site_budgets`.
         apart: until which part of sampling the region is kept apart from others, see `isolation`.
 
     Raises:
@@ -133,7 +133,7 @@ class Controls:
     curve: StrengthCurve = CONSTANT
     groups: tuple[float, float, float] = (1.0, 1.0, 1.0)
     region_blur: float = 0.0
-    token_budget: int | None = DEFAULT_BUDGET
+    token_budget: Budget = AUTOMATIC
     apart: float = 0.0
 
     def __post_init__(self) -> None:
@@ -142,8 +142,7 @@ class Controls:
                 f"The strengths of composition, middle and detail are {list(self.groups)}; give "
                 "three finite numbers."
             )
-        if self.token_budget is not None:
-            check_budget(self.token_budget)
+        check_budget(self.token_budget)
         check_apart(self.apart)
 
     def site_strengths(self, groups: Mapping[str, str]) -> dict[str, float]:

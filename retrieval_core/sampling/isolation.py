@@ -1,30 +1,29 @@
 """Keeps regions apart: in the base's self-attention no character looks at another.
 
 A base model's self-attention spans the whole picture, and takes hair and eyes of one figure over to
-the other while both take shape. Here a place that belongs to a region attends to that region and
-to what belongs to none; places of none attend to everything (Bounded Attention, arXiv 2403.16990,
-without its guidance). It costs less than the attention it stands for.
+the other while both take shape. Here a position that belongs to a region attends to that region and
+to what belongs to none; positions of none attend to everything (Bounded Attention, arXiv
+2403.16990, without its guidance). It costs less than the attention it stands for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import RetrievalError
-from ..network.unet import Attention, SelfAttentionHook
+from ..network.unet import AttentionFunction
+from .joint_attention import Source, attend_chunks
 from .regions import region_at
 
 SHARED = -1
-_OWNED = 0.5  # a place belongs to a region that fills more of it than this
+_OWNED = 0.5  # a position belongs to a region that fills more of it than this
 
-# Pairs (places, what they attend to) of indices [n] and [m] into a layer's places.
+# Pairs (positions, what they attend to) of indices [n] and [m] into a layer's positions.
 Partition = list[tuple[Tensor, Tensor]]
-# (q [B, n, D], k [B, m, D], v [B, m, D], places [n]) -> [B, n, D]
-PartAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def check_apart(apart: float) -> float:
@@ -38,9 +37,9 @@ def check_apart(apart: float) -> float:
 
 
 def owners(regions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """[H * W]: the index of the region that each place belongs to, `SHARED` for none.
+    """[H * W]: the index of the region that each position belongs to, `SHARED` for none.
 
-    Where regions overlap the stronger one has the place, and neither where they are equal.
+    Where regions overlap the stronger one has the position, and neither where they are equal.
 
     Args:
         regions: of 0..1 over the picture, [h, w] each of any size. size: (H, W) of the layer.
@@ -53,7 +52,7 @@ def owners(regions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 
 def partition(regions: Sequence[Tensor], size: tuple[int, int]) -> Partition | None:
-    """What each place of a layer may attend to; None where fewer than two regions have a place."""
+    """What each position of a layer may attend to; None where fewer than two regions have one."""
     if len(regions) < 2:
         return None
     owner = owners(regions, size)
@@ -69,29 +68,28 @@ def partition(regions: Sequence[Tensor], size: tuple[int, int]) -> Partition | N
 
 
 def attend_apart(
-    attend: PartAttention, q: Tensor, k: Tensor, v: Tensor, parts: Partition
+    attend: AttentionFunction,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    chunks: Sequence[Sequence[Source]],
+    partitions: Sequence[Partition | None],
 ) -> Tensor:
-    """Self-attention [B, N, D] of a layer whose places attend to their part only."""
+    """`attend_chunks` with a partition of the positions for each chunk, or None for none."""
+    if not any(partitions):
+        return attend_chunks(attend, q, k, v, heads, chunks)
+    if any(part is not partitions[0] for part in partitions):  # crops of the picture differ
+        rows = zip(*(t.chunk(len(chunks)) for t in (q, k, v)), chunks, partitions, strict=True)
+        return torch.cat(
+            [attend_apart(attend, *qkv, heads, [own], [part]) for *qkv, own, part in rows]
+        )
     out = torch.empty_like(q)
-    for places, seen in parts:
-        out[:, places] = attend(q[:, places], k[:, seen], v[:, seen], places)
+    for positions, seen in partitions[0] or []:
+        # One object for one source: chunks that share theirs are attended to at once.
+        here = {id(s): s.at(positions) for sources in chunks for s in sources}
+        cut = [[here[id(s)] for s in sources] for sources in chunks]
+        out[:, positions] = attend_chunks(
+            attend, q[:, positions], k[:, seen], v[:, seen], heads, cut
+        )
     return out
-
-
-def isolation_hook(regions: Sequence[Tensor]) -> SelfAttentionHook | None:
-    """A U-Net's `self_attention` hook that keeps the regions apart; None for fewer than two."""
-    if len(regions) < 2:
-        return None
-    known: dict[tuple[int, int], Partition | None] = {}
-
-    def hook(
-        layer: Attention, size: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, heads: int
-    ) -> Tensor:
-        if size not in known:
-            known[size] = partition([region.to(q.device) for region in regions], size)
-        parts = known[size]
-        if parts is None:
-            return layer.attend(q, k, v, heads)
-        return attend_apart(lambda q, k, v, _: layer.attend(q, k, v, heads), q, k, v, parts)
-
-    return hook

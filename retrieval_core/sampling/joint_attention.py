@@ -1,15 +1,16 @@
 """Joint self-attention: a layer's own tokens and a bank's, in one softmax.
 
-out = softmax([q K^T, q K_bank^T + log w + log strength] / sqrt(d)) [V, V_bank], where the division
-leaves the biases as they are: strength 1 is plain attention over both, a small one looks at the
-bank seldom, a large one almost always. Blending the outputs with and without the bank instead
-would take a second attention, and at half strength fewer attributes matched on the paper-doll
-world (27 % against 31 %, of 42 % at strength 1). With a region r(x, y) and several banks,
-out = own + sum_i r_i (joint_i - own), so that a place outside a region has not seen its bank.
+joint = softmax([q K^T / sqrt(d), q K_bank^T / sqrt(d) + log w + log strength]) [V, V_bank]:
+strength 1 is plain attention over both, a small one looks at the bank seldom, a large one almost
+always. With regions r_i(x, y) and several banks,
+
+out = own + sum_i r_i (joint_i - own),
+
+so that a position outside a region has not seen its bank. Where regions overlap, so that together
+they exceed 1, they are scaled down to a sum of 1: equal banks count as one.
 
 With AdaIN (arXiv 1703.06868, eq. 8) the own values first take on the mean and deviation, by
-channel, of the bank's. Keys are left alone: matching them too, as StyleAligned does, cost
-attribute match and background on the paper-doll world.
+channel, of the bank's. Keys are left alone.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ _LEAST_DEVIATION = 1e-5
 class Source:
     """One bank as one layer attends to it.
 
-    keys, values: [G, M, D]; each of the G banks serves B / G consecutive rows.
-    bias: additive on the logits of the bank's tokens, [G, M], or None for none.
-    region: [N] of 0..1 over the layer's own places, or None for everywhere.
-    adain: match the statistics of the own values to the bank's.
+    Attributes:
+        keys, values: [G, M, D]; each of the G banks serves B / G consecutive rows.
+        bias: additive on the logits of the bank's tokens, [G, M], or None for none.
+        region: [N] of 0..1 over the layer's own positions, or None for everywhere.
+        adain: match the statistics of the own values to the bank's.
     """
 
     keys: Tensor
@@ -41,9 +43,9 @@ class Source:
     region: Tensor | None = None
     adain: bool = False
 
-    def at(self, places: Tensor) -> Source:
-        """The same for some of the layer's places, [n] indices."""
-        return self if self.region is None else replace(self, region=self.region[places])
+    def at(self, positions: Tensor) -> Source:
+        """The same for some of the layer's positions, [n] indices."""
+        return self if self.region is None else replace(self, region=self.region[positions])
 
 
 def attend_chunks(
@@ -65,7 +67,7 @@ def attend_chunks(
         return attend(q, k, v, heads)
     alike: dict[tuple, list[int]] = {}
     for i, sources in enumerate(chunks):
-        # Banks side by side serve runs of rows in order, so such chunks are not joined.
+        # A batch of banks serves runs of rows in order, so such chunks are not joined.
         apart = i if any(len(source.keys) > 1 for source in sources) else None
         alike.setdefault((apart, *map(id, sources)), []).append(i)
     if len(alike) == 1:
@@ -90,24 +92,25 @@ def attend_to(
 ) -> Tensor:
     """Self-attention of rows that share their sources: [B, N, D]; see the module's formula.
 
-    Each place is only computed where it counts: inside a region with the bank, outside without.
+    Each position is only computed where it counts: inside a region with the bank, outside without.
     """
     if not sources:
         return attend(q, k, v, heads)
     if len(sources) == 1 and sources[0].region is None:
         return _joint(attend, q, k, v, heads, sources[0])
-    whole = q.new_ones(q.shape[1])
-    regions = [whole if s.region is None else s.region.to(q) for s in sources]
+    everywhere = q.new_ones(q.shape[1])
+    regions = torch.stack([everywhere if s.region is None else s.region.to(q) for s in sources])
+    regions = regions / regions.sum(0).clamp_min(1)
+    own = (1 - regions.sum(0)).clamp_min(0)
     out = torch.zeros_like(q)
-    own = 1 - sum(regions)
-    places = own.nonzero()[:, 0]
-    if len(places):
-        out[:, places] += own[places, None] * attend(q[:, places], k, v, heads)
+    inside = own.nonzero()[:, 0]
+    if len(inside):
+        out[:, inside] += own[inside, None] * attend(q[:, inside], k, v, heads)
     for source, region in zip(sources, regions, strict=True):
-        places = region.nonzero()[:, 0]
-        if len(places):
-            seen = _joint(attend, q[:, places], k, v, heads, source)
-            out[:, places] += region[places, None] * seen
+        inside = region.nonzero()[:, 0]
+        if len(inside):
+            joint = _joint(attend, q[:, inside], k, v, heads, source)
+            out[:, inside] += region[inside, None] * joint
     return out
 
 

@@ -17,11 +17,11 @@ def region_at(region: Tensor, h: Tensor) -> Tensor:
     return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True).to(h)
 
 
-def queries_in(region: Tensor, pool: int = 1) -> Tensor | None:
+def active_queries(region: Tensor, pool: int = 1) -> Tensor | None:
     """[Q]: which of a site's queries count within a region [1, 1, h, w]; None for all of them.
 
     Args:
-        pool: `RetrievalSite.pool`; places between two pooled queries need both.
+        pool: query pooling factor; positions between two pooled queries need both.
     """
     inside = (region > 0).float()
     if pool > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import RetrievalError
 from ..network.unet import UNet
-from .applications import Retrieval, Several
+from .applications import Application, Applications
 from .noise_schedule import NoiseSchedule
 
 Sampler = Literal["dpmpp_2m", "ddim"]
@@ -24,7 +24,8 @@ def guided_denoiser(
     cond: Tensor,
     uncond: Tensor,
     cfg: float,
-    retrieval: Retrieval | Several | None = None,
+    applications: Sequence[Application] = (),
+    y: tuple[Tensor, Tensor] | None = None,
 ) -> Denoise:
     """x0-prediction with classifier-free guidance: uncond + cfg * (cond - uncond).
 
@@ -33,25 +34,25 @@ def guided_denoiser(
             retrieval is on.
         cond, uncond: text contexts [B, L, D].
         cfg: guidance scale; at 1 only the conditional rows are computed.
-        retrieval: what is injected; its guidance setting says which rows retrieve.
+        applications: of references; their guidance setting says which rows retrieve.
+        y: vector conditionings [B, A] of both, where the base has one (SDXL).
 
     Returns:
         A function of the noised latent x [B, C, H, W] (sigma space) and the timestep.
     """
-    sigmas = schedule.sigmas()
-    context = cond if cfg == 1.0 else torch.cat([cond, uncond])
+    sigmas, applied = schedule.sigmas(), Applications(applications)
+    chunks = 1 if cfg == 1.0 else 2
+    context = torch.cat([cond, uncond][:chunks])
+    vector = None if y is None else torch.cat(y[:chunks])
 
     def denoise(x: Tensor, timestep: int) -> Tensor:
         sigma = sigmas[timestep]
         scaled = (x / (1 + sigma**2).sqrt()).to(x.dtype)
-        chunks = 1 if cfg == 1.0 else 2
         rows = torch.cat([scaled] * chunks)
         steps = torch.full((rows.shape[0],), timestep, device=x.device)
         progress = 1 - timestep / (schedule.steps - 1)
-        hooks = {}
-        if retrieval is not None:
-            hooks = retrieval.arguments(list(range(chunks)), progress)
-        prediction = unet(rows, steps, context, **hooks)
+        hooks = applied.hooks(range(chunks), progress)
+        prediction = unet(rows, steps, context, vector, **hooks)
         if chunks == 2:
             positive, negative = prediction.chunk(2)
             prediction = negative + cfg * (positive - negative)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bank.site_bank import Bank
-from ..network.retrieval_site import RetrievalSite
+from ..bank.site_bank import Bank, SiteBank
+from ..network.retrieval_site import RetrievalSite, cross_attention, unpool_queries
 from .correspondence import part_shares, parts_found
 
 
@@ -57,7 +57,7 @@ class AttributeReader(nn.Module):
             found = parts_found(reference_parts, parts, size, bank_here)
             found = found.repeat_interleave(len(h) // len(found), 0)
             places = part_shares(target_parts, parts, size)  # [B, N, P]
-            retrieved = sites[name].attended(h, bank_here)  # [B, N, C]
+            retrieved = attended_values(sites[name], h, bank_here)  # [B, N, C]
             means = torch.einsum("bnp,bnc->bpc", places.to(retrieved), retrieved)
             filled = places.sum(1)
             means = means / filled.clamp_min(1e-3)[..., None]
@@ -72,6 +72,14 @@ class AttributeReader(nn.Module):
             each = F.cross_entropy(piece[:, part], values[:, i], reduction="none")
             losses.append((each * counts[:, part]).sum() / counts[:, part].sum().clamp_min(1))
         return torch.stack(losses).mean()
+
+
+def attended_values(site: RetrievalSite, h: Tensor, bank: SiteBank) -> Tensor:
+    """softmax(q K^T / sqrt(d) + log w) V at every position of the features h: [B, H * W, C]."""
+    found = cross_attention(
+        site.query(h), bank.keys, bank.values, bank.bias, site.heads, site.attend
+    )
+    return unpool_queries(found.transpose(1, 2), h.shape[2:], site.pool).flatten(2).transpose(1, 2)
 
 
 def deeper_sites(names: Sequence[str]) -> list[str]:

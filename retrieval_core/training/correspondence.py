@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..bank.site_bank import Bank, SiteBank
@@ -49,10 +50,29 @@ def correspondence_loss(
         wanted = part_shares(target_parts, parts, size).reshape(groups, -1, parts)
         picked = torch.randperm(wanted.shape[1], generator=generator, device=generator.device)
         picked = picked[:QUERIES].to(h.device)
-        attention = layer.attention_at(h, site, picked)
+        attention = attend_from(layer, h, site, picked)
         wanted = wanted[:, picked].to(attention)
         losses.append(_cross_entropy(attention, shown.to(attention), wanted, site))
     return torch.stack(losses).mean()
+
+
+def attend_from(layer: RetrievalSite, h: Tensor, bank: SiteBank, positions: Tensor) -> Tensor:
+    """Attention of some positions, the mean of the heads: [G, Q, N], each row adding up to 1.
+
+    Args:
+        positions: [Q] indices into the B / G * H * W positions that each of the bank's entries
+            serves.
+    """
+    (height, width), pool = h.shape[2:], layer.pool
+    rows, columns = -(-height // pool), -(-width // pool)
+    row, y, x = (positions // (height * width), positions // width % height, positions % width)
+    queries = (row * rows + y // pool) * columns + x // pool
+    q = layer.query(h).reshape(len(bank.keys), -1, layer.channels)[:, queries]
+    q, k = (rearrange(t, "g n (h d) -> g h n d", h=layer.heads) for t in (q, bank.keys))
+    logits = q @ k.transpose(2, 3) / k.shape[3] ** 0.5
+    if bank.bias is not None:
+        logits = logits + bank.bias[:, None, None]
+    return logits.softmax(-1).mean(1)
 
 
 def _cross_entropy(attention: Tensor, shown: Tensor, wanted: Tensor, site: SiteBank) -> Tensor:

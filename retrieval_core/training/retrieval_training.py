@@ -6,21 +6,24 @@ import copy
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bank.site_bank import Bank
-from ..bank.tokens import stack
+from ..bank.encoding import batch_features
+from ..bank.site_bank import Bank, make_network_bank
 from ..errors import RetrievalError
-from ..network.controlnet import DECODER_PARTS, RetrievalControlNet, decoder_state
+from ..network.controlnet import (
+    DECODER_PARTS,
+    RetrievalControlNet,
+    decoder_difference,
+    decoder_state,
+)
 from ..network.unet import SkipHook, UNet
-from ..sampling.applications import Retrieval
 from ..sampling.noise_schedule import NoiseSchedule
 from .attributes import AttributeReader
 from .correspondence import correspondence_loss, parts_found
 from .critic import Critic
 from .objective import latent_mask, retrieval_loss
-from .pairs import both_as_left, hook_of_halves, join, lefts, split
+from .pairs import copy_left_to_right, hook_halves, join_halves, split_halves, take_left
 from .settings import Lock, trained_parts
 
 
@@ -65,6 +68,7 @@ class TrainableRetrieval(nn.Module):
         super().__init__()
         parts = trained_parts(lock)
         self.network, self.unet = network, copy.deepcopy(unet)
+        self.base_decoder = {k: v.clone() for k, v in decoder_state(unet).items()}
         self.schedule, self.face_weight = schedule, face_weight
         self.correspondence, self.noise_power = correspondence, noise_power
         self.channel_weights = channel_weights
@@ -91,17 +95,9 @@ class TrainableRetrieval(nn.Module):
             used: bool [G, R], False for dropped references.
             masks: bool [G * R, h, w] pixel masks, None for whole references.
         """
-        groups, count = used.shape
-        reading = self.network.read(latents, context, y)
-        keep = {}
-        for site, (f, size) in reading.items():
-            kept = used[:, :, None].expand(groups, count, f.shape[2])
-            if masks is not None:
-                shown = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
-                kept = kept & shown.view(groups, count, -1)
-            keep[site] = kept
-        tokens = {site: f.unflatten(0, used.shape) for site, (f, _) in reading.items()}
-        return self.network.project(stack(tokens, keep))
+        features = self.network.encode_features(latents, context, y)
+        tokens = batch_features(features, latents.shape[2:], used, masks)
+        return make_network_bank(self.network, tokens)
 
     def loss(
         self,
@@ -145,17 +141,17 @@ class TrainableRetrieval(nn.Module):
         device = generator.device  # numbers can only be drawn where the generator lives
         drawn = torch.rand(batch, generator=generator, device=device) ** self.noise_power
         steps = (drawn * self.schedule.steps).long().clamp_max(self.schedule.steps - 1)
-        steps = both_as_left(steps, groups) if paired else steps
+        steps = copy_left_to_right(steps, groups) if paired else steps
         eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)
-        hook = Retrieval(self.network.retrieval, bank, guidance="both").hook([0], 0.0)
+        hook = self._hook(bank)
         at = steps.to(latents.device)
         if paired:
-            left = [None if t is None else lefts(t, groups) for t in (at, context, y)]
-            halves = hook and hook_of_halves(hook, groups)
-            prediction, features = self._run(join(noised, groups), *left, halves)
-            prediction, *features = (split(t, groups) for t in (prediction, *features))
+            left = [None if t is None else take_left(t, groups) for t in (at, context, y)]
+            halves = hook and hook_halves(hook, groups)
+            prediction, features = self._run(join_halves(noised, groups), *left, halves)
+            prediction, *features = (split_halves(t, groups) for t in (prediction, *features))
         else:
             prediction, features = self._run(noised, at, context, y, hook)
         masks = [None if m is None else latent_mask(m, height, width) for m in (content, face)]
@@ -183,6 +179,17 @@ class TrainableRetrieval(nn.Module):
             losses["drawn"] = loss.detach()
         return losses
 
+    def _hook(self, bank: Bank) -> SkipHook | None:
+        """Adds what every row retrieves; None where all references were dropped from the bank."""
+        if bank.empty:
+            return None
+
+        def hook(site: str, h: Tensor) -> Tensor:
+            entries = bank.sites[site]
+            return h + self.network.retrieval[site](h, entries.keys, entries.values, entries.bias)
+
+        return hook
+
     def _run(
         self,
         noised: Tensor,
@@ -207,5 +214,5 @@ class TrainableRetrieval(nn.Module):
                     if name.startswith(prefix):
                         own[name[len(prefix) :]].copy_(value)
         if self.trains_decoder:
-            network.decoder = {k: v.clone() for k, v in decoder_state(unet).items()}
+            network.decoder = decoder_difference(decoder_state(unet), self.base_decoder)
         return network.eval().requires_grad_(False)

@@ -6,23 +6,19 @@ to the bank of the nearest level. The idea is known as reference-only control an
 self-attention (MasaCtrl, arXiv 2304.08465; StyleAligned, arXiv 2312.02133).
 """
 
-from ..sampling.joint_attention import Source, attend_chunks, attend_to
-from .attention_layers import LAYER_CHOICES, choose_layers, layer_modules, self_attention_layers
+from .attention_layers import LAYER_CHOICES, choose_layers, name_layers, self_attention_layers
 from .joint_retrieval import JointRetrieval
-from .recording import encode, fixed_noise, record
+from .recording import encode_by_base, fixed_noise, record
 from .training_free_network import TrainingFree
 
 __all__ = [
     "LAYER_CHOICES",
     "JointRetrieval",
-    "Source",
     "TrainingFree",
-    "attend_chunks",
-    "attend_to",
     "choose_layers",
-    "encode",
+    "encode_by_base",
     "fixed_noise",
-    "layer_modules",
+    "name_layers",
     "record",
     "self_attention_layers",
 ]

@@ -89,15 +89,15 @@ def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def layer_modules(unet: UNet) -> dict[str, Attention]:
-    """The modules of `self_attention_layers`, by name."""
+def name_layers(unet: UNet) -> dict[Attention, str]:
+    """The modules of `self_attention_layers`, and the name of each."""
     blocks = {f"input_{i}": block for i, block in enumerate(unet.input_blocks)}
     blocks[MIDDLE] = unet.middle_block
     blocks |= {f"output_{i}": block for i, block in enumerate(unet.output_blocks)}
     return {
-        f"{name}.{i}": inner.attn1
+        inner.attn1: f"{name}.{i}"
         for name, block in blocks.items()
-        for part in block
-        if isinstance(part, SpatialTransformer)
-        for i, inner in enumerate(part.transformer_blocks)
+        for layer in block
+        if isinstance(layer, SpatialTransformer)
+        for i, inner in enumerate(layer.transformer_blocks)
     }

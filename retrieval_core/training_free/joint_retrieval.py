@@ -1,24 +1,23 @@
-"""One application of a training-free bank to a U-Net of the core."""
+"""An application of a training-free bank to a U-Net of the core."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..bank.site_bank import SiteBank
 from ..errors import RetrievalError
-from ..network.unet import Attention, SelfAttentionHook
-from ..sampling.applications import COND, Retrieval
-from ..sampling.joint_attention import Source, attend_chunks
+from ..network.unet import Attention
+from ..sampling.applications import Application
+from ..sampling.joint_attention import Source
 from ..sampling.regions import region_at
 from .training_free_network import nearest, site_name
 
 
-def source_of(
+def make_source(
     bank: SiteBank,
     strength: float,
     region: Tensor | None,
@@ -43,23 +42,22 @@ def source_of(
 
 
 @dataclass(frozen=True, eq=False)
-class JointRetrieval(Retrieval):
-    """`Retrieval` by joint self-attention; immutable.
+class JointRetrieval(Application):
+    """An application of the training-free mode, in self-attention.
 
     Attributes:
-        sites: layer name -> the U-Net's own self-attention layer (`layer_modules`).
         bank: with a site for each layer and noise level (`network.site_name`).
-        strength: the fidelity: the bank's tokens count this many times in the softmax; 0 switches
-            retrieval off, 1 is plain attention over own tokens and bank.
+        strength: the bank's tokens count this many times in the softmax; 0 switches retrieval off,
+            1 is plain attention over own tokens and bank.
+        names: the U-Net's self-attention layers -> their names (`name_layers`).
         timesteps: the noise levels. steps: of the noise schedule.
         adain: the layers' own values take on the statistics of the bank's (`Source`).
 
     Raises:
-        RetrievalError: what `Retrieval` refuses, and a strength below 0.
+        RetrievalError: what `Application` refuses, and a strength below 0.
     """
 
-    hooks: ClassVar[str] = "self_attention"
-
+    names: Mapping[Attention, str] = field(default_factory=dict)
     timesteps: tuple[int, ...] = ()
     steps: int = 1000
     adain: bool = False
@@ -72,28 +70,14 @@ class JointRetrieval(Retrieval):
                 "0 switches retrieval off."
             )
 
-    def hook(  # type: ignore[override]
-        self, cond_or_uncond: Sequence[int], progress: float
-    ) -> SelfAttentionHook | None:
-        """A U-Net's `self_attention` hook for one step, or None if nothing is to be done."""
-        strength = self.strength_at(progress)
-        if strength <= 0:
-            return None
+    def source(
+        self, layer: Attention, q: Tensor, size: tuple[int, int], progress: float, strength: float
+    ) -> Source | None:
+        """See `Application`."""
+        name = self.names.get(layer, "")
         level = nearest(self.timesteps, (1 - progress) * (self.steps - 1))
-        names = {layer: name for name, layer in self.sites.items()}
-        both = self.guidance == "both"
-        wanted = [both or kind == COND for kind in cond_or_uncond]
-
-        def hook(
-            layer: Attention, size: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, heads: int
-        ) -> Tensor:
-            name = names.get(layer, "")
-            bank = self.bank.sites.get(site_name(name, level))
-            here = strength * self.site_strength.get(name, 1.0)
-            if bank is None or here <= 0:
-                return layer.attend(q, k, v, heads)
-            source = source_of(bank, here, self.region, q, size, self.adain)
-            chunks = [[source] if seen else [] for seen in wanted]
-            return attend_chunks(layer.attend, q, k, v, heads, chunks)
-
-        return hook
+        bank = self.bank.sites.get(site_name(name, level))
+        strength *= self.site_strength.get(name, 1.0)
+        if bank is None or strength <= 0:
+            return None
+        return make_source(bank, strength, self.region, q, size, self.adain)

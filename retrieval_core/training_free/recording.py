@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..bank.encoding import split
+from ..bank.encoding import split_features
 from ..bank.tokens import EncodedReference
 from ..network.unet import Attention, UNet
 from ..sampling.noise_schedule import NoiseSchedule
-from .attention_layers import layer_modules
+from .attention_layers import name_layers
 from .training_free_network import TrainingFree, site_name
 
 
@@ -32,20 +32,20 @@ def record(
     context: Tensor,
     y: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """Reads references [R, C, H, W] once at each noise level: keys and values as a `Reading`.
+    """Keys and values of references [R, C, H, W], read once at each noise level: `Features`.
 
     Args:
         unet: the base model's. schedule: its noise schedule.
         latents: clean, scaled as the base model's latents are.
         context: [R, L, D] text context of each reference. y: [R, A] where the base has one.
     """
-    wanted = {layer: name for name, layer in layer_modules(unet).items() if name in network.names}
+    wanted = {layer: name for layer, name in name_layers(unet).items() if name in network.names}
     noise = fixed_noise(latents.shape).to(latents)
     recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
     for timestep in network.timesteps(schedule.steps):
         steps = torch.full((len(latents),), timestep, device=latents.device)
 
-        def reading(
+        def record_layer(
             layer: Attention, size: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, heads: int
         ) -> Tensor:
             if layer in wanted:
@@ -54,11 +54,11 @@ def record(
             return layer.attend(q, k, v, heads)
 
         noised = schedule.noised(latents, noise, steps)
-        unet(noised, steps, context, y, self_attention=reading)
+        unet(noised, steps, context, y, self_attention=record_layer)
     return recorded
 
 
-def encode(
+def encode_by_base(
     unet: UNet,
     schedule: NoiseSchedule,
     network: TrainingFree,
@@ -69,10 +69,11 @@ def encode(
     weights: Sequence[float] | None = None,
     concepts: Sequence[str] | None = None,
 ) -> list[EncodedReference]:
-    """`record` and `split`: what `RetrievalControlNet.encode` does, without a trained network.
+    """`record` and `split_features`: `encode_references` without a trained network.
 
     Raises:
         RetrievalError: a mask selects nothing.
     """
     recorded = record(unet, schedule, network, latents, context, y)
-    return split(recorded, masks or [None] * len(latents), weights, concepts)
+    masks = masks or [None] * len(latents)
+    return split_features(recorded, latents.shape[2:], masks, weights, concepts)

@@ -1,4 +1,4 @@
-"""What stands in a trained network's place: a choice of layers and noise levels of a base model."""
+"""Training-free counterpart of `RetrievalControlNet`: layers and noise levels of a base model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..bank.bank_file import fingerprint
-from ..bank.site_bank import Bank, project
-from ..bank.tokens import EncodedReference, gather
+from ..bank.bank_file import KEYS_AND_VALUES, Maker
 from ..errors import RetrievalError
 from ..network.controlnet import Card
+from ..network.fingerprint import fingerprint_weights
 from ..network.unet import MIDDLE, UNet, UNetConfig
 from ..sampling.controls import group_at
 from .attention_layers import choose_layers, self_attention_layers
@@ -59,7 +58,7 @@ class TrainingFree:
     @classmethod
     def of(cls, unet: UNet, base: str, **choices: Any) -> TrainingFree:
         """The training-free mode on a U-Net of the core; `choices` are its other fields."""
-        return cls(unet.config, base, fingerprint(unet), **choices)
+        return cls(unet.config, base, fingerprint_weights(unet.state_dict()), **choices)
 
     @property
     def card(self) -> Card:
@@ -80,6 +79,12 @@ class TrainingFree:
         layers = self_attention_layers(self.config)
         return {site_name(n, t): layers[n].width for t in self.timesteps() for n in self.names}
 
+    def site_downsampling(self) -> dict[str, int]:
+        """How many latent pixels one token of each site of a bank spans along an edge."""
+        layers = self_attention_layers(self.config)
+        return {site_name(n, t): layers[n].downsampling
+                for t in self.timesteps() for n in self.names}  # fmt: skip
+
     def groups(self) -> dict[str, str]:
         """layer -> composition, middle or detail, as `controls.site_groups` has them."""
         layers = self_attention_layers(self.config)
@@ -95,9 +100,10 @@ class TrainingFree:
         chosen = f"{self.base_fingerprint} {self.names} {self.timesteps()}"
         return hashlib.sha256(chosen.encode()).hexdigest()
 
-    def bank(self, references: Sequence[EncodedReference], token_budget: int | None = None) -> Bank:
-        """One bank of several references (see `tokens.gather`), without a null token."""
-        return project(gather(references), None, token_budget)
+    @property
+    def maker(self) -> Maker:
+        """What encoded references depend on."""
+        return Maker(self.base, self.fingerprint, self.site_channels(), KEYS_AND_VALUES)
 
 
 def nearest(timesteps: Sequence[int], timestep: float) -> int:

@@ -46,8 +46,10 @@ def encoder_operations(config: UNetConfig, rows: int, height: int, width: int) -
     return counter.get_total_flops()
 
 
-def places(config: UNetConfig, height: int, width: int, query_pooling: int = 1) -> dict[str, int]:
-    """site -> number of places, or of pooled queries, of a latent of height x width."""
+def positions(
+    config: UNetConfig, height: int, width: int, query_pooling: int = 1
+) -> dict[str, int]:
+    """site -> number of positions, or of pooled queries, of a latent of height x width."""
     factors, pools = config.site_downsampling(), query_pools(config, query_pooling)
     edges = {site: factor * pools[site] for site, factor in factors.items()}
     return {site: -(-height // edge) * -(-width // edge) for site, edge in edges.items()}
@@ -69,7 +71,7 @@ def trained_operations(
         rows: the rows that retrieve. tokens: site -> tokens of its bank, the null token included.
         query_pooling: the network's.
     """
-    sizes, total = places(config, height, width, query_pooling), 0
+    sizes, total = positions(config, height, width, query_pooling), 0
     for site, channels in config.site_channels().items():
         projections = 2 * channels * channels
         attention = 2 * tokens[site] * channels
@@ -99,7 +101,7 @@ def controlnet_operations(config: UNetConfig, rows: int, height: int, width: int
     for before, after, stride in (*_HINT, (256, config.model_channels, 1)):
         pixels //= stride**2
         total += 2 * rows * pixels * 9 * before * after
-    sizes = places(config, height, width)
+    sizes = positions(config, height, width)
     for site, channels in config.site_channels().items():
         total += 2 * rows * sizes[site] * channels**2
     return total

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tests.conftest import find_comfyui
+from tests.helpers.lazy_layers import give_weights
 
 PACK = Path(__file__).resolve().parents[2]
 NAME = "retrieval_pack"
@@ -52,6 +53,7 @@ def host_version() -> str:
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:
     """Weights that keep activations finite, so that no arithmetic is slow for its values."""
     generator = torch.Generator().manual_seed(seed)
+    give_weights(module)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
@@ -64,12 +66,15 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
 
 
 def base_model(config: Any) -> Any:
-    """A MODEL as the host makes it of a checkpoint in half precision."""
+    """A MODEL as the host makes it of a checkpoint in half precision, in full on a CPU."""
+    import comfy.model_management as management
     import comfy.sd
     from retrieval_pack.retrieval_core.network.unet import UNet
 
     shapes = UNet(config, device="meta").state_dict()
-    nothing = torch.zeros(1, dtype=torch.float16)  # one number seen everywhere: no memory
+    on_cpu = management.is_device_cpu(management.get_torch_device())
+    dtype = torch.float32 if on_cpu else torch.float16
+    nothing = torch.zeros(1, dtype=dtype)  # one number seen everywhere: no memory
     model = comfy.sd.load_diffusion_model_state_dict(
         {name: nothing.expand(tensor.shape) for name, tensor in shapes.items()}
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from retrieval_core.bank.token_budget import DEFAULT_BUDGET
+from retrieval_core.bank.token_budget import AUTOMATIC, Budget, site_budgets
 from retrieval_core.network.unet import SD15, UNetConfig
 from tests.conftest import no_host_line
 
@@ -133,6 +133,7 @@ def preparing(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
     """
     import comfy.model_management as management
     from retrieval_pack.nodes.host.encoded_references import References
+    from retrieval_pack.retrieval_core.bank.encoding import encode_references
 
     network, config = bench.network(), bench.config
     hosting.randomise(network.network.encoder)
@@ -156,21 +157,26 @@ def preparing(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
         finally:
             handle.remove()
 
-    def made(budget: int | None) -> Any:
+    def made(budget: Budget) -> Any:
         return References(network, encoded).bank(budget)
 
     encoder = arithmetic.encoder_operations(config, 1, bench.latent, bench.latent)
 
-    def projected(budget: int | None) -> float:
-        places = arithmetic.places(config, bench.latent, bench.latent)
-        left = {s: min(BANK_OF * n, budget or BANK_OF * n) for s, n in places.items()}
+    def projected(budget: Budget) -> float:
+        grid = arithmetic.positions(config, bench.latent, bench.latent)
+        size = (bench.latent, bench.latent)
+        budgets = site_budgets(budget, config.site_downsampling(), size)
+        left = {s: min(BANK_OF * n, budgets[s] or BANK_OF * n) for s, n in grid.items()}
         return arithmetic.projection_operations(config, left) / encoder
 
     works = {
-        "encoding one reference": (lambda: network.network.encode(latent, context), 1.0),
+        "encoding one reference": (
+            lambda: encode_references(network.network, latent, context),
+            1.0,
+        ),
         f"making the bank of {BANK_OF}, default budget": (
-            lambda: made(DEFAULT_BUDGET),
-            projected(DEFAULT_BUDGET),
+            lambda: made(AUTOMATIC),
+            projected(AUTOMATIC),
         ),
         f"making the bank of {BANK_OF}, all tokens": (lambda: made(None), projected(None)),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrieval_core.data.prepare import token_mask
+from retrieval_core.bank.encoding import token_mask
 from retrieval_core.network.unet import UNetConfig
 from retrieval_core.training_free.attention_layers import self_attention_layers
 from retrieval_core.training_free.training_free_network import site_name
@@ -81,29 +81,27 @@ class Workbench:
         return self._once("network", self._network)
 
     def _network(self) -> Any:
-        from retrieval_pack.nodes.host import environment as host
-        from retrieval_pack.nodes.host import loaded_network as network
+        from retrieval_pack.nodes.host import attention, loading, trained_network
         from retrieval_pack.retrieval_core.network.controlnet import Card, RetrievalControlNet
 
         count = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
-        weights, compute = host.choose_types("sd15", torch.float16, count)
+        weights, compute = loading.choose_types("sd15", torch.float16, count)
         made = RetrievalControlNet(
             self.config,
             Card("sd15"),
-            operations=host.OPERATIONS,
-            attend=host.attend,
-            device=host.offload_device(),
+            operations=loading.OPERATIONS,
+            attend=attention.attend,
             dtype=weights,
         )
         randomise(made.retrieval)
         latent_format = self.model.get_model_object("latent_format")
-        return network.in_hosts_care("benchmark", made, latent_format, compute)
+        return trained_network.manage_network("benchmark", made, latent_format, compute, "")
 
     def training_free(self) -> Any:
         """The training-free mode at one noise level: a step reads the nearest level's bank only."""
-        from retrieval_pack.nodes.host.training_free_model import training_free
+        from retrieval_pack.nodes.host.training_free_model import use_training_free
 
-        return self._once("training-free", lambda: training_free(self.model, levels=1))
+        return self._once("training-free", lambda: use_training_free(self.model, levels=1))
 
     def mask(self) -> Tensor:
         """A centred upright rectangle of `MASKED_SHARE` of the picture, as a figure covers it."""
@@ -125,13 +123,14 @@ class Workbench:
         from retrieval_pack.nodes.host.encoded_references import References
         from retrieval_pack.retrieval_core.bank.tokens import EncodedReference
 
-        generator, parts = torch.Generator().manual_seed(3), len(network.maker.parts)
+        generator, kinds = torch.Generator().manual_seed(3), len(network.maker.kinds)
         kept = {}
         for site, (width, factor) in sites.items():
             edge = -(-self.latent // factor)
             tokens = int(token_mask(self.mask(), edge, edge).sum()) if masked else edge**2
-            kept[site] = torch.randn(parts, tokens, width, generator=generator)
-        return References(network, (EncodedReference(kept),) * count)
+            kept[site] = torch.randn(kinds, tokens, width, generator=generator)
+        reference = EncodedReference(kept, latent_size=(self.latent, self.latent))
+        return References(network, (reference,) * count)
 
     def _controls(self, what: str) -> Any:
         from retrieval_pack.retrieval_core.sampling.controls import Controls
@@ -140,19 +139,19 @@ class Workbench:
 
     def trained(self, count: int, what: str, rows: str) -> Run:
         """The trained mode with `count` references; rows "both" or "cond"."""
-        from retrieval_pack.nodes.host import skip_patch as patch
+        from retrieval_pack.nodes.host.apply import apply_references
 
         references, controls = self.references(count, what == MASKED), self._controls(what)
-        model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
+        model = apply_references(self.model, references, 1.0, guidance=rows, controls=controls)
         added, kept = self._last_applied(model, ROWS[rows])
         return Run(model, self.positive, self.negative, added, kept)
 
     def regions(self, apart: bool) -> Run:
         """Two applications of 4 references, each in its half of the picture, on both rows.
 
-        Kept apart, each place's self-attention looks at half of the places.
+        Kept apart, each position's self-attention looks at half of the positions.
         """
-        from retrieval_pack.nodes.host import skip_patch as patch
+        from retrieval_pack.nodes.host.apply import apply_references
         from retrieval_pack.retrieval_core.sampling.controls import Controls
 
         model, added, kept = self.model, 0, 0
@@ -160,7 +159,7 @@ class Workbench:
         left = torch.zeros(self.size, self.size)
         left[:, : self.size // 2] = 1
         for region in (left, 1 - left):
-            model = patch.apply(
+            model = apply_references(
                 model, references, 1.0, guidance="both", region=region, controls=controls
             )
             here = self._last_applied(model, 2)
@@ -192,7 +191,7 @@ class Workbench:
         applied = model.model_options["transformer_options"]["patches"]["output_block_patch"][-1]
         bank = applied.retrieval.bank
         tokens = {site: one.keys.shape[1] for site, one in bank.sites.items()}
-        pooling = applied.references.network.network.query_pooling
+        pooling = applied.retrieval.sites["input_0"].pool
         added = arithmetic.trained_operations(
             self.config, rows, self.latent, self.latent, tokens, pooling
         )
@@ -200,7 +199,7 @@ class Workbench:
 
     def without_training(self, count: int, what: str, rows: str) -> Run:
         """The training-free mode, as `trained`; all self-attention layers."""
-        from retrieval_pack.nodes.host import skip_patch as patch
+        from retrieval_pack.nodes.host.apply import apply_references
 
         network, layers = self.training_free(), self_attention_layers(self.config)
         (level,), names = network.network.timesteps(), network.network.names
@@ -214,7 +213,7 @@ class Workbench:
             lambda: self._references(network, sites, count, masked),
         )
         controls = self._controls(what)
-        model = patch.apply(self.model, references, 1.0, guidance=rows, controls=controls)
+        model = apply_references(self.model, references, 1.0, guidance=rows, controls=controls)
         bank = references.bank(controls.token_budget)
         shapes, places = {}, self._layers()
         for name in names:

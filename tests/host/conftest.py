@@ -6,11 +6,14 @@ This folder is only collected where a host was found (see tests/conftest.py).
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+# Layers start without weights, as with dynamic VRAM, the newer host's default on NVIDIA cards.
+LAZY_LAYERS = bool(os.environ.get("RETRIEVAL_LAZY_LAYERS"))
 PACK = Path(__file__).resolve().parents[2]
 NAME = "retrieval_pack"
 
@@ -29,6 +32,10 @@ def _start_host() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+    if LAZY_LAYERS:
+        import comfy.memory_management
+
+        comfy.memory_management.aimdo_enabled = True
     # ComfyUI has a top-level module `nodes`; the pack's is only ever imported inside the pack.
     spec = importlib.util.spec_from_file_location(
         NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)]
@@ -44,9 +51,9 @@ _start_host()
 def inference():
     """Nodes run in inference mode; nothing encoded stays for the next test."""
     import torch
-    from retrieval_pack.nodes.host.encoded_references import memory
+    from retrieval_pack.nodes.host.encoded_references import cache
 
-    memory.clear()
+    cache.clear()
     with torch.inference_mode():
         yield
 

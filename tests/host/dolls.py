@@ -6,8 +6,8 @@ import comfy.samplers
 import torch
 from making import core_network, images, noise, paperdoll_base
 from retrieval_pack.nodes.host import encoded_references as references
-from retrieval_pack.nodes.host.loaded_network import load_network
-from retrieval_pack.nodes.host.paperdoll_host import host_clip, host_model, host_vae
+from retrieval_pack.nodes.host.paperdoll_host import load_model, make_clip, make_vae
+from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
 
 
@@ -17,9 +17,8 @@ class Dolls:
     def __init__(self, folder):
         paperdoll_base(folder / "base.safetensors")
         self.base = load_base(folder / "base.safetensors")
-        self.model, self.clip, self.vae = (
-            make(self.base) for make in (host_model, host_clip, host_vae)
-        )
+        self.model = load_model(folder / "base.safetensors")
+        self.clip, self.vae = make_clip(self.base), make_vae(self.base)
         self.path = folder / "network.safetensors"
         core_network(self.base.unet.config, "paperdoll").save(self.path)
         self.network = load_network(self.path, self.model)

@@ -9,8 +9,10 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import torch
+from lazy_layers import give_weights
 from retrieval_pack.nodes.host import encoded_references as references
-from retrieval_pack.nodes.host import loaded_network as network
+from retrieval_pack.nodes.host import trained_network
+from retrieval_pack.nodes.host.reference_network import ReferenceNetwork
 from retrieval_pack.retrieval_core.network.controlnet import (
     Card,
     RetrievalControlNet,
@@ -35,6 +37,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def randomised(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Weights that keep activations near 1, and no zero anywhere (zero convolutions included)."""
     generator = torch.Generator().manual_seed(seed)
+    give_weights(module)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
@@ -70,11 +73,11 @@ def core_network(
     return made
 
 
-def loaded(tmp_path, model, config: UNetConfig, base: str, **kw) -> network.Network:
+def loaded(tmp_path, model, config: UNetConfig, base: str, **kw) -> trained_network.TrainedNetwork:
     """The network saved to a file and loaded for a model as the node does."""
     path = tmp_path / f"{base}_{uuid.uuid4().hex[:6]}.safetensors"
     core_network(config, base, **kw).save(path)
-    return network.load_network(path, model)
+    return trained_network.load_network(path, model)
 
 
 class FakeCLIP:
@@ -112,9 +115,9 @@ def images(count: int, size: int = 64, seed: int = 3) -> torch.Tensor:
     return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def encoded(net: network.Network, count: int = 1, seed: int = 3, **kw) -> references.References:
+def encoded(net: ReferenceNetwork, count: int = 1, seed: int = 3, **kw) -> references.References:
     kw.setdefault("vae", FakeVAE())
-    kw.setdefault("clip", FakeCLIP(net.network.config.context_dim))
+    kw.setdefault("clip", FakeCLIP(net.config.context_dim))
     kw.setdefault("size", 64)
     made = references.encode_references(net, images(count, seed=seed), concept="figure", **kw)
     return references.References(net, made)

@@ -34,6 +34,11 @@ import os, runpy, sys, threading
 threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
 sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])
+if os.environ.get("RETRIEVAL_LAZY_LAYERS"):
+    import comfy.options
+    comfy.options.enable_args_parsing()
+    import comfy.memory_management
+    comfy.memory_management.aimdo_enabled = True
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 PATIENCE = 600.0

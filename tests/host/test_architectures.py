@@ -25,8 +25,8 @@ from making import (
 )
 from retrieval_pack.nodes.apply_reference_retrieval import RetrievalApplyReferences
 from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
-from retrieval_pack.nodes.host import environment as host
-from retrieval_pack.nodes.host.loaded_network import load_network
+from retrieval_pack.nodes.host.base_model import detect_base
+from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.retrieval_core.network.controlnet import (
     Card,
     RetrievalControlNet,
@@ -115,8 +115,8 @@ def test_load_encode_apply_sample(name, tmp_path):
     base = BASES[name]
     model = model_of(base)
     assert type(model.model).__name__ == base.kind
-    assert host.detect_base(model).name == base.name
-    assert host.detect_base(model).config == base.own_config
+    assert detect_base(model).name == base.name
+    assert detect_base(model).config == base.own_config
     net = network_of(base, model, tmp_path)
     width, pooled = base.config.context_dim, 1280 if base.kind == "SDXL" else None
     (references,) = RetrievalEncodeReferences.execute(

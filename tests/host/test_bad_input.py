@@ -18,10 +18,14 @@ from making import (
     loaded,
     model_from,
 )
-from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
-from retrieval_pack.nodes.host import environment as host
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.host.loaded_network import load_network
+from retrieval_pack.nodes.encode_references import (
+    BACKGROUND,
+    SUBJECT,
+    RetrievalEncodeReferences,
+)
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.host.base_model import detect_base
+from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.nodes.load_retrieval_controlnet import RetrievalLoadControlNet
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.files import save_safetensors
@@ -46,7 +50,9 @@ def refused(call, *words) -> str:
     return text
 
 
-def encode(net, batch, mask=None, references=None, vae=None, clip=None, weight=1.0, size=64):
+def encode(
+    net, batch, mask=None, references=None, vae=None, clip=None, weight=1.0, size=64, marks=SUBJECT
+):
     return RetrievalEncodeReferences.execute(
         net,
         batch,
@@ -55,6 +61,7 @@ def encode(net, batch, mask=None, references=None, vae=None, clip=None, weight=1
         "figure",
         weight,
         size,
+        marks,
         mask,
         references,
     ).args[0]
@@ -64,14 +71,14 @@ def test_other_bases_are_named_and_refused():
     flux = types.SimpleNamespace(
         get_model_object=lambda name: torch.nn.Linear(1, 1), model=type("Flux", (), {})()
     )
-    text = refused(lambda: host.detect_base(flux), "Flux", "SD 1.5", "SDXL")
+    text = refused(lambda: detect_base(flux), "Flux", "SD 1.5", "SDXL")
     assert "paper-doll" in text
 
 
 def test_bases_by_what_they_are(model):
-    assert host.detect_base(model).name == "sd15"
+    assert detect_base(model).name == "sd15"
     sd21 = model_from(checkpoint(TINY_SD21))
-    assert host.detect_base(sd21).name == "sd21"
+    assert detect_base(sd21).name == "sd21"
 
 
 def test_a_network_of_another_base(model, tmp_path):
@@ -122,12 +129,14 @@ def load_network_again(folder, model):
 
 def test_references_for_another_model(net):
     sd21 = model_from(checkpoint(TINY_SD21))
-    refused(lambda: patch.apply(sd21, encoded(net), 1.0), "sd15", "sd21")
+    refused(lambda: apply_references(sd21, encoded(net), 1.0), "sd15", "sd21")
 
 
 def test_images_and_masks(net):
     refused(lambda: encode(net, torch.zeros(0, 8, 8, 3)), "empty")
-    refused(lambda: encode(net, images(1), mask=torch.zeros(1, 64, 64)), "mask is empty")
+    refused(lambda: encode(net, images(1), mask=torch.zeros(1, 64, 63)), "to background")
+    white = torch.ones(1, 64, 64)
+    refused(lambda: encode(net, images(1), mask=white, marks=BACKGROUND), "set it to subject")
     refused(lambda: encode(net, images(1), mask=torch.zeros(0, 64, 64)), "masks is empty")
     refused(lambda: encode(net, torch.full((1, 8, 8, 3), float("nan"))), "finite")
     refused(lambda: encode(net, images(1), weight=float("nan")), "weight")
@@ -155,9 +164,9 @@ def test_missing_vae_and_clip(net):
 
 def test_settings(model, net):
     refs = encoded(net)
-    refused(lambda: patch.apply(model, refs, 1.0, 0.8, 0.2), "0.8", "0.2")
-    refused(lambda: patch.apply(model, refs, float("nan")), "nan")
-    refused(lambda: patch.apply(model, refs, 1.0, region=torch.zeros(1, 8, 8)), "region")
-    refused(lambda: patch.apply(model, refs, 1.0, region=torch.ones(3, 8, 8)), "3 masks")
+    refused(lambda: apply_references(model, refs, 1.0, 0.8, 0.2), "0.8", "0.2")
+    refused(lambda: apply_references(model, refs, float("nan")), "nan")
+    refused(lambda: apply_references(model, refs, 1.0, region=torch.zeros(1, 8, 8)), "region")
+    refused(lambda: apply_references(model, refs, 1.0, region=torch.ones(3, 8, 8)), "3 masks")
     silent = encoded(net, weight=0.0)
-    refused(lambda: patch.apply(model, silent, 1.0), "weight 0")
+    refused(lambda: apply_references(model, silent, 1.0), "weight 0")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from dolls import Dolls
 from retrieval_pack.nodes.apply_reference_retrieval import RetrievalApplyReferences
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.host import step
+from retrieval_pack.nodes.host import step_context
+from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.retrieval_controls import (
     ALL_TOKENS,
     CUSTOM,
@@ -19,6 +19,7 @@ from retrieval_pack.nodes.retrieval_controls import (
 )
 from retrieval_pack.retrieval_core.sampling.applications import Retrieval
 from retrieval_pack.retrieval_core.sampling.controls import Controls, parse_curve
+from retrieval_pack.retrieval_core.sampling.frozen_site import FrozenSite
 from retrieval_pack.retrieval_core.sampling.regions import soften
 
 DEFAULTS = {
@@ -59,36 +60,38 @@ def test_the_nodes_defaults_are_the_controls_defaults_and_apply_uses_them(dolls,
 
 
 def test_constant_everything_is_bit_for_bit_no_controls(dolls, refs):
-    plain = dolls.sample(patch.apply(dolls.model, refs, 1.3))
+    every = controls(tokens=ALL_TOKENS)
+    plain = dolls.sample(apply_references(dolls.model, refs, 1.3, controls=every))
     same = controls(strength_curve=NUMBERS, curve_numbers="1, 1, 1", tokens=ALL_TOKENS)
-    assert torch.equal(dolls.sample(patch.apply(dolls.model, refs, 1.3, controls=same)), plain)
+    assert torch.equal(dolls.sample(apply_references(dolls.model, refs, 1.3, controls=same)), plain)
     half = controls(strength_curve=NUMBERS, curve_numbers="0.5", tokens=ALL_TOKENS)
-    halved = dolls.sample(patch.apply(dolls.model, refs, 1.3, controls=half))
-    torch.testing.assert_close(halved, dolls.sample(patch.apply(dolls.model, refs, 0.65)))
+    halved = dolls.sample(apply_references(dolls.model, refs, 1.3, controls=half))
+    weaker = dolls.sample(apply_references(dolls.model, refs, 0.65, controls=every))
+    torch.testing.assert_close(halved, weaker)
 
 
 @pytest.mark.parametrize("off", ["0", "0, 0"])
 def test_a_curve_or_groups_of_zero_are_bit_for_bit_the_base(dolls, refs, off):
     base = dolls.sample(dolls.model)
     flat = controls(strength_curve=NUMBERS, curve_numbers=off)
-    assert torch.equal(dolls.sample(patch.apply(dolls.model, refs, 1.0, controls=flat)), base)
+    assert torch.equal(dolls.sample(apply_references(dolls.model, refs, 1.0, controls=flat)), base)
     none = controls(act_on=CUSTOM, composition=0.0, middle=0.0, detail=0.0)
-    assert torch.equal(dolls.sample(patch.apply(dolls.model, refs, 1.0, controls=none)), base)
+    assert torch.equal(dolls.sample(apply_references(dolls.model, refs, 1.0, controls=none)), base)
 
 
 def test_the_curve_follows_the_hosts_percentages(dolls, refs, monkeypatch):
     """At each step: strength x curve((percent - start) / (end - start))."""
     seen = {}
-    original = Retrieval.apply
+    original = Retrieval.add_retrieved
 
-    def spy(self, site, h, rows, strength=None):
+    def spy(self, site, h, rows, strength):
         seen[float(now["sigma"])] = strength
         return original(self, site, h, rows, strength)
 
     now = {}
-    monkeypatch.setattr(Retrieval, "apply", spy)
+    monkeypatch.setattr(Retrieval, "add_retrieved", spy)
     chosen = controls(strength_curve=NUMBERS, curve_numbers="0, 1, 0.2")
-    patched = patch.apply(dolls.model, refs, 2.0, 0.1, 0.9, controls=chosen)
+    patched = apply_references(dolls.model, refs, 2.0, 0.1, 0.9, controls=chosen)
     mine = patch_of(patched)
     call = type(mine).__call__
     monkeypatch.setattr(
@@ -111,20 +114,20 @@ def test_the_curve_follows_the_hosts_percentages(dolls, refs, monkeypatch):
 def test_progress_inverts_percent_to_sigma(dolls, percent):
     sampling = dolls.model.get_model_object("model_sampling")
     sigma = torch.tensor([float(sampling.percent_to_sigma(percent))])
-    noted = step.Step(sampling, sigma, (16, 16), {}, frozenset())
+    noted = step_context.StepContext(sampling, sigma, (16, 16), {}, frozenset())
     assert noted.progress() == pytest.approx(percent, abs=1e-4)
 
 
 def test_groups_change_only_their_sites(dolls, refs, monkeypatch):
-    """Sites by depth: the host's sites of 16x16, 8x8 and 4x4 places."""
+    """Sites by depth: the host's sites of 16x16, 8x8 and 4x4 positions."""
     acted = set()
-    original = Retrieval._added
+    original = FrozenSite.add_retrieved
 
-    def spy(self, site, h, strength):
+    def spy(self, h, bank, strength, region=None):
         acted.add((h.shape[-1], strength))
-        return original(self, site, h, strength)
+        return original(self, h, bank, strength, region)
 
-    monkeypatch.setattr(Retrieval, "_added", spy)
+    monkeypatch.setattr(FrozenSite, "add_retrieved", spy)
     for preset, expected in (
         ("detail only", {(16, 1.0)}),
         ("middle only", {(8, 1.0)}),
@@ -133,22 +136,24 @@ def test_groups_change_only_their_sites(dolls, refs, monkeypatch):
     ):
         acted.clear()
         chosen = controls(act_on=preset)
-        dolls.sample(patch.apply(dolls.model, refs, 1.0, controls=chosen), steps=1)
+        dolls.sample(apply_references(dolls.model, refs, 1.0, controls=chosen), steps=1)
         assert acted == expected, preset
     acted.clear()
     custom = controls(act_on=CUSTOM, composition=0.25, middle=0.0, detail=2.0)
-    dolls.sample(patch.apply(dolls.model, refs, 2.0, controls=custom), steps=1)
+    dolls.sample(apply_references(dolls.model, refs, 2.0, controls=custom), steps=1)
     assert acted == {(16, 4.0), (4, 0.5)}
 
 
 def test_a_blurred_region_is_the_softened_mask(dolls, refs):
     region = torch.zeros(1, 32, 32)
     region[..., 12:] = 1
-    blurred = patch.apply(dolls.model, refs, 1.0, region=region, controls=controls(region_blur=3))
+    blurred = apply_references(
+        dolls.model, refs, 1.0, region=region, controls=controls(region_blur=3)
+    )
     by_hand = soften(region[0], 3.0)[None]
-    given = patch.apply(dolls.model, refs, 1.0, region=by_hand, controls=controls())
+    given = apply_references(dolls.model, refs, 1.0, region=by_hand, controls=controls())
     assert torch.equal(dolls.sample(blurred), dolls.sample(given))
-    sharp = patch.apply(dolls.model, refs, 1.0, region=region, controls=controls())
+    sharp = apply_references(dolls.model, refs, 1.0, region=region, controls=controls())
     assert not torch.equal(dolls.sample(blurred), dolls.sample(sharp))
 
 
@@ -156,40 +161,61 @@ def test_a_budget_bounds_every_site_for_any_number_of_references(dolls):
     for count in (1, 4):
         refs = dolls.references(count)
         chosen = controls(tokens=LIMITED, token_budget=40)
-        mine = patch_of(patch.apply(dolls.model, refs, 1.0, controls=chosen))
+        mine = patch_of(apply_references(dolls.model, refs, 1.0, controls=chosen))
         sizes = {name: s.keys.shape[1] - 1 for name, s in mine.retrieval.bank.sites.items()}
         assert max(sizes.values()) == 40
         assert mine.retrieval.bank.references == count
     # Within the budget nothing is touched, and all tokens means all of them.
-    whole = patch.apply(dolls.model, refs, 1.0)
-    large = patch.apply(dolls.model, refs, 1.0, controls=controls(token_budget=1024))
-    every = patch.apply(dolls.model, refs, 1.0, controls=controls(tokens=ALL_TOKENS))
-    assert torch.equal(dolls.sample(large), dolls.sample(whole))
-    assert torch.equal(dolls.sample(every), dolls.sample(whole))
+    large = controls(tokens=LIMITED, token_budget=1024)
+    large = apply_references(dolls.model, refs, 1.0, controls=large)
+    every = apply_references(dolls.model, refs, 1.0, controls=controls(tokens=ALL_TOKENS))
+    assert torch.equal(dolls.sample(large), dolls.sample(every))
+
+
+def test_the_automatic_budget_follows_the_sites_resolution(dolls):
+    """Of references of 128 x 128 pixels: sites of 32 x 32, 16 x 16 and 8 x 8 positions."""
+    refs = dolls.references(8, size=128)
+    mine = patch_of(apply_references(dolls.model, refs, 1.0))
+    sizes = {name: s.keys.shape[1] - 1 for name, s in mine.retrieval.bank.sites.items()}
+    assert sizes["input_0"] == sizes["input_3"] == 512  # 16 x 16 is less than the least
+    assert sizes["middle"] == 512
+    refs = dolls.references(2, size=256)
+    mine = patch_of(apply_references(dolls.model, refs, 1.0))
+    sizes = {name: s.keys.shape[1] - 1 for name, s in mine.retrieval.bank.sites.items()}
+    assert sizes["input_0"] == sizes["input_3"] == 32 * 32 and sizes["middle"] == 2 * 16 * 16
 
 
 def test_a_budget_of_equal_references_loses_nothing(dolls):
     one = dolls.references(1)
     four = type(one)(one.network, one.encoded * 4)
-    limited = patch.apply(dolls.model, four, 1.0, controls=controls(token_budget=256))
+    limited = apply_references(
+        dolls.model, four, 1.0, controls=controls(tokens=LIMITED, token_budget=256)
+    )
     heavy = type(one)(one.network, (one.encoded[0].with_weight(4.0),))
-    out, expected = (dolls.sample(m) for m in (limited, patch.apply(dolls.model, heavy, 1.0)))
+    whole = apply_references(dolls.model, heavy, 1.0, controls=controls(tokens=ALL_TOKENS))
+    out, expected = dolls.sample(limited), dolls.sample(whole)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_bank_is_kept_while_only_the_strength_changes(dolls, refs, monkeypatch):
-    from retrieval_pack.nodes.host import encoded_references as references
-
     calls = []
-    original = references.project
-    monkeypatch.setattr(references, "project", lambda *a: (calls.append(a[2]), original(*a))[1])
+    network = type(refs.network)
+    original = network.make_bank
+
+    def spy(self, tokens, budget):
+        if len(tokens.sites) > 1:  # not the map's site alone
+            calls.append(budget)
+        return original(self, tokens, budget)
+
+    monkeypatch.setattr(network, "make_bank", spy)
     again = type(refs)(refs.network, refs.encoded)
     before = again.get_ram_usage()
     for strength, budget in ((1.0, 30), (0.5, 30), (0.5, 20)):
-        patch.apply(dolls.model, again, strength, controls=controls(token_budget=budget))
+        limited = controls(tokens=LIMITED, token_budget=budget)
+        apply_references(dolls.model, again, strength, controls=limited)
     for strength in (0.5, 1.0):
-        patch.apply(dolls.model, again, strength)
-    assert calls == [30, 20, None]
+        apply_references(dolls.model, again, strength)
+    assert calls == [30, 20, "automatic"]
     assert again.get_ram_usage() > before
 
 
@@ -198,7 +224,7 @@ def test_the_bank_is_kept_while_only_the_strength_changes(dolls, refs, monkeypat
     [
         ({"strength_curve": NUMBERS, "curve_numbers": "1, high"}, "'high'"),
         ({"strength_curve": NUMBERS, "curve_numbers": ""}, "where a number belongs"),
-        ({"token_budget": 0}, "token budget is 0"),
+        ({"tokens": LIMITED, "token_budget": 0}, "token budget is 0"),
         ({"act_on": CUSTOM, "detail": math.inf}, "inf"),
     ],
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from making import TINY_SD15, checkpoint, conditioning, encoded, loaded, model_from, noise, sample
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.host import step
+from retrieval_pack.nodes.host import step_context
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.host.attention import attend
 from retrieval_pack.nodes.host.self_attention import JointAttention
-from retrieval_pack.nodes.host.training_free_model import training_free
+from retrieval_pack.nodes.host.training_free_model import use_training_free
 from retrieval_pack.nodes.retrieval_controls import LIMITED, RetrievalControls
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.sampling.controls import Controls
@@ -24,7 +25,7 @@ def model():
 @pytest.fixture(scope="module", params=["trained", "training-free"])
 def net(request, model, tmp_path_factory):
     if request.param == "training-free":
-        return training_free(model)
+        return use_training_free(model)
     return loaded(tmp_path_factory.mktemp("net"), model, TINY_SD15, "sd15")
 
 
@@ -42,7 +43,7 @@ def half(left: bool, size: int = 64) -> torch.Tensor:
 
 def applied(model, characters, controls, strengths=(1.0, 1.0)):
     for refs, left, strength in zip(characters, (True, False), strengths):
-        model = patch.apply(model, refs, strength, region=half(left), controls=controls)
+        model = apply_references(model, refs, strength, region=half(left), controls=controls)
     return model
 
 
@@ -53,10 +54,12 @@ def replacements(model) -> set[JointAttention]:
 
 def extra_of(model, sigma=1.0, areas=None, uuids=None):
     sampling = model.get_model_object("model_sampling")
-    noted = step.Step(sampling, torch.full((1,), sigma), (8, 8), areas or {}, frozenset({1}))
+    noted = step_context.StepContext(
+        sampling, torch.full((1,), sigma), (8, 8), areas or {}, frozenset({1})
+    )
     return {
         "block": ("input", 1), "block_index": 0, "n_heads": 8, "dim_head": 40,
-        "activations_shape": [2, 320, 8, 8], "cond_or_uncond": [0, 1], step.STEP: noted,
+        "activations_shape": [2, 320, 8, 8], "cond_or_uncond": [0, 1], step_context.STEP: noted,
         "uuids": uuids or ["a", "b"],
     }  # fmt: skip
 
@@ -84,8 +87,8 @@ def test_the_picture_changes_and_only_with_two_regions_that_act(model, character
 
 
 def test_one_that_is_not_kept_apart_is_not_counted(model, characters):
-    first = patch.apply(model, characters[0], 1.0, region=half(True), controls=APART)
-    mixed = patch.apply(first, characters[1], 1.0, region=half(False), controls=TOGETHER)
+    first = apply_references(model, characters[0], 1.0, region=half(True), controls=APART)
+    mixed = apply_references(first, characters[1], 1.0, region=half(False), controls=TOGETHER)
     assert torch.equal(sample(mixed), sample(applied(model, characters, TOGETHER)))
 
 
@@ -96,7 +99,7 @@ def test_it_ends_at_its_part_of_sampling(model, characters):
     q = noise(2, 64, 320)
     for percent, acts in ((0.1, True), (0.5, True), (0.6, False)):
         extra = extra_of(model, float(sampling.percent_to_sigma(percent)))
-        assert all((part is not None) == acts for part in kept._parts(q, extra, 2))
+        assert all((part is not None) == acts for part in kept._find_partitions(q, extra))
     kept.cleanup()
 
 
@@ -104,8 +107,8 @@ def test_areas_of_the_prompt_cut_the_regions_with_them(model, characters):
     """A crop that holds one region only has nothing to keep apart; the chunks differ then."""
     (kept,) = replacements(applied(model, characters, APART))
     q = noise(2, 64, 320)
-    parts = kept._parts(q, extra_of(model, areas={"a": (8, 4, 0, 0)}), 2)
-    assert parts[0] is None and parts[1] is not None
+    cropped, whole = kept._find_partitions(q, extra_of(model, areas={"a": (8, 4, 0, 0)}))
+    assert cropped is None and whole is not None
     k, v = noise(2, 64, 320, seed=1), noise(2, 64, 320, seed=2)
     found = kept(q, k, v, extra_of(model, areas={"a": (8, 4, 0, 0)}))
     whole = kept(q, k, v, extra_of(model))
@@ -135,7 +138,7 @@ def test_other_packs_layers_keep_the_last_word(model, characters):
 
     def replaced(q, k, v, extra):
         calls.append(len(q))
-        return patch.host.attend(q, k, v, extra["n_heads"]) * 1.5
+        return attend(q, k, v, extra["n_heads"]) * 1.5
 
     others = model.clone()
     others.set_model_attn1_replace(replaced, "middle", 0, 0)

@@ -22,8 +22,9 @@ from making import (
 )
 from retrieval_pack.nodes import RetrievalExtension
 from retrieval_pack.nodes.apply_reference_retrieval import RetrievalApplyReferences
-from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
-from retrieval_pack.nodes.host import environment as host
+from retrieval_pack.nodes.encode_references import SUBJECT, RetrievalEncodeReferences
+from retrieval_pack.nodes.host import folders
+from retrieval_pack.nodes.host.folders import NETWORKS
 from retrieval_pack.nodes.load_retrieval_controlnet import DEMO, RetrievalLoadControlNet
 
 PACK = Path(__file__).resolve().parents[2]
@@ -58,27 +59,27 @@ def test_every_node_has_its_words():
 
 
 def test_the_folder_keeps_extra_paths(monkeypatch, tmp_path):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, host.FOLDER, ([str(tmp_path)], set()))
-    host.register_folder()
-    paths, extensions = folder_paths.folder_names_and_paths[host.FOLDER]
-    assert paths == [str(tmp_path), str(Path(folder_paths.models_dir) / host.FOLDER)]
-    host.register_folder()
-    assert folder_paths.folder_names_and_paths[host.FOLDER] == (paths, extensions)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, NETWORKS, ([str(tmp_path)], set()))
+    folders.register_folder(NETWORKS)
+    paths, extensions = folder_paths.folder_names_and_paths[NETWORKS]
+    assert paths == [str(tmp_path), str(Path(folder_paths.models_dir) / NETWORKS)]
+    folders.register_folder(NETWORKS)
+    assert folder_paths.folder_names_and_paths[NETWORKS] == (paths, extensions)
     for name in ("a.safetensors", "b.pt", "c.txt"):
         (tmp_path / name).write_bytes(b"")
-    folder_paths.filename_list_cache.pop(host.FOLDER, None)
-    assert host.network_files() == ["a.safetensors"]
+    folder_paths.filename_list_cache.pop(NETWORKS, None)
+    assert folders.list_files(NETWORKS) == ["a.safetensors"]
     assert RetrievalLoadControlNet.GET_SCHEMA().inputs[1].options[0] == DEMO
 
 
 @pytest.fixture
 def in_folder(monkeypatch, tmp_path):
     monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, host.FOLDER, ([str(tmp_path)], {".safetensors"})
+        folder_paths.folder_names_and_paths, NETWORKS, ([str(tmp_path)], {".safetensors"})
     )
-    folder_paths.filename_list_cache.pop(host.FOLDER, None)
+    folder_paths.filename_list_cache.pop(NETWORKS, None)
     yield tmp_path
-    folder_paths.filename_list_cache.pop(host.FOLDER, None)
+    folder_paths.filename_list_cache.pop(NETWORKS, None)
 
 
 def test_load_encode_apply(in_folder):
@@ -92,7 +93,7 @@ def test_load_encode_apply(in_folder):
     vae, clip = FakeVAE(), FakeCLIP()
     (face,) = RetrievalEncodeReferences.execute(net, images(1), vae, clip, "face", 1.2, 64).args
     (both,) = RetrievalEncodeReferences.execute(
-        net, images(2, seed=8), vae, clip, "clothes", 1.0, 64, torch.ones(1, 20, 20), face
+        net, images(2, seed=8), vae, clip, "clothes", 1.0, 64, SUBJECT, torch.ones(1, 20, 20), face
     ).args
     assert [(r.concept, r.weight) for r in both.encoded] == [
         ("face", 1.2),
@@ -107,11 +108,11 @@ def test_load_encode_apply(in_folder):
     core_network(TINY_SD15, "sd15", seed=4).save(path)
     assert RetrievalLoadControlNet.fingerprint_inputs(file="mine.safetensors") != before
     (replaced,) = RetrievalLoadControlNet.execute(model, "mine.safetensors").args
-    assert replaced.fingerprint != net.fingerprint
+    assert replaced.maker.fingerprint != net.maker.fingerprint
 
 
 def test_a_file_from_the_hub_goes_through_the_folder(in_folder, monkeypatch):
-    from retrieval_pack.nodes.host import hub
+    from retrieval_pack.retrieval_core import hub
 
     asked = []
 

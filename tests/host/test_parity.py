@@ -8,9 +8,13 @@ import pytest
 import torch
 from making import noise, paperdoll_base, randomised
 from retrieval_pack.nodes.host import encoded_references as references
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.host.loaded_network import load_network
-from retrieval_pack.nodes.host.paperdoll_host import host_clip, host_model, host_vae
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.host.loading import patcher_class
+from retrieval_pack.nodes.host.paperdoll_host import make_clip, make_model, make_vae
+from retrieval_pack.nodes.host.trained_network import load_network
+from retrieval_pack.retrieval_core.bank.encoding import encode_references
+from retrieval_pack.retrieval_core.bank.site_bank import make_network_bank
+from retrieval_pack.retrieval_core.bank.tokens import join_references
 from retrieval_pack.retrieval_core.data.prepare import prepare
 from retrieval_pack.retrieval_core.network.controlnet import (
     Card,
@@ -20,8 +24,9 @@ from retrieval_pack.retrieval_core.network.controlnet import (
 )
 from retrieval_pack.retrieval_core.network.unet import UNet
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
-from retrieval_pack.retrieval_core.sampling.applications import Retrieval, Several
+from retrieval_pack.retrieval_core.sampling.applications import Retrieval
 from retrieval_pack.retrieval_core.sampling.controls import Controls, parse_curve, site_groups
+from retrieval_pack.retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_pack.retrieval_core.sampling.sampler import guided_denoiser, sample
 
 STEPS, CFG = 4, 2.0
@@ -57,7 +62,8 @@ def network_file(base, folder, decoder: bool, pooling: int):
     card = Card("paperdoll")
     made = randomised(RetrievalControlNet(base.unet.config, card, query_pooling=pooling), 1)
     if decoder:
-        made.decoder = decoder_state(randomised(UNet(base.unet.config), 2))
+        changed = decoder_state(randomised(UNet(base.unet.config), 2))
+        made.decoder = {key: 0.1 * value for key, value in changed.items()}
     path = folder / "network.safetensors"
     made.save(path)
     return path
@@ -78,37 +84,39 @@ def in_the_core(base, path, count, masks, weights, decoder, sampler, strength=1.
     prepared = [
         prepare(images[i], drawn[i] if masks else None, "face", weights[i]) for i in range(count)
     ]
-    encoded = net.encode(
+    encoded = encode_references(
+        net,
         base.vae.encode(torch.stack([p.image for p in prepared])),
         base.text.encode(["face"] * count),
         masks=[p.mask for p in prepared],
         weights=weights,
     )
+    sites = freeze_sites(net)
+
+    def bank(references):
+        return make_network_bank(net, join_references(references))
+
     if kw.pop("controls", False):
         strengths = CONTROLS.site_strengths(site_groups(base.unet.config))
         kw |= {"curve": CONTROLS.curve, "site_strength": strengths}
     apart = kw.pop("apart", 0.0)
     if apart:
-        retrieval = Several(
-            [
-                Retrieval(
-                    net.retrieval, net.bank([one]), strength, region=region, apart=apart, **kw
-                )
-                for one, region in zip(encoded, halves(), strict=True)
-            ]
-        )
+        applied = [
+            Retrieval(bank([one]), strength, region=region, apart=apart, sites=sites, **kw)
+            for one, region in zip(encoded, halves(), strict=True)
+        ]
     else:
-        retrieval = Retrieval(net.retrieval, net.bank(encoded), strength, **kw)
+        applied = [Retrieval(bank(encoded), strength, sites=sites, **kw)]
     cond, uncond = base.text.encode(["standing, smile"] * 2), base.text.encode([""] * 2)
     denoise = guided_denoiser(
-        net.apply_decoder(base.unet), base.schedule, cond, uncond, CFG, retrieval
+        net.apply_decoder(base.unet), base.schedule, cond, uncond, CFG, applied
     )
     latents = sample(denoise, noise(2, 24, 16, 16), base.schedule, STEPS, sampler)
     return base.vae.decode(latents).movedim(1, -1)
 
 
 def in_the_host(base, path, count, masks, weights, decoder, sampler, **kw):
-    model, clip, vae = host_model(base), host_clip(base), host_vae(base)
+    model, clip, vae = make_model(base, patcher_class()), make_clip(base), make_vae(base)
     net = load_network(path, model)
     images, drawn = pictures(count)
     refs = references.References(net)
@@ -119,17 +127,17 @@ def in_the_host(base, path, count, masks, weights, decoder, sampler, **kw):
         )
         refs = references.References(net, (*refs.encoded, *more))
     start, end = kw.pop("start", 0.0), kw.pop("end", 1.0)
-    controls = CONTROLS if kw.pop("controls", False) else None
+    controls = CONTROLS if kw.pop("controls", False) else Controls(token_budget=None)
     apart = kw.pop("apart", 0.0)
     if apart:
         patched, controls = model, Controls(token_budget=None, apart=apart)
         for one, region in zip(refs.encoded, halves(), strict=True):
             alone = references.References(net, (one,))
-            patched = patch.apply(
+            patched = apply_references(
                 patched, alone, 1.5, start, end, region=region, controls=controls, **kw
             )
     else:
-        patched = patch.apply(model, refs, 1.5, start, end, controls=controls, **kw)
+        patched = apply_references(model, refs, 1.5, start, end, controls=controls, **kw)
     sigmas = torch.cat([base.schedule.sigmas()[base.schedule.timesteps(STEPS)], torch.zeros(1)])
     cond, uncond = (
         [[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("standing, smile", "")

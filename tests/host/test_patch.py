@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import comfy.controlnet
 import comfy.lora
@@ -24,8 +25,9 @@ from making import (
     sample,
     weights_of,
 )
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.host import step
+from retrieval_pack.nodes.host import step_context
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.host.skip_patch import RetrievalPatch
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,12 @@ def close(a, b, tolerance=1e-4):
 
 def test_strength_0_no_references_and_unpatching_are_bit_identical(model, net, refs):
     before, plain = weights_of(model), sample(model)
-    patched = patch.apply(model, refs, 1.0)
+    patched = apply_references(model, refs, 1.0)
     assert not torch.equal(sample(patched), plain)
-    for nothing in (patch.apply(model, refs, 0.0), patch.apply(model, type(refs)(net), 1.0)):
+    for nothing in (
+        apply_references(model, refs, 0.0),
+        apply_references(model, type(refs)(net), 1.0),
+    ):
         assert torch.equal(sample(nothing), plain)
         assert "patches" not in nothing.model_options["transformer_options"]
     assert torch.equal(sample(model), plain)
@@ -67,79 +72,68 @@ def test_strength_0_no_references_and_unpatching_are_bit_identical(model, net, r
     assert not model.wrappers and not model.callbacks
 
 
-def test_the_trained_decoder_is_applied_and_undone(model, tmp_path):
-    net = loaded(tmp_path, model, SD15, "sd15", decoder=True)
-    refs = encoded(net)
-    before, plain = weights_of(model), sample(model)
-    patched = patch.apply(model, refs, 1.0)
-    out = sample(patched)
-    assert not same_weights(model, before)  # while it is loaded
-    assert torch.equal(sample(model), plain)
-    assert same_weights(model, before)
-    assert torch.equal(sample(patched), out)
-    key = next(iter(net.network.decoder))
-    assert torch.equal(
-        patched.model.state_dict()["diffusion_model." + key], net.network.decoder[key]
-    )
-    model.detach()
-    patched.detach()
-    assert same_weights(model, before)
-    assert torch.equal(sample(patch.apply(model, refs, 0.0)), plain)
-    twice = patch.apply(patched, refs, 0.5)
-    assert len(twice.patches["diffusion_model." + key]) == 1
-
-
-def test_two_trained_decoders_are_refused(model, tmp_path):
-    first = loaded(tmp_path, model, SD15, "sd15", decoder=True)
-    second = loaded(tmp_path, model, SD15, "sd15", decoder=True, seed=8)
-    patched = patch.apply(model, encoded(first), 1.0)
-    with pytest.raises(ValueError, match="already has the trained decoder"):
-        patch.apply(patched, encoded(second), 1.0)
-
-
-def test_a_lora_stacks_on_the_decoder_before_or_after(model, tmp_path):
-    net = loaded(tmp_path, model, SD15, "sd15", decoder=True)
-    refs = encoded(net)
-    key = "diffusion_model.output_blocks.0.0.in_layers.2.weight"
-    shape = model.model.state_dict()[key].shape
-    lora = {key: ("diff", (0.05 * noise(*shape, seed=9),))}
-    before = model.clone()
-    before.add_patches(lora, 0.7)
-    first = sample(patch.apply(before, refs, 1.0))
-    after = patch.apply(model, refs, 1.0)
-    after.add_patches(lora, 0.7)
-    assert torch.equal(sample(after), first)
-    assert not torch.equal(sample(patch.apply(model, refs, 1.0)), first)
-
-
 def test_a_clone_shares_the_patch_and_nothing_else(model, refs):
-    patched = patch.apply(model, refs, 1.0)
+    patched = apply_references(model, refs, 1.0)
     clone = patched.clone()
     ours = patched.model_options["transformer_options"]["patches"]["output_block_patch"]
     theirs = clone.model_options["transformer_options"]["patches"]["output_block_patch"]
     assert ours is not theirs and ours[0] is theirs[0]
     assert torch.equal(sample(clone), sample(patched))
-    assert clone.model_patches_models() == [refs.network.sites]
+    assert clone.model_patches_models() == []  # sampling needs no other model than the user's
 
 
-def test_the_networks_are_loaded_by_the_host_and_the_bank_is_dropped(model, refs):
-    patched = patch.apply(model, refs, 1.0)
+def test_sampling_calls_no_layer_of_the_network_and_drops_the_devices_copies(model, net, refs):
+    patched = apply_references(model, refs, 1.0)
     mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
-    seen = []
+    seen, called = [], []
 
     def look(h, hsp, to):
-        seen.append((len(mine._device), refs.network.sites in management.loaded_models()))
+        seen.append(len(mine._device))
         return h, hsp
 
     patched.set_model_output_block_patch(look)
-    sample(patched)
-    assert all(count and loaded for count, loaded in seen) and seen
+    layers = [layer for half in (net.encoder, net.sites) for layer in half.model.modules()]
+    handles = [layer.register_forward_pre_hook(lambda *_: called.append(1)) for layer in layers]
+    try:
+        sample(patched)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert all(seen) and seen and not called
     assert not mine._device
+
+
+def test_threads_share_a_patch(model, refs):
+    """As a host does that samples clones of a model on several devices at once."""
+    patched = apply_references(model, refs, 1.0, region=left_half())
+    mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
+    context = step_context.StepContext(
+        model.model.model_sampling, torch.ones(1), (8, 8), {}, frozenset({1})
+    )
+    h, hsp = noise(2, 640, 4, 4), noise(2, 640, 4, 4, seed=1)
+    to = {"block": ("output", 0), "cond_or_uncond": [0, 1], step_context.STEP: context}
+    alone = mine(h, hsp, to)
+    mine.cleanup()
+
+    def one_device(kind):
+        with torch.inference_mode():
+            found = [mine(h.to(kind), hsp.to(kind), to) for _ in range(20)]
+        mine.cleanup()  # the host calls it for each clone, when the others may still be at work
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        kinds = [torch.float32, torch.float64] * 4
+        found = list(pool.map(one_device, kinds))
+    for kind, results in zip(kinds, found, strict=True):
+        for result in results:
+            for tensor, expected in zip(result, alone, strict=True):
+                assert tensor.dtype == kind
+                close(tensor.float(), expected)
 
 
 @pytest.mark.parametrize("guidance", ["cond", "both"])
 def test_split_and_reversed_batches_give_the_same(model, refs, guidance, monkeypatch):
-    patched = patch.apply(model, refs, 1.0, guidance=guidance)
+    patched = apply_references(model, refs, 1.0, guidance=guidance)
     whole = sample(patched)
     with monkeypatch.context() as m:  # too little memory for both prompts at once
         m.setattr(type(model.model), "memory_required", lambda *_, **__: 1e30)
@@ -166,13 +160,13 @@ def test_only_the_positive_prompt_retrieves_in_every_guider(model, refs):
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
     rows = []
-    patched = patch.apply(model, refs, 1.0, guidance="cond")
+    patched = apply_references(model, refs, 1.0, guidance="cond")
     mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
-    apply = type(mine.retrieval).apply
+    add_retrieved = type(mine.retrieval).add_retrieved
 
-    def spy(self, site, h, kinds, *strength):
+    def spy(self, site, h, kinds, strength):
         rows.append(tuple(kinds))
-        return apply(self, site, h, kinds, *strength)
+        return add_retrieved(self, site, h, kinds, strength)
 
     guider = Guider_DualCFG(patched)
     guider.set_conds(conditioning(1), conditioning(2), conditioning(3))
@@ -184,7 +178,7 @@ def test_only_the_positive_prompt_retrieves_in_every_guider(model, refs):
         lambda h, hsp, to: (orders.append(tuple(to["cond_or_uncond"])), (h, hsp))[1]
     )
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(type(mine.retrieval), "apply", spy)
+        m.setattr(type(mine.retrieval), "add_retrieved", spy)
         guider.sample(
             noise(1, 4, 8, 8), latent, comfy.samplers.sampler_object("euler"), sigmas, seed=0
         )
@@ -194,7 +188,7 @@ def test_only_the_positive_prompt_retrieves_in_every_guider(model, refs):
 
 
 def test_cfg_1_and_batches(model, refs):
-    patched = patch.apply(model, refs, 1.0)
+    patched = apply_references(model, refs, 1.0)
     one = sample(patched, cfg=1.0)
     assert not torch.equal(one, sample(model, cfg=1.0))
     latent = torch.zeros(3, 4, 8, 8)
@@ -205,14 +199,14 @@ def test_cfg_1_and_batches(model, refs):
 @pytest.mark.parametrize("shape", [(8, 12), (7, 9), (16, 6)])
 def test_latents_of_other_sizes_than_the_references(model, refs, shape):
     latent = torch.zeros(1, 4, *shape)
-    assert sample(patch.apply(model, refs, 1.0), latent).isfinite().all()
+    assert sample(apply_references(model, refs, 1.0), latent).isfinite().all()
 
 
 @pytest.mark.parametrize(
     "sampler", ["euler", "euler_ancestral", "heun", "dpmpp_2m_sde", "uni_pc", "lcm", "ddim"]
 )
 def test_samplers(model, refs, sampler):
-    out = sample(patch.apply(model, refs, 1.0), sampler=sampler)
+    out = sample(apply_references(model, refs, 1.0), sampler=sampler)
     assert out.isfinite().all() and not torch.equal(out, sample(model, sampler=sampler))
 
 
@@ -225,7 +219,7 @@ def left_half(size: int = 64) -> torch.Tensor:
 def attended(model, refs_and_regions, **kw):
     patched = model
     for refs, region in refs_and_regions:
-        patched = patch.apply(patched, refs, 1.0, region=region)
+        patched = apply_references(patched, refs, 1.0, region=region)
     return sample(patched, **kw)
 
 
@@ -234,11 +228,13 @@ def test_several_applies_add_up(model, net, refs):
     other = encoded(net, 1, seed=21)
     patches = []
     for r, region in ((refs, left_half()), (other, 1 - left_half())):
-        patched = patch.apply(model, r, 1.0, region=region)
+        patched = apply_references(model, r, 1.0, region=region)
         patches += patched.model_options["transformer_options"]["patches"]["output_block_patch"]
     h, hsp = noise(2, 640, 4, 4), noise(2, 640, 4, 4, seed=1)
-    noted = step.Step(model.model.model_sampling, torch.ones(1), (8, 8), {}, frozenset({1}))
-    to = {"block": ("output", 0), "cond_or_uncond": [1, 0], step.STEP: noted}
+    noted = step_context.StepContext(
+        model.model.model_sampling, torch.ones(1), (8, 8), {}, frozenset({1})
+    )
+    to = {"block": ("output", 0), "cond_or_uncond": [1, 0], step_context.STEP: noted}
     alone = [p(h, hsp, to) for p in patches]
     both = patches[1](*patches[0](h, hsp, to), to)
     # The second query sees the first's result, so equality holds where the first added nothing:
@@ -258,10 +254,10 @@ def test_several_applies_add_up(model, net, refs):
 def test_a_region_elsewhere_than_the_area_changes_nothing_and_the_crop_is_right(model, refs):
     """An area conditioning on the right half and a region on the left half never meet."""
     area = conditioning(10, area=(8, 4, 0, 4))
-    patched = patch.apply(model, refs, 1.0, region=left_half(), guidance="cond")
+    patched = apply_references(model, refs, 1.0, region=left_half(), guidance="cond")
     assert torch.equal(sample(patched, positive=area), sample(model, positive=area))
-    inside = patch.apply(model, refs, 1.0, region=1 - left_half(), guidance="cond")
-    everywhere = patch.apply(model, refs, 1.0, guidance="cond")
+    inside = apply_references(model, refs, 1.0, region=1 - left_half(), guidance="cond")
+    everywhere = apply_references(model, refs, 1.0, guidance="cond")
     close(sample(inside, positive=area), sample(everywhere, positive=area))
     assert not torch.equal(sample(inside, positive=area), sample(model, positive=area))
 
@@ -269,13 +265,13 @@ def test_a_region_elsewhere_than_the_area_changes_nothing_and_the_crop_is_right(
 def test_two_areas_in_one_batch_are_cropped_each_for_itself(model, refs):
     areas = conditioning(10, area=(8, 4, 0, 0)) + conditioning(12, area=(8, 4, 0, 4))
     orders = []
-    patched = patch.apply(model, refs, 1.0, region=left_half(), guidance="cond")
+    patched = apply_references(model, refs, 1.0, region=left_half(), guidance="cond")
     patched.set_model_output_block_patch(
         lambda h, hsp, to: (orders.append(len(to["cond_or_uncond"])), (h, hsp))[1]
     )
     out = sample(patched, positive=areas)
     assert max(orders) >= 4  # both crops, positive and negative, in one batch
-    only_left = patch.apply(model, refs, 1.0, guidance="cond")
+    only_left = apply_references(model, refs, 1.0, guidance="cond")
     assert not torch.equal(out, sample(model, positive=areas))
     assert not torch.equal(out, sample(only_left, positive=areas))
 
@@ -283,7 +279,7 @@ def test_two_areas_in_one_batch_are_cropped_each_for_itself(model, refs):
 def test_start_and_end_follow_the_hosts_percentages(model, refs):
     """As ControlNet's: at every step whose sigma lies between those of the two percentages."""
     to_sigma = model.get_model_object("model_sampling").percent_to_sigma
-    original = patch.RetrievalPatch._add
+    original = RetrievalPatch._add
 
     def acted(start, end):
         every, added = set(), set()
@@ -296,10 +292,10 @@ def test_start_and_end_follow_the_hosts_percentages(model, refs):
             added.add(float(to["sigmas"][0]))
             return original(self, site, h, to, *rest)
 
-        patched = patch.apply(model, refs, 1.0, start=start, end=end)
+        patched = apply_references(model, refs, 1.0, start=start, end=end)
         patched.set_model_output_block_patch(spy)
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(patch.RetrievalPatch, "_add", noting)
+            m.setattr(RetrievalPatch, "_add", noting)
             sample(patched, steps=4)
         assert added == {s for s in every if to_sigma(end) <= s <= to_sigma(start)}
         return len(added), len(every)
@@ -308,7 +304,7 @@ def test_start_and_end_follow_the_hosts_percentages(model, refs):
     assert acted(0.0, 0.5) == (2, 4)
     assert acted(0.5, 1.0) == (2, 4)
     assert acted(0.4, 0.6) == (0, 4)
-    never = patch.apply(model, refs, 1.0, start=0.4, end=0.6)
+    never = apply_references(model, refs, 1.0, start=0.4, end=0.6)
     assert torch.equal(sample(never, steps=4), sample(model, steps=4))
 
 
@@ -339,11 +335,11 @@ def test_beside_other_patches_of_the_same_model(model, refs):
         m.set_model_output_block_patch(output)
         return m
 
-    both = sample(patch.apply(others(model), refs, 1.0))
+    both = sample(apply_references(others(model), refs, 1.0))
     assert all(calls.values())
     assert not torch.equal(both, sample(others(model)))
-    assert not torch.equal(both, sample(patch.apply(model, refs, 1.0)))
-    assert torch.equal(sample(patch.apply(others(model), refs, 0.0)), sample(others(model)))
+    assert not torch.equal(both, sample(apply_references(model, refs, 1.0)))
+    assert torch.equal(sample(apply_references(others(model), refs, 0.0)), sample(others(model)))
     assert both.isfinite().all()
 
 
@@ -353,6 +349,7 @@ def test_beside_a_controlnet(model, refs, weights):
 
         def __init__(self, scale):
             self.scale, self.extra_hooks, self.previous_controlnet = scale, None, None
+            self.multigpu_clones = {}
 
         def get_control(self, x, t, cond, batched, to):
             rows, edge = x.shape[0], x.shape[-1]
@@ -376,7 +373,7 @@ def test_beside_a_controlnet(model, refs, weights):
         def get_extra_hooks(self):
             return []
 
-    patched = patch.apply(model, refs, 1.0)
+    patched = apply_references(model, refs, 1.0)
     with_control = conditioning(10, control=Control(0.5))
     out = sample(patched, positive=with_control)
     assert not torch.equal(out, sample(patched))
@@ -394,10 +391,10 @@ def test_a_lora_loaded_by_the_host(model, refs):
     assert keys.get(name, key) == key
     with_lora, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.8, 0)
     assert with_lora.patches
-    out = sample(patch.apply(with_lora, refs, 1.0))
-    later, _ = comfy.sd.load_lora_for_models(patch.apply(model, refs, 1.0), None, lora, 0.8, 0)
+    out = sample(apply_references(with_lora, refs, 1.0))
+    later, _ = comfy.sd.load_lora_for_models(apply_references(model, refs, 1.0), None, lora, 0.8, 0)
     assert torch.equal(sample(later), out)
-    assert not torch.equal(out, sample(patch.apply(model, refs, 1.0)))
+    assert not torch.equal(out, sample(apply_references(model, refs, 1.0)))
     sample(model)
     assert same_weights(model, before)
 
@@ -410,7 +407,7 @@ def test_the_estimate_grows_by_bank_and_activations(model, refs, monkeypatch):
         asked.append(memory_required)
         return original(models, memory_required=memory_required, **kw)
 
-    patched = patch.apply(model, refs, 1.0)
+    patched = apply_references(model, refs, 1.0)
     monkeypatch.setattr(management, "load_models_gpu", spy)
     sample(model)
     sample(patched)
@@ -440,14 +437,14 @@ def test_making_a_bank_loads_the_sites_and_asks_for_room(net, refs, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_weights_of_every_type(model, tmp_path, monkeypatch, dtype):
     from making import core_network
-    from retrieval_pack.nodes.host import environment as host
-    from retrieval_pack.nodes.host.loaded_network import load_network
+    from retrieval_pack.nodes.host import loading
+    from retrieval_pack.nodes.host.trained_network import load_network
 
     path = tmp_path / "small.safetensors"
     core_network(SD15, "sd15").save(path, dtype)
     full = load_network(path, model)
     expected = encoded(full)
-    monkeypatch.setattr(host.management, "unet_dtype", lambda *_, **__: dtype)
+    monkeypatch.setattr(loading.management, "unet_dtype", lambda *_, **__: dtype)
     again = tmp_path / "again.safetensors"
     path.rename(again)
     net = load_network(again, model)
@@ -457,7 +454,7 @@ def test_weights_of_every_type(model, tmp_path, monkeypatch, dtype):
     assert read.dtype == net.compute_dtype
     close(read.float(), expected.encoded[0].tokens["middle"], 2e-2)
     assert refs.bank().sites["middle"].keys.dtype == net.compute_dtype
-    assert sample(patch.apply(model, refs, 1.0)).isfinite().all()
+    assert sample(apply_references(model, refs, 1.0)).isfinite().all()
 
 
 def test_only_what_changed_is_encoded_again(model, net):

@@ -15,9 +15,10 @@ from dolls import Dolls
 from making import core_network
 from PIL import Image
 from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
-from retrieval_pack.nodes.host import environment as host
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.host.loaded_network import load_network
+from retrieval_pack.nodes.host import loading
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.host.folders import REFERENCES
+from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.nodes.load_references import RetrievalLoadReferences
 from retrieval_pack.nodes.save_references import RetrievalSaveReferences
 from retrieval_pack.retrieval_core.files import read_metadata
@@ -35,11 +36,11 @@ def dolls(tmp_path_factory):
 def folder(monkeypatch, tmp_path):
     home = tmp_path / "retrieval_references"
     kept = ([str(home)], {".safetensors"})
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, host.REFERENCES_FOLDER, kept)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, REFERENCES, kept)
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
-    folder_paths.filename_list_cache.pop(host.REFERENCES_FOLDER, None)
+    folder_paths.filename_list_cache.pop(REFERENCES, None)
     yield home
-    folder_paths.filename_list_cache.pop(host.REFERENCES_FOLDER, None)
+    folder_paths.filename_list_cache.pop(REFERENCES, None)
 
 
 def refused(call, *arguments) -> str:
@@ -77,7 +78,7 @@ def test_saved_then_loaded_samples_bit_for_bit(dolls, folder):
     ]  # fmt: skip
     for controls in (None, Controls(token_budget=50)):
         samples = [
-            dolls.sample(patch.apply(dolls.model, r, 1.2, controls=controls))
+            dolls.sample(apply_references(dolls.model, r, 1.2, controls=controls))
             for r in (refs, loaded)
         ]
         assert torch.equal(*samples)
@@ -85,7 +86,7 @@ def test_saved_then_loaded_samples_bit_for_bit(dolls, folder):
 
 
 def test_another_copy_of_the_network_and_the_core_read_the_same_file(dolls, folder):
-    from retrieval_pack.retrieval_core.bank.bank_file import load_references
+    from retrieval_pack.retrieval_core.bank.bank_file import describe_maker, load_references
 
     refs = dolls.references(1)
     RetrievalSaveReferences.execute(refs, "x")
@@ -95,7 +96,7 @@ def test_another_copy_of_the_network_and_the_core_read_the_same_file(dolls, fold
     assert again is not dolls.network
     (loaded,) = RetrievalLoadReferences.execute(again, "x_00001_.safetensors", 1.0).args
     assert torch.equal(loaded.encoded[0].tokens["middle"], refs.encoded[0].tokens["middle"])
-    in_core = load_references(folder / "x_00001_.safetensors", load(copy))
+    in_core = load_references(folder / "x_00001_.safetensors", describe_maker(load(copy)))
     assert torch.equal(in_core[0].tokens["middle"], refs.encoded[0].tokens["middle"])
 
 
@@ -106,11 +107,11 @@ def test_the_fingerprint_does_not_depend_on_the_type_this_machine_computes_in(
     core_network(dolls.base.unet.config, "paperdoll").save(path, torch.float16)
     prints = set()
     for kind in (torch.float16, torch.bfloat16, torch.float32):
-        monkeypatch.setattr(host.management, "unet_dtype", lambda *_, kind=kind, **__: kind)
+        monkeypatch.setattr(loading.management, "unet_dtype", lambda *_, kind=kind, **__: kind)
         os.utime(path, ns=(len(prints) + 1, 10**18 + 10**9 * kind.itemsize + len(str(kind))))
         net = load_network(path, dolls.model)
-        assert next(net.network.parameters()).dtype == kind
-        prints.add(net.fingerprint)
+        assert net.compute_dtype == torch.float32  # on a CPU, whatever the weights' type
+        prints.add(net.maker.fingerprint)
     assert len(prints) == 1
 
 
@@ -179,7 +180,8 @@ def test_weights_multiply_and_references_chain(dolls, folder):
     assert [r.weight for r in both.encoded] == [1.0, 1.5, 1.5]
     RetrievalSaveReferences.execute(both, "all")  # loaded references keep their pictures
     kept = read_metadata(folder / "all_00001_.safetensors")
-    assert json.loads(kept["references"])[1] == {"weight": 1.5, "concept": "face"}
+    second = json.loads(kept["references"])[1]
+    assert second == {"weight": 1.5, "concept": "face", "latent_size": [16, 16]}
 
 
 def test_the_cover_is_an_image_that_comfyui_shows(dolls, folder):

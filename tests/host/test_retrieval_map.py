@@ -6,13 +6,10 @@ import pytest
 import torch
 from dolls import Dolls
 from making import images
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.retrieval_map import (
-    SHARES,
-    STRONGEST,
-    RetrievalMap,
-    RetrievalRecordMap,
-)
+from retrieval_pack.nodes.host import skip_patch
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.record_retrieval_map import RetrievalRecordMap
+from retrieval_pack.nodes.retrieval_map import SHARES, STRONGEST, RetrievalMap
 from retrieval_pack.retrieval_core.paperdoll.model import CONFIG as PAPERDOLL
 from retrieval_pack.retrieval_core.sampling.applications import Retrieval
 from retrieval_pack.retrieval_core.sampling.attention_map import map_site
@@ -38,18 +35,16 @@ def half(left: bool, size: int = 64) -> torch.Tensor:
 
 
 def test_recording_leaves_the_picture_as_it_is_and_costs_one_site(dolls, refs, monkeypatch):
-    from retrieval_pack.retrieval_core.network.retrieval_site import RetrievalSite
-
-    patched = patch.apply(dolls.model, refs, 1.0)
+    patched = apply_references(dolls.model, refs, 1.0)
     plain = dolls.sample(patched, rows=2)
     calls = []
-    shares = RetrievalSite.shares
+    measure = skip_patch.measure_shares
     monkeypatch.setattr(
-        RetrievalSite, "shares", lambda *a: (calls.append(a[1].shape), shares(*a))[1]
+        skip_patch, "measure_shares", lambda *a: (calls.append(a[2].shape), measure(*a))[1]
     )
     recording, _ = RetrievalRecordMap.execute(patched).args
     assert torch.equal(dolls.sample(recording, rows=2), plain)
-    # One site of 8x8 places, its conditional rows only, once a step.
+    # One site of 8x8 positions, its conditional rows only, once a step.
     assert [tuple(shape) for shape in calls] == [(2, 128, 8, 8)] * 3
     assert torch.equal(dolls.sample(patched, rows=2), plain) and len(calls) == 3
 
@@ -57,13 +52,15 @@ def test_recording_leaves_the_picture_as_it_is_and_costs_one_site(dolls, refs, m
 def test_the_shares_are_the_attention_of_each_row_to_each_reference(dolls, refs, monkeypatch):
     """Against the site's attention weights at every step, gathered from what the patch is given."""
     given = []
-    original = Retrieval.apply
+    original = Retrieval.add_retrieved
 
-    def spy(self, site, h, rows, strength=None):
+    def spy(self, site, h, rows, strength):
         if site == map_site(PAPERDOLL):
             layer, bank = self.sites[site], self.bank.sites[site]
             part = h.chunk(len(rows))[rows.index(0)]
-            query = layer.to_q(layer.norm_query(part.flatten(2).transpose(1, 2))).double()
+            tokens = part.flatten(2).transpose(1, 2)
+            normed = torch.nn.functional.layer_norm(tokens, tokens.shape[2:], *layer.norm)
+            query = (normed @ layer.to_q.T).double()
             heads = [t.double().unflatten(-1, (layer.heads, -1)) for t in (query, bank.keys[0])]
             dim = heads[0].shape[-1]
             logits = torch.einsum("bqhd,khd->bhqk", *heads) / dim**0.5 + bank.bias.double()
@@ -72,9 +69,9 @@ def test_the_shares_are_the_attention_of_each_row_to_each_reference(dolls, refs,
             given.append(torch.stack(sums, 1).unflatten(2, (8, 8)))
         return original(self, site, h, rows, strength)
 
-    monkeypatch.setattr(Retrieval, "apply", spy)
+    monkeypatch.setattr(Retrieval, "add_retrieved", spy)
     heavy = type(refs)(refs.network, (refs.encoded[0].with_weight(2.0), *refs.encoded[1:]))
-    recording, recorded = RetrievalRecordMap.execute(patch.apply(dolls.model, heavy, 1.0)).args
+    recording, recorded = RetrievalRecordMap.execute(apply_references(dolls.model, heavy, 1.0)).args
     dolls.sample(recording, rows=2)
     expected = torch.stack(given).mean(0)
     torch.testing.assert_close(recorded.shares().double(), expected, rtol=1e-4, atol=1e-5)
@@ -86,7 +83,7 @@ def test_a_budget_does_not_blur_the_map(dolls, refs):
 
     maps = []
     for controls in (None, Controls(token_budget=8)):
-        patched = patch.apply(dolls.model, refs, 0.001, controls=controls)
+        patched = apply_references(dolls.model, refs, 0.001, controls=controls)
         recording, recorded = RetrievalRecordMap.execute(patched).args
         dolls.sample(recording)
         maps.append(recorded.shares())
@@ -95,8 +92,8 @@ def test_a_budget_does_not_blur_the_map(dolls, refs):
 
 def test_two_regions_show_two_characters(dolls, refs):
     other = dolls.references(2, seed=9)
-    patched = patch.apply(dolls.model, refs, 1.0, region=half(True))
-    patched = patch.apply(patched, other, 1.0, region=half(False))
+    patched = apply_references(dolls.model, refs, 1.0, region=half(True))
+    patched = apply_references(patched, other, 1.0, region=half(False))
     recording, recorded = RetrievalRecordMap.execute(patched).args
     dolls.sample(recording)
     shares = recorded.shares()
@@ -109,7 +106,7 @@ def test_two_regions_show_two_characters(dolls, refs):
 
 def test_areas_are_laid_where_they_belong(dolls, refs):
     """A prompt for the right half only: elsewhere nothing was looked at."""
-    patched = patch.apply(dolls.model, refs, 1.0)
+    patched = apply_references(dolls.model, refs, 1.0)
     recording, recorded = RetrievalRecordMap.execute(patched).args
     dolls.sample(recording, positive=dolls.text("standing", area=(16, 8, 0, 8)))
     shares = recorded.shares()
@@ -120,7 +117,7 @@ def test_areas_are_laid_where_they_belong(dolls, refs):
 
 
 def test_split_batches_give_the_same_map(dolls, refs, monkeypatch):
-    recording, recorded = RetrievalRecordMap.execute(patch.apply(dolls.model, refs, 1.0)).args
+    recording, recorded = RetrievalRecordMap.execute(apply_references(dolls.model, refs, 1.0)).args
     dolls.sample(recording, rows=2)
     whole = recorded.shares()
     monkeypatch.setattr(type(dolls.model.model), "memory_required", lambda *_, **__: 1e30)
@@ -130,7 +127,7 @@ def test_split_batches_give_the_same_map(dolls, refs, monkeypatch):
 
 def test_a_cached_map_holds_the_last_run(dolls, refs):
     """The host keeps the node's output: the next run of the sampler starts the map anew."""
-    recording, recorded = RetrievalRecordMap.execute(patch.apply(dolls.model, refs, 1.0)).args
+    recording, recorded = RetrievalRecordMap.execute(apply_references(dolls.model, refs, 1.0)).args
     dolls.sample(recording, rows=3)
     dolls.sample(recording, rows=1, steps=2)
     once = recorded.shares()
@@ -143,7 +140,7 @@ def test_a_cached_map_holds_the_last_run(dolls, refs):
 
 
 def test_two_recorders_on_one_model(dolls, refs):
-    first, one = RetrievalRecordMap.execute(patch.apply(dolls.model, refs, 1.0)).args
+    first, one = RetrievalRecordMap.execute(apply_references(dolls.model, refs, 1.0)).args
     second, two = RetrievalRecordMap.execute(first).args
     dolls.sample(second)
     assert torch.equal(one.shares(), two.shares())
@@ -151,7 +148,7 @@ def test_two_recorders_on_one_model(dolls, refs):
 
 def test_overlay_and_masks(dolls, refs):
     recording, recorded = RetrievalRecordMap.execute(
-        patch.apply(dolls.model, refs, 1.0, region=half(True))
+        apply_references(dolls.model, refs, 1.0, region=half(True))
     ).args
     dolls.sample(recording, rows=2)
     shown = images(2, 48)
@@ -174,7 +171,7 @@ def test_overlay_and_masks(dolls, refs):
 
 
 def test_strength_0_shows_nothing_and_no_run_is_refused(dolls, refs):
-    recording, recorded = RetrievalRecordMap.execute(patch.apply(dolls.model, refs, 0.0)).args
+    recording, recorded = RetrievalRecordMap.execute(apply_references(dolls.model, refs, 0.0)).args
     shown = images(1, 32)
     with pytest.raises(ValueError, match="No sampler has filled") as caught:
         RetrievalMap.execute(recorded, shown, SHARES, 0)
@@ -189,7 +186,7 @@ def test_strength_0_shows_nothing_and_no_run_is_refused(dolls, refs):
     ("count", "reference", "words"), [(2, 0, "1 pictures and 2 were given"), (1, 4, "there are 3")]
 )
 def test_other_pictures_and_references_are_refused(dolls, refs, count, reference, words):
-    recording, recorded = RetrievalRecordMap.execute(patch.apply(dolls.model, refs, 1.0)).args
+    recording, recorded = RetrievalRecordMap.execute(apply_references(dolls.model, refs, 1.0)).args
     dolls.sample(recording, steps=1)
     with pytest.raises(ValueError) as caught:
         RetrievalMap.execute(recorded, images(count, 32), SHARES, reference)
@@ -198,12 +195,12 @@ def test_other_pictures_and_references_are_refused(dolls, refs, count, reference
 
 def test_the_training_free_mode_is_mapped_too(dolls):
     from retrieval_pack.nodes.host import encoded_references as references
-    from retrieval_pack.nodes.host.training_free_model import training_free
+    from retrieval_pack.nodes.host.training_free_model import use_training_free
 
-    network = training_free(dolls.model, "all", 2)
+    network = use_training_free(dolls.model, "all", 2)
     made = references.encode_references(network, images(2), dolls.vae, dolls.clip, "face", size=64)
     refs = references.References(network, made)
-    patched = patch.apply(dolls.model, refs, 1.0, region=half(True))
+    patched = apply_references(dolls.model, refs, 1.0, region=half(True))
     plain = dolls.sample(patched, rows=2)
     recording, recorded = RetrievalRecordMap.execute(patched).args
     assert torch.equal(dolls.sample(recording, rows=2), plain)
@@ -212,7 +209,7 @@ def test_the_training_free_mode_is_mapped_too(dolls):
     torch.testing.assert_close(shares.sum(1), torch.ones(2, 8, 8))
     assert float(shares[:, 1:, :, 5:].max()) == 0.0
     assert float(shares[:, 1:, :, :3].min()) > 0.0
-    everywhere = patch.apply(dolls.model, refs, 1.0)
+    everywhere = apply_references(dolls.model, refs, 1.0)
     recording, recorded = RetrievalRecordMap.execute(everywhere).args
     dolls.sample(recording, positive=dolls.text("standing", area=(16, 8, 0, 8)))
     shares = recorded.shares()

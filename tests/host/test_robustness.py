@@ -21,9 +21,10 @@ from making import (
     sample,
     weights_of,
 )
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.host.encoded_references import References, encode_references, memory
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.host.encoded_references import References, cache, encode_references
 from retrieval_pack.retrieval_core.bank.site_bank import Bank
+from retrieval_pack.retrieval_core.sampling.frozen_site import FrozenSite
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def ours(patched):
 
 def test_an_interruption_while_sampling(model, net):
     refs, before = encoded(net), weights_of(model)
-    plain, patched = sample(model), patch.apply(model, refs, 1.0)
+    plain, patched = sample(model), apply_references(model, refs, 1.0)
     right = sample(patched)
     steps = []
 
@@ -73,7 +74,7 @@ def test_an_interruption_while_encoding(net):
 
 def test_a_failing_allocation(model, net, monkeypatch):
     refs = encoded(net)
-    plain, patched = sample(model), patch.apply(model, refs, 1.0)
+    plain, patched = sample(model), apply_references(model, refs, 1.0)
     right = sample(patched)
 
     def fail(*_, **__):
@@ -85,7 +86,7 @@ def test_a_failing_allocation(model, net, monkeypatch):
             sample(patched)
     assert not ours(patched)._device
     with monkeypatch.context() as m:
-        m.setattr(type(net.network.retrieval["middle"]), "attended_pooled", fail)
+        m.setattr(FrozenSite, "query", fail)
         with pytest.raises(management.OOM_EXCEPTION):
             sample(patched)
     assert not ours(patched)._device
@@ -107,18 +108,18 @@ def test_a_failing_allocation_while_encoding(net, monkeypatch):
 @pytest.mark.parametrize("budget", [None, 7])
 def test_a_bank_that_the_device_has_no_room_for_is_made_on_the_cpu(net, monkeypatch, budget):
     refs, layer = encoded(net), type(net.network.retrieval["middle"])
-    expected, original, calls = refs.bank(budget), layer.project, []
+    expected, original, calls = refs.bank(budget), layer.null, []
 
-    def fail_once(self, normed):
-        calls.append(normed.device.type)
+    def fail_once(self, like):
+        calls.append(like.device.type)
         if len(calls) == 3:
             raise torch.cuda.OutOfMemoryError("simulated")
-        return original(self, normed)
+        return original(self, like)
 
     with monkeypatch.context() as m:
-        m.setattr(layer, "project", fail_once)
+        m.setattr(layer, "null", fail_once)
         made = type(refs)(net, refs.encoded).bank(budget)
-    assert len(calls) == 3 + len(expected.sites) and set(calls[3:]) == {"cpu"}
+    assert len(calls) >= 3 + len(expected.sites) and set(calls[3:]) == {"cpu"}
     for site, bank in expected.sites.items():
         assert torch.equal(made.sites[site].keys, bank.keys)
         assert torch.equal(made.sites[site].values, bank.values)
@@ -128,7 +129,7 @@ def test_a_bank_that_the_device_has_no_room_for_is_made_on_the_cpu(net, monkeypa
 def test_100_runs_with_changing_references_do_not_grow(model, tmp_path, monkeypatch):
     """On a one-level SD 1.5; references, strengths and regions change with every run."""
     # The memory of encoded references is full after a few runs, not after hundreds.
-    monkeypatch.setattr(memory, "limit", 8 << 20)
+    monkeypatch.setattr(cache, "limit", 8 << 20)
     net = loaded(tmp_path, model, TINY_SD15, "sd15")
     process = psutil.Process()
     vae, clip = FakeVAE(), FakeCLIP()
@@ -137,7 +138,7 @@ def test_100_runs_with_changing_references_do_not_grow(model, tmp_path, monkeypa
         batch = images(1 + run % 3, seed=run)
         more = encode_references(net, batch, vae, clip, "figure", 0.5 + run % 4, size=64)
         region = None if run % 2 else torch.ones(1, 32, 32)
-        patched = patch.apply(
+        patched = apply_references(
             model, References(net, more), 0.1 * (run % 7), end=0.5 + run % 2 / 2, region=region
         )
         sample(patched, steps=1)

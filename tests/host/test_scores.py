@@ -14,10 +14,13 @@ import scoring_models
 import tiny_models
 import torch
 from making import images
-from retrieval_pack.nodes import score_nodes as scores
 from retrieval_pack.nodes import vqa_diversity_score as vqa
 from retrieval_pack.nodes.host import model_folders, scoring
-from retrieval_pack.nodes.host.paperdoll_host import reference_pictures
+from retrieval_pack.nodes.host.paperdoll_host import draw_references
+from retrieval_pack.nodes.host.similarity import CONNECTED, NAMED
+from retrieval_pack.nodes.image_similarity import RetrievalImageSimilarity
+from retrieval_pack.nodes.paperdoll_match import CLOTHES, RetrievalPaperdollMatch
+from retrieval_pack.nodes.text_similarity import RetrievalTextSimilarity
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.metrics import (
     DEFAULT_QUESTIONS,
@@ -59,6 +62,16 @@ def models(tmp_path_factory):
     return base
 
 
+@pytest.fixture
+def bar(monkeypatch):
+    """(done, total) of every move of the node's bar; a newer host shows only some of them."""
+    for name in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):
+        monkeypatch.setattr(comfy.utils, name, 0, raising=False)
+    shown = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *a, **_: shown.append(a[:2]))
+    return shown
+
+
 @pytest.fixture(autouse=True)
 def hosts(models, monkeypatch, tmp_path):
     monkeypatch.setattr(folder_paths, "models_dir", str(models))
@@ -78,9 +91,9 @@ def ask(batch, vqa_model="blip", questions=QUESTIONS, **more):
 
 
 def test_folders_are_found_in_the_models_directory():
-    assert model_folders.model_folders(model_folders.VQA) == FOLDERS
-    assert "clip" in model_folders.model_folders(model_folders.CLIP)
-    assert "dinov2" in model_folders.model_folders(model_folders.DINO)
+    assert model_folders.list_models(model_folders.VQA) == FOLDERS
+    assert "clip" in model_folders.list_models(model_folders.CLIP)
+    assert "dinov2" in model_folders.list_models(model_folders.DINO)
     listed = {i.id: i for i in vqa.RetrievalVQADiversityScore.GET_SCHEMA().inputs}
     assert listed["vqa_model"].options == [vqa.JUDGE, *FOLDERS]
 
@@ -88,7 +101,7 @@ def test_folders_are_found_in_the_models_directory():
 def test_only_folders_inside_the_models_directory(models, tmp_path, monkeypatch):
     outside = ("../VQA/blip", "group/../../dino/dinov2", str(models / "VQA/blip"), "", "a\\b")
     for name in outside:
-        refused(lambda n=name: model_folders.find(model_folders.VQA, n), "inside models/VQA")
+        refused(lambda n=name: model_folders.find_folder(model_folders.VQA, n), "inside models/VQA")
     refused(lambda: ask(images(2), "gone"), "gone", "models/LLM")
     refused(lambda: ask(images(2), "broken"), "no processor")
     monkeypatch.chdir(models.parent)
@@ -105,7 +118,7 @@ def test_without_network(monkeypatch, tmp_path):
     refused(lambda: ask(images(2), encoder_repository="owner/name"), "could not be reached")
 
 
-def test_a_download_moves_the_bar_and_can_be_interrupted(models, monkeypatch):
+def test_a_download_moves_the_bar_and_can_be_interrupted(models, bar, monkeypatch):
     from retrieval_pack.retrieval_core.metrics import model_folder
 
     def fetch(name, progress):
@@ -113,18 +126,15 @@ def test_a_download_moves_the_bar_and_can_be_interrupted(models, monkeypatch):
         management.interrupt_current_processing(True)
         progress(2, 4)
 
-    shown = []
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *a, **_: shown.append(a[:2]))
     monkeypatch.setattr(model_folder, "find_model", fetch)
     with pytest.raises(management.InterruptProcessingException):
         ask(images(2), vqa_repository="owner/name")
-    assert shown == [(1, 4)]
+    assert bar == [(1, 4)]
 
 
-def test_the_score_of_a_vqa_model(models, monkeypatch):
+def test_the_score_of_a_vqa_model(models, bar, monkeypatch):
     """It equals the core's own, under the host's memory management and its bar."""
-    shown, seen = [], []
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *a, **_: shown.append(a[:2]))
+    seen = []
     answer = vqa_models.VQAModel.answer
 
     def watched(self, *args, **kw):
@@ -138,7 +148,7 @@ def test_the_score_of_a_vqa_model(models, monkeypatch):
     assert seen and all("BlipForQuestionAnswering" in names for names in seen)
     assert not {"BlipForQuestionAnswering", "CLIPModel"} & set(loaded_models())
     # Three images in batches of two, two questions; then the texts.
-    steps = [done for done, total in shown if total == 6]
+    steps = [done for done, total in bar if total == 6]
     assert steps == [0, 2, 3, 3, 5, 6]
 
     model = vqa_models.load_vqa(models / "VQA" / "blip", 6)
@@ -168,8 +178,8 @@ def test_equal_images_score_nothing():
     assert out.args[0] == 0.0
 
 
-def test_interrupted_between_batches(monkeypatch):
-    """What was loaded is given up, too."""
+def test_interrupted_between_batches(bar, monkeypatch):
+    """What was loaded is unloaded, too."""
     calls = []
 
     def hook(value, total, *_, **__):
@@ -199,7 +209,7 @@ def test_the_graphs_clip_compares_the_answers():
 
 @weights
 def test_a_clip_without_pooled_output_is_refused():
-    from retrieval_pack.nodes.paperdoll_nodes import RetrievalPaperdollModel
+    from retrieval_pack.nodes.load_paperdoll_demo import RetrievalPaperdollModel
 
     clip = RetrievalPaperdollModel.execute(1).args[1]
     with pytest.raises(RetrievalError):  # words that are no tags of its world
@@ -209,7 +219,7 @@ def test_a_clip_without_pooled_output_is_refused():
 
 @weights
 def test_the_judge_needs_nothing():
-    dolls = reference_pictures(7, "figure", 4)[0]
+    dolls = draw_references(7, "figure", 4)[0]
     out = vqa.RetrievalVQADiversityScore.execute(dolls, vqa.JUDGE, "\n".join(DEFAULT_QUESTIONS))
     score, report = out.args[:2]
     assert score > 0 and "the pose is" in report and "their words" in report
@@ -217,8 +227,8 @@ def test_the_judge_needs_nothing():
     assert vqa.RetrievalVQADiversityScore.execute(equal, vqa.JUDGE, "pose").args[0] == 0.0
     refused(lambda: ask(images(2, 32), vqa.JUDGE, "pose"), "32 x 32", "64 x 64")
 
-    match = scores.RetrievalPaperdollMatch.execute(dolls, 7)
-    other = scores.RetrievalPaperdollMatch.execute(dolls, 7, 8, scores.CLOTHES)
+    match = RetrievalPaperdollMatch.execute(dolls, 7)
+    other = RetrievalPaperdollMatch.execute(dolls, 7, 8, CLOTHES)
     assert match.args[0] > 80 > other.args[0]
     assert len(match.args[2].values) == 4 and "±" in match.args[1]
     out = vqa.RetrievalVQADiversityScore.execute(dolls, vqa.JUDGE, "pose", similarity=match.args[2])
@@ -227,23 +237,23 @@ def test_the_judge_needs_nothing():
 
 def test_image_similarity(models, tmp_path):
     batch, references = images(20, 48), images(2, 40, seed=9)
-    found = scores.RetrievalImageSimilarity.execute(batch, references, "CLIP-I", "clip").args
+    found = RetrievalImageSimilarity.execute(batch, references, "CLIP-I", "clip").args
     pictures = batch.movedim(-1, 1), references.movedim(-1, 1)
     core = image_similarity(*pictures, load_clip(models / "clip_vision" / "clip"))
     assert found[0] == pytest.approx(core.estimate.mean, abs=1e-4)
     assert np.allclose(found[2].values, core.values, atol=1e-4)
     assert "±" in found[1] and "20: " in found[1] and "2 references" in found[1]
-    found = scores.RetrievalImageSimilarity.execute(batch, references, "DINO-I", "dinov2").args
+    found = RetrievalImageSimilarity.execute(batch, references, "DINO-I", "dinov2").args
     core = image_similarity(*pictures, load_dino(models / "dino" / "dinov2"))
     assert found[0] == pytest.approx(core.estimate.mean, abs=1e-4)
     assert not {"CLIPModel", "Dinov2Model"} & set(loaded_models())
 
     vision = scoring_models.host_clip_vision(tmp_path)
-    execute = scores.RetrievalImageSimilarity.execute
-    same = execute(batch[:2], batch[:1], "CLIP-I", scores.CONNECTED, clip_vision=vision).args
+    execute = RetrievalImageSimilarity.execute
+    same = execute(batch[:2], batch[:1], "CLIP-I", CONNECTED, clip_vision=vision).args
     assert same[2].values[0] == pytest.approx(100) and same[2].values[1] < 100
-    refused(lambda: execute(batch, batch, "DINO-I", scores.CONNECTED, clip_vision=vision), "DINOv2")
-    refused(lambda: execute(batch, batch, "CLIP-I", scores.CONNECTED), "connect a CLIP_VISION")
+    refused(lambda: execute(batch, batch, "DINO-I", CONNECTED, clip_vision=vision), "DINOv2")
+    refused(lambda: execute(batch, batch, "CLIP-I", CONNECTED), "connect a CLIP_VISION")
     refused(lambda: execute(batch, batch, "CLIP-I", "dinov2"), "models/clip_vision")
     refused(lambda: execute(batch[:0], batch, "CLIP-I", "clip"), "0 images")
     refused(lambda: execute(batch, batch[:0], "CLIP-I", "clip"), "0 references")
@@ -251,7 +261,7 @@ def test_image_similarity(models, tmp_path):
 
 def test_text_similarity(models):
     batch = images(2, 48)
-    execute = scores.RetrievalTextSimilarity.execute
+    execute = RetrievalTextSimilarity.execute
     clip = load_clip(models / "clip_vision" / "clip")
     core = text_similarity(batch.movedim(-1, 1), "a figure\non a beach", clip)
     found = execute(batch, "a figure\non a beach", "clip").args
@@ -261,7 +271,7 @@ def test_text_similarity(models):
     assert np.allclose(found[2].values, core.values, atol=1e-4)
     refused(lambda: execute(batch, " ", "clip"), "prompt", "empty")
     refused(lambda: execute(batch, "a\nb\nc", "clip", prompt_per_line=True), "3 prompts")
-    refused(lambda: execute(batch, "a", scores.NAMED), "repository")
+    refused(lambda: execute(batch, "a", NAMED), "repository")
 
 
 def test_bad_input():
@@ -271,7 +281,7 @@ def test_bad_input():
     refused(lambda: ask([images(2), images(1, 32)]), "32 x 32", "64 x 64")
     refused(lambda: ask(torch.rand(2, 8, 8, 1)), "RGB")
     refused(lambda: ask(images(2), answer_encoder=vqa.AUTOMATIC), "connect the CLIP")
-    similarity = scores.RetrievalTextSimilarity.execute(images(3), "a", "clip").args[2]
+    similarity = RetrievalTextSimilarity.execute(images(3), "a", "clip").args[2]
     refused(lambda: ask(images(2), similarity=similarity), "2 images and 3 similarities")
     assert "BlipForQuestionAnswering" not in loaded_models()
 

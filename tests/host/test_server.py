@@ -127,14 +127,14 @@ def test_the_pack_is_found_with_its_templates_and_pages(server, node_info):
 )
 def test_attributes_match_as_in_the_core(server, whole, characters, batch):
     """The same characters, prompts and noise in both; the host's steps differ by rounding."""
-    from retrieval_pack.nodes.host.paperdoll_host import reference_pictures
+    from retrieval_pack.nodes.host.paperdoll_host import draw_references
     from retrieval_pack.retrieval_core.data.prepare import prepare
     from retrieval_pack.retrieval_core.paperdoll.bundle import load_bundle
     from retrieval_pack.retrieval_core.paperdoll.generate import (
         Sampling,
-        gathered,
+        apply_bank,
+        encode_group,
         generate,
-        retrieval_of,
     )
     from retrieval_pack.retrieval_core.paperdoll.measure import chance_levels, match_rates
 
@@ -155,12 +155,12 @@ def test_attributes_match_as_in_the_core(server, whole, characters, batch):
         asked = with_inputs(asked, sampler, seed=character)
         ours = pictures(server, asked, server.run(asked))[:, ::4, ::4]
         ours = torch.from_numpy(ours).movedim(-1, 1).float() / 255
-        images, _, _ = reference_pictures(character, "figure", 4)
-        tokens = gathered(
+        images, _, _ = draw_references(character, "figure", 4)
+        tokens = encode_group(
             bundle.base, bundle.network, [prepare(image, None, "figure") for image in images]
         )
         noise = bundle.base.noise(batch, torch.Generator().manual_seed(character))
-        retrieval = retrieval_of(bundle.network, tokens, how)
+        retrieval = apply_bank(bundle.network, tokens, how)
         theirs = generate(bundle, [text] * batch, noise, retrieval, how)
         differences.append(float((ours - theirs).abs().mean()))
         in_host += bundle.judge.read(ours)
@@ -181,12 +181,12 @@ def prompts(character: int) -> str:
 
 def character_case(character: int):
     """The truth of a character of the node Paper-Doll Reference."""
-    from retrieval_pack.nodes.host.paperdoll_host import character_of
+    from retrieval_pack.nodes.host.paperdoll_host import draw_character
     from retrieval_pack.retrieval_core.paperdoll.cases import Case
     from retrieval_pack.retrieval_core.paperdoll.judge import FACE, GARMENTS, truth
     from retrieval_pack.retrieval_core.paperdoll.world import Figure, random_scene
 
     rng = np.random.default_rng([character, 30])
-    who, clothes = character_of(rng)
+    who, clothes = draw_character(rng)
     values = truth(Figure(who, clothes, random_scene(rng)))
     return Case("", [], {name: values[name] for name in (*FACE, *GARMENTS)}, {}, "", [])

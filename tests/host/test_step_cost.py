@@ -8,6 +8,7 @@ import comfy.cldm.cldm
 import comfy.ops
 import pytest
 import torch
+from lazy_layers import give_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrieval_core.network.unet import UNetConfig
@@ -65,6 +66,7 @@ def test_the_controlnets_operations_are_those_of_the_hosts():
         dtype=torch.float32,
         operations=comfy.ops.disable_weight_init,
     )
+    give_weights(net)
     x, hint = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 64, 64)
     context = torch.randn(2, arithmetic.TEXT_TOKENS, 768)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:

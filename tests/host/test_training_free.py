@@ -27,14 +27,20 @@ from making import (
     sample,
     weights_of,
 )
+from retrieval_pack.nodes.host import base_model, step_context
 from retrieval_pack.nodes.host import encoded_references as references
-from retrieval_pack.nodes.host import skip_patch as patch
-from retrieval_pack.nodes.host.paperdoll_host import host_clip, host_model, host_vae, unet_arguments
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.host.attention import attend
+from retrieval_pack.nodes.host.conditioning import vector_conditioning
+from retrieval_pack.nodes.host.loading import patcher_class
+from retrieval_pack.nodes.host.paperdoll_host import make_clip, make_model, make_vae, unet_arguments
 from retrieval_pack.nodes.host.self_attention import JointAttention
-from retrieval_pack.nodes.host.training_free_model import fingerprints, training_free
+from retrieval_pack.nodes.host.training_free_model import use_training_free
 from retrieval_pack.nodes.load_retrieval_controlnet import TRAINING_FREE, RetrievalLoadControlNet
 from retrieval_pack.retrieval_core import training_free as core
 from retrieval_pack.retrieval_core.bank.bank_file import load_references, save_references
+from retrieval_pack.retrieval_core.bank.site_bank import make_bank
+from retrieval_pack.retrieval_core.bank.tokens import join_references
 from retrieval_pack.retrieval_core.data.prepare import prepare
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.network.unet import UNet, UNetConfig
@@ -53,7 +59,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def net(model):
-    return training_free(model, "all", 2)
+    return use_training_free(model, "all", 2)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,10 @@ def attn1(model) -> dict:
 
 def joint(model) -> JointAttention:
     return next(p for p in attn1(model).values() if isinstance(p, JointAttention))
+
+
+def at_step(sampling, negative):
+    return step_context.StepContext(sampling, torch.ones(1), (8, 8), {}, negative)
 
 
 def left_half(size: int = 64) -> torch.Tensor:
@@ -131,17 +141,17 @@ def test_a_lora_changes_what_is_read_but_not_the_fingerprint(net, refs):
     model = model_from(checkpoint(TINY_SD15))
     changed = model.clone()
     changed.add_patches({key: ("diff", (0.1 * noise(320, 320, seed=9),))})
-    with_lora = training_free(changed, "all", 2)
-    assert with_lora.fingerprint == net.fingerprint
+    with_lora = use_training_free(changed, "all", 2)
+    assert with_lora.maker.fingerprint == net.maker.fingerprint
     site, before = "input_1.0@250", weights_of(model)
     assert not torch.equal(
         encoded(with_lora, 1).encoded[0].tokens[site], refs.encoded[0].tokens[site]
     )
     assert not same_weights(model, before)  # the LoRA's are in the model, in place
-    fingerprints.clear()
-    assert training_free(model, "all", 2).fingerprint == net.fingerprint
-    other = training_free(model_from(checkpoint(TINY_SD15, seed=5)), "all", 2)
-    assert other.fingerprint != net.fingerprint
+    base_model._fingerprints.clear()
+    assert use_training_free(model, "all", 2).maker.fingerprint == net.maker.fingerprint
+    other = use_training_free(model_from(checkpoint(TINY_SD15, seed=5)), "all", 2)
+    assert other.maker.fingerprint != net.maker.fingerprint
 
 
 def test_clip_and_vae_of_another_base_are_refused(net):
@@ -156,13 +166,13 @@ def test_clip_and_vae_of_another_base_are_refused(net):
 
 def test_strength_0_no_references_and_unpatching_are_bit_identical(model, net, refs):
     before, plain = weights_of(model), sample(model)
-    patched = patch.apply(model, refs, 1.0)
+    patched = apply_references(model, refs, 1.0)
     assert not torch.equal(sample(patched), plain)
     muted = Controls(groups=(0.0, 0.0, 0.0), token_budget=None)
     for nothing in (
-        patch.apply(model, refs, 0.0),
-        patch.apply(model, type(refs)(net), 1.0),
-        patch.apply(model, refs, 1.0, controls=muted),
+        apply_references(model, refs, 0.0),
+        apply_references(model, type(refs)(net), 1.0),
+        apply_references(model, refs, 1.0, controls=muted),
     ):
         assert torch.equal(sample(nothing), plain)
         assert not attn1(nothing)
@@ -172,20 +182,20 @@ def test_strength_0_no_references_and_unpatching_are_bit_identical(model, net, r
 
 
 def test_a_clone_shares_the_patch_and_the_bank_is_dropped(model, refs):
-    patched = patch.apply(model, refs, 1.0, region=left_half())
+    patched = apply_references(model, refs, 1.0, region=left_half())
     clone = patched.clone()
     assert attn1(clone) is not attn1(patched) and joint(clone) is joint(patched)
     (application,) = joint(patched).applications
     seen = []
 
     def look(h, hsp, to):
-        seen.append((len(application._banks), len(application.region._kept)))
+        seen.append((len(application._banks), len(application.region._crops)))
         return h, hsp
 
     clone.set_model_output_block_patch(look)
     assert torch.equal(sample(clone), sample(patched))
     assert set(seen) == {(1, 1)}  # of all levels, one at a time
-    assert not application._banks and not application.region._kept
+    assert not application._banks and not application.region._crops
 
 
 def test_the_estimate_grows_by_the_bank(model, refs, monkeypatch):
@@ -198,7 +208,7 @@ def test_the_estimate_grows_by_the_bank(model, refs, monkeypatch):
 
     monkeypatch.setattr(management, "load_models_gpu", spy)
     sample(model)
-    patched = patch.apply(model, refs, 1.0)
+    patched = apply_references(model, refs, 1.0)
     sample(patched)
     (application,) = joint(patched).applications
     level = application.retrieval.bank.nbytes() / 2
@@ -207,7 +217,7 @@ def test_the_estimate_grows_by_the_bank(model, refs, monkeypatch):
 
 @pytest.mark.parametrize("guidance", ["cond", "both"])
 def test_split_and_reversed_batches_give_the_same(model, refs, guidance, monkeypatch):
-    patched = patch.apply(model, refs, 1.0, guidance=guidance)
+    patched = apply_references(model, refs, 1.0, guidance=guidance)
     orders = []
 
     def spy(h, hsp, to):
@@ -226,8 +236,8 @@ def test_split_and_reversed_batches_give_the_same(model, refs, guidance, monkeyp
 def test_rows_are_told_apart(model, refs):
     """At one layer: only the conditional rows change, whatever their order and number."""
     q, k, v = (noise(4, 64, 320, seed=i) for i in range(3))
-    mine = joint(patch.apply(model, refs, 1.0, guidance="cond"))
-    noted = patch.step.Step(
+    mine = joint(apply_references(model, refs, 1.0, guidance="cond"))
+    noted = step_context.StepContext(
         model.get_model_object("model_sampling"), torch.ones(1), (8, 8), {}, frozenset({1})
     )
 
@@ -235,7 +245,7 @@ def test_rows_are_told_apart(model, refs):
         extra = {
             "block": ("input", 1), "block_index": 0, "n_heads": 8, "dim_head": 40,
             "activations_shape": [4, 320, 8, 8], "cond_or_uncond": order,
-            patch.step.STEP: noted,
+            step_context.STEP: noted,
         }  # fmt: skip
         return mine(q, k, v, extra)
 
@@ -253,22 +263,24 @@ def test_rows_are_told_apart(model, refs):
 
 def test_start_end_and_curve_follow_the_hosts_percentages(model, refs):
     plain = sample(model, steps=4)
-    between = patch.apply(model, refs, 1.0, start=0.4, end=0.6)  # of steps at 0, 1/3, 2/3 and 1
+    between = apply_references(
+        model, refs, 1.0, start=0.4, end=0.6
+    )  # of steps at 0, 1/3, 2/3 and 1
     assert torch.equal(sample(between, steps=4), plain)
-    early = sample(patch.apply(model, refs, 1.0, end=0.5), steps=4)
-    whole = sample(patch.apply(model, refs, 1.0), steps=4)
+    early = sample(apply_references(model, refs, 1.0, end=0.5), steps=4)
+    whole = sample(apply_references(model, refs, 1.0), steps=4)
     assert not torch.equal(early, plain) and not torch.equal(early, whole)
     silent = Controls(StrengthCurve((0.0,)), token_budget=None)
-    assert torch.equal(sample(patch.apply(model, refs, 1.0, controls=silent), steps=4), plain)
+    assert torch.equal(sample(apply_references(model, refs, 1.0, controls=silent), steps=4), plain)
 
 
 def test_a_region_elsewhere_than_the_area_changes_nothing_and_the_crop_is_right(model, refs):
     """An area conditioning on the right half and a region on the left half never meet."""
     area = conditioning(10, area=(8, 4, 0, 4))
-    patched = patch.apply(model, refs, 1.0, region=left_half(), guidance="cond")
+    patched = apply_references(model, refs, 1.0, region=left_half(), guidance="cond")
     close(sample(patched, positive=area), sample(model, positive=area))
-    inside = patch.apply(model, refs, 1.0, region=1 - left_half(), guidance="cond")
-    everywhere = patch.apply(model, refs, 1.0, guidance="cond")
+    inside = apply_references(model, refs, 1.0, region=1 - left_half(), guidance="cond")
+    everywhere = apply_references(model, refs, 1.0, guidance="cond")
     close(sample(inside, positive=area), sample(everywhere, positive=area))
     assert not torch.equal(sample(inside, positive=area), sample(model, positive=area))
 
@@ -276,16 +288,16 @@ def test_a_region_elsewhere_than_the_area_changes_nothing_and_the_crop_is_right(
 def test_several_applies_add_up(model, net, refs):
     """Two regions, two characters: each place sees its own bank only."""
     other = encoded(net, 1, seed=21)
-    first = patch.apply(model, refs, 1.0, region=left_half())
-    both = patch.apply(first, other, 1.0, region=1 - left_half())
+    first = apply_references(model, refs, 1.0, region=left_half())
+    both = apply_references(first, other, 1.0, region=1 - left_half())
     assert len(joint(first).applications) == 1 and len(joint(both).applications) == 2
-    second = patch.apply(model, other, 1.0, region=1 - left_half())
+    second = apply_references(model, other, 1.0, region=1 - left_half())
     q, k, v = (noise(1, 64, 320, seed=i) for i in range(3))
     sampling = model.get_model_object("model_sampling")
     extra = {
         "block": ("middle", 0), "block_index": 0, "n_heads": 8, "dim_head": 40,
         "activations_shape": [1, 320, 8, 8], "cond_or_uncond": [0],
-        patch.step.STEP: patch.step.Step(sampling, torch.ones(1), (8, 8), {}, frozenset()),
+        step_context.STEP: at_step(sampling, frozenset()),
     }  # fmt: skip
     found = [joint(m)(q, k, v, extra).view(8, 8, 320) for m in (both, first, second)]
     close(found[0][:, :3], found[1][:, :3], 1e-5)
@@ -296,7 +308,7 @@ def test_several_applies_add_up(model, net, refs):
 @pytest.mark.parametrize("shape", [(8, 12), (7, 9), (16, 6)])
 def test_latents_of_other_sizes_than_the_references(model, refs, shape):
     latent = torch.zeros(2, 4, *shape)
-    patched = patch.apply(model, refs, 0.7, region=left_half())
+    patched = apply_references(model, refs, 0.7, region=left_half())
     assert sample(patched, latent).isfinite().all()
 
 
@@ -310,33 +322,33 @@ def test_beside_other_patches_of_the_same_layers(model, refs):
 
     def replaced(q, k, v, extra):
         calls["replaced"] += 1
-        return patch.host.attend(q, k, v, extra["n_heads"]) * 1.5
+        return attend(q, k, v, extra["n_heads"]) * 1.5
 
     others = model.clone()
     others.set_model_attn1_patch(hypernetwork)
     others.set_model_attn1_replace(replaced, "middle", 0, 0)
     plain = sample(others)
     before = dict(calls)
-    out = sample(patch.apply(others, refs, 1.0))
+    out = sample(apply_references(others, refs, 1.0))
     assert calls["hypernetwork"] == 2 * before["hypernetwork"]
     assert calls["replaced"] == 2 * before["replaced"]
     assert out.isfinite().all() and not torch.equal(out, plain)
-    assert torch.equal(sample(patch.apply(others, refs, 0.0)), plain)
+    assert torch.equal(sample(apply_references(others, refs, 0.0)), plain)
     assert torch.equal(sample(others), plain)
 
 
 def test_tokens_that_others_tiled_leave_no_place_for_a_region(model, refs):
     """As HyperTile does: four tiles of a quarter of the places, in the batch."""
-    mine = joint(patch.apply(model, refs, 1.0, region=left_half()))
-    everywhere = joint(patch.apply(model, refs, 1.0))
+    mine = joint(apply_references(model, refs, 1.0, region=left_half()))
+    everywhere = joint(apply_references(model, refs, 1.0))
     q, k, v = (noise(8, 16, 320, seed=i) for i in range(3))
     sampling = model.get_model_object("model_sampling")
     extra = {
         "block": ("output", 0), "block_index": 0, "n_heads": 8, "dim_head": 40,
         "activations_shape": [2, 320, 8, 8], "cond_or_uncond": [1, 0],
-        patch.step.STEP: patch.step.Step(sampling, torch.ones(1), (8, 8), {}, frozenset({1})),
+        step_context.STEP: at_step(sampling, frozenset({1})),
     }  # fmt: skip
-    own = patch.host.attend(q, k, v, 8)
+    own = attend(q, k, v, 8)
     assert torch.equal(mine(q, k, v, extra), own)
     close(everywhere(q, k, v, extra)[:4], own[:4], 1e-5)
     assert (everywhere(q, k, v, extra)[4:] - own[4:]).abs().max() > 1e-3
@@ -346,7 +358,7 @@ def test_saved_then_loaded_samples_bit_for_bit(model, net, refs, tmp_path):
     path = tmp_path / "her.safetensors"
     save_references(path, refs.encoded, net.maker)
     loaded = references.References(net, tuple(load_references(path, net.maker)))
-    one, other = (sample(patch.apply(model, r, 1.0)) for r in (refs, loaded))
+    one, other = (sample(apply_references(model, r, 1.0)) for r in (refs, loaded))
     assert torch.equal(one, other)
 
 
@@ -369,19 +381,19 @@ def test_sdxl_with_a_vector_conditioning():
     handle = built.diffusion_model.register_forward_pre_hook(
         lambda module, args, kw: seen.append(kw["y"]), with_kwargs=True
     )
-    net = training_free(model, "all", 1)
+    net = use_training_free(model, "all", 1)
     clip = FakeCLIP(2048, pooled=1280)
     refs = encoded(net, 1, clip=clip)
     handle.remove()
     (y,) = seen
     _, pooled = clip.encode_from_tokens("figure", return_pooled=True)
     assert torch.equal(y[:, :1280], pooled)
-    sizes = patch.host.vector_conditioning(pooled, 64, 2816)
+    sizes = vector_conditioning(pooled, 64, 2816)
     close(y, sizes, 1e-5)
     positive, negative = (
         [[noise(1, 7, 2048, seed=s), {"pooled_output": noise(1, 1280, seed=s)}]] for s in (1, 2)
     )
-    patched = patch.apply(model, refs, 1.0)
+    patched = apply_references(model, refs, 1.0)
     out = sample(patched, positive=positive, negative=negative)
     assert out.isfinite().all()
     assert not torch.equal(out, sample(model, positive=positive, negative=negative))
@@ -419,7 +431,7 @@ def in_the_core(base, count, masks, weights, adain, strength, **kw):
     prepared = [
         prepare(drawn[i], selected[i] if masks else None, "face", weights[i]) for i in range(count)
     ]
-    made = core.encode(
+    made = core.encode_by_base(
         base.unet,
         base.schedule,
         network,
@@ -429,22 +441,22 @@ def in_the_core(base, count, masks, weights, adain, strength, **kw):
         weights=weights,
     )
     retrieval = core.JointRetrieval(
-        core.layer_modules(base.unet),
-        network.bank(made),
+        make_bank(join_references(made), None, network.site_downsampling()),
         strength,
+        names=core.name_layers(base.unet),
         timesteps=network.timesteps(),
         adain=adain,
         **kw,
     )
     cond, uncond = base.text.encode(["standing, smile"] * 2), base.text.encode([""] * 2)
-    denoise = guided_denoiser(base.unet, base.schedule, cond, uncond, CFG, retrieval)
+    denoise = guided_denoiser(base.unet, base.schedule, cond, uncond, CFG, [retrieval])
     latents = core_sample(denoise, noise(2, 24, 16, 16), base.schedule, STEPS, "ddim")
     return network, made, base.vae.decode(latents).movedim(1, -1)
 
 
 def in_the_host(base, count, masks, weights, adain, strength, start=0.0, end=1.0, **kw):
-    model, clip, vae = host_model(base), host_clip(base), host_vae(base)
-    net = training_free(model, "all", 2, adain)
+    model, clip, vae = make_model(base, patcher_class()), make_clip(base), make_vae(base)
+    net = use_training_free(model, "all", 2, adain)
     drawn, selected = pictures(count)
     refs = references.References(net)
     for i in range(count):
@@ -453,7 +465,7 @@ def in_the_host(base, count, masks, weights, adain, strength, start=0.0, end=1.0
             net, drawn[i : i + 1], vae, clip, "face", weights[i], mask
         )
         refs = references.References(net, (*refs.encoded, *more))
-    patched = patch.apply(model, refs, strength, start, end, **kw)
+    patched = apply_references(model, refs, strength, start, end, **kw)
     sigmas = torch.cat([base.schedule.sigmas()[base.schedule.timesteps(STEPS)], torch.zeros(1)])
     cond, uncond = (
         [[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("standing, smile", "")
@@ -481,7 +493,7 @@ def test_host_equals_core(base, case):
     chosen["weights"] = chosen["weights"][: chosen["count"]]
     network, made, expected = in_the_core(base, **chosen)
     net, refs, found = in_the_host(base, **chosen)
-    assert net.fingerprint == network.fingerprint
+    assert net.maker.fingerprint == network.fingerprint
     for ours, theirs in zip(refs.encoded, made, strict=True):
         for site, read in theirs.tokens.items():
             close(ours.tokens[site], read)

@@ -1,0 +1,110 @@
+"""The user's MODEL: which base it is, whether a network fits it, and whose weights it has."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from ...retrieval_core.errors import RetrievalError
+from ...retrieval_core.network.fingerprint import fingerprint_weights
+from ...retrieval_core.network.unet import UNetConfig, config_from_state_dict
+
+SUPPORTED = "SD 1.5, SD 2.x, SDXL, their inpainting variants and the bundled paper-doll demo"
+
+# (model channels, context width, linear projections, vector conditioning) of each base.
+_SIGNATURES = {
+    (320, 768, False, None): "sd15",
+    (320, 1024, True, None): "sd21",
+    (320, 2048, True, 2816): "sdxl",
+    (64, 64, False, None): "paperdoll",
+}
+# Edge in pixels that each base was trained at, the default size of its references.
+NATIVE_SIZE = {"sd15": 512, "sd21": 768, "sdxl": 1024, "paperdoll": 64}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a MODEL is: its family (one of `controlnet.BASES`), its U-Net's shape, its latents."""
+
+    name: str
+    config: UNetConfig
+    latent_format: Any
+
+
+def detect_base(model: Any) -> Base:
+    """What a MODEL is, by its network's own shape, never by a file's name.
+
+    Raises:
+        RetrievalError: it is of a family that retrieval does not support.
+    """
+    network = model.get_model_object("diffusion_model")
+    config, name = None, None
+    if isinstance(network, UNetModel):
+        try:
+            config = config_from_state_dict(dict(network.named_parameters()))
+        except RetrievalError:
+            config = None
+    if config is not None:
+        linear, adm = config.use_linear_in_transformer, config.adm_in_channels
+        name = _SIGNATURES.get((config.model_channels, config.context_dim, linear, adm))
+    if config is None or name is None:
+        given = type(model.model).__name__
+        kind = f"{given} model" if given != "BaseModel" else f"'{type(network).__name__}' network"
+        raise RetrievalError(
+            f"The model given is a {kind}, which retrieval does not support; use a checkpoint of "
+            f"{SUPPORTED}."
+        )
+    return Base(name, config, model.get_model_object("latent_format"))
+
+
+def check_fit(base: Base, config: UNetConfig, name: str, file: str) -> None:
+    """Refuses, in one sentence, a network made for another U-Net than the model's."""
+    ours, theirs = config.site_channels(), base.config.site_channels()
+    if name != base.name:
+        raise RetrievalError(
+            f"'{file}' is for base '{name}' and the model given is '{base.name}'; choose a file "
+            f"for '{base.name}' or load a model of '{name}'."
+        )
+    if ours != theirs:
+        raise RetrievalError(
+            f"'{file}' has {len(ours)} sites of widths {_widths(ours)} and this '{name}' model "
+            f"has {len(theirs)} of {_widths(theirs)}; use the file made for this variant."
+        )
+
+
+def _widths(sites: dict[str, int]) -> str:
+    return "/".join(str(width) for width in sites.values())
+
+
+# By `model.model`, for as long as the host keeps it.
+_fingerprints: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def fingerprint_base(model: Any) -> str:
+    """Tells a MODEL's own weights from other checkpoints', whatever was patched onto them.
+
+    The host keeps weights in the file's type or in the type that it computes in, and moves weights
+    or patches them in place, with the originals in `backup`: the originals count, in the type that
+    the model computes in.
+    """
+    if model.model not in _fingerprints:
+        network, weights = model.get_model_object("diffusion_model"), {}
+        types = {}
+        for prefix, module in network.named_modules():
+            for name, value in module.named_parameters(prefix, recurse=False):
+                original = model.backup.get(f"diffusion_model.{name}")
+                weights[name] = value if original is None else original.weight
+                types[name] = getattr(module, f"{name.rpartition('.')[2]}_comfy_model_dtype", None)
+        _fingerprints[model.model] = fingerprint_weights(weights, types)
+    return _fingerprints[model.model]
+
+
+def identify_model(patched: Any) -> tuple[Any, Any]:
+    """Equal for ModelPatchers of one model with the same weight patches, and hashable.
+
+    A weak reference, not an id: another model may later lie at the same address.
+    """
+    return weakref.ref(patched.model), patched.patches_uuid

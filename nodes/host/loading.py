@@ -1,0 +1,99 @@
+"""The pack's own networks in the host's model management: layers, types, loading and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+# Layers that cast their weights to the input, so that any weight type meets any base model's.
+OPERATIONS = comfy.ops.manual_cast
+
+
+def choose_types(
+    base: str, stored: torch.dtype | None, parameters: int
+) -> tuple[torch.dtype, torch.dtype]:
+    """The types of a network's weights and of its computation, as the host would choose them."""
+    device = management.get_torch_device()
+    types = [torch.float16, torch.bfloat16, torch.float32]
+    if base == "paperdoll":  # as its base model: too small to gain by half precision
+        types = [torch.float32]
+    weights = management.unet_dtype(
+        device, model_params=parameters, supported_dtypes=types, weight_dtype=stored
+    )
+    return weights, management.unet_manual_cast(weights, device, types) or weights
+
+
+def patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
+    """The host's own choice for models; looked up at the call, because it is set at start."""
+    # 0.8.0 does not have the choice.
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def loads_dynamically() -> bool:
+    """Whether the host manages weights by dynamic VRAM: layers then keep the file's own tensors."""
+    plain = patcher_class() is comfy.model_patcher.ModelPatcher
+    return not plain and not management.is_device_cpu(management.get_torch_device())
+
+
+def wrap_module(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """A module in the host's care: it loads, partly loads and unloads it."""
+    return patcher_class()(
+        module,
+        load_device=management.get_torch_device(),
+        offload_device=management.unet_offload_device(),
+    )
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Loads weights that fit a module of the host's layers, as the host loads its own models."""
+    if hasattr(management, "archive_model_dtypes"):  # the types that dynamic VRAM casts to
+        management.archive_model_dtypes(module)
+    module.load_state_dict(dict(weights), assign=loads_dynamically())
+
+
+def read_weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight and bias on the CPU, wherever the host keeps them."""
+    return comfy.ops.cast_bias_weight(
+        layer, dtype=dtype, device=torch.device("cpu"), bias_dtype=dtype
+    )
+
+
+def reserve_memory(nbytes: Callable[[Any, torch.dtype], int]) -> Callable[..., Any]:
+    """A PREPARE_SAMPLING wrapper: adds to the host's estimate of what sampling needs.
+
+    The host's estimate is proportional to the latent's area, and nothing else of the shape is read,
+    so a wider latent stands for the bytes that come on top.
+
+    Args:
+        nbytes: of the noise's shape [B, C, H, W] and the model's type.
+    """
+
+    def prepare_sampling(
+        executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kw: Any
+    ) -> Any:
+        if len(noise_shape) == 4:
+            kind = getattr(model.model, "manual_cast_dtype", None) or model.model_dtype()
+            estimate = max(1.0, float(model.memory_required(list(noise_shape))))
+            wider = 1 + nbytes(noise_shape, kind) / estimate
+            noise_shape = [*noise_shape[:3], noise_shape[3] * wider]
+        return executor(model, noise_shape, conds, *args, **kw)
+
+    return prepare_sampling
+
+
+def transfer_progress() -> Callable[[int, int], None]:
+    """A callback (bytes done, bytes in all) that moves the node's bar and heeds interruptions."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def progress(done: int, total: int) -> None:
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return progress

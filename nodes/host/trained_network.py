@@ -1,0 +1,280 @@
+"""A trained network in the host's care: loading its file, encoding, making banks, applying."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import comfy.model_management as management
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...retrieval_core.bank.bank_file import Maker
+from ...retrieval_core.bank.encoding import encode_references
+from ...retrieval_core.bank.site_bank import Bank, make_network_bank
+from ...retrieval_core.bank.token_budget import Budget
+from ...retrieval_core.bank.tokens import EncodedReference, Tokens
+from ...retrieval_core.data.prepare import PreparedReference
+from ...retrieval_core.errors import RetrievalError
+from ...retrieval_core.files import read_safetensors
+from ...retrieval_core.network.controlnet import RetrievalControlNet, build_network
+from ...retrieval_core.network.fingerprint import fingerprint_weights
+from ...retrieval_core.network.unet import UNetConfig
+from ...retrieval_core.sampling.applications import Retrieval
+from ...retrieval_core.sampling.attention_map import map_site
+from ...retrieval_core.sampling.controls import Controls, site_groups
+from ...retrieval_core.sampling.frozen_site import FrozenSite, freeze_sites
+from .attention import choose_attention
+from .base_model import check_fit, detect_base
+from .conditioning import vector_conditioning
+from .loading import OPERATIONS, choose_types, load_weights, read_weights, wrap_module
+from .skip_patch import RetrievalPatch, attach_patch
+
+_DECODER = "retrieval_decoder"
+# Copies of a site's tokens alive at once while a bank is made: as they are, normed, keys, values,
+# and both joined with the null token.
+_ALIVE = 6
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedNetwork:
+    """A `ReferenceNetwork` that was trained; the host loads and unloads its two halves.
+
+    It caches the sites' query sides on the CPU (46 MB for SD 1.5) from the first application on.
+
+    Attributes:
+        name: the file's. network: the core's module.
+        encoder, sites: ModelPatchers of the retrieval encoder and of the sites' layers.
+        latent_format: of the base model.
+        compute_dtype: what the encoder computes in and encoded references are stored in.
+        maker: what saved references are bound to.
+    """
+
+    name: str
+    network: RetrievalControlNet
+    encoder: Any
+    sites: Any
+    latent_format: Any
+    compute_dtype: torch.dtype
+    maker: Maker
+    identity: None = None
+    _frozen: dict[str, FrozenSite] = field(default_factory=dict, repr=False)
+
+    @property
+    def base(self) -> str:
+        return self.network.card.base
+
+    @property
+    def config(self) -> UNetConfig:
+        return self.network.config
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        return self.network.card.recommended
+
+    def __deepcopy__(self, memo: dict) -> TrainedNetwork:
+        return self
+
+    def get_ram_usage(self) -> int:
+        """Bytes, for the host's cache."""
+        decoder = sum(t.numel() * t.element_size() for t in self.network.decoder.values())
+        return self.encoder.model_size() + self.sites.model_size() + decoder
+
+    def encode(
+        self,
+        prepared: Sequence[PreparedReference],
+        context: Tensor,
+        pooled: Tensor | None,
+        latents: Tensor,
+        concept: str,
+        size: int,
+    ) -> list[EncodedReference]:
+        """See `ReferenceNetwork`."""
+        vector = None
+        if self.config.adm_in_channels is not None:
+            vector = vector_conditioning(pooled, size, self.config.adm_in_channels)
+        kind = self.compute_dtype
+        needed = latents[0, 0].numel() * management.dtype_size(kind) * 0.01 * (1 << 20)
+        management.load_models_gpu([self.encoder], memory_required=needed)
+        device = self.encoder.load_device
+        inputs = [None if t is None else t.to(device, kind) for t in (context, vector)]
+        progress = comfy.utils.ProgressBar(len(prepared))
+        encoded = []
+        for latent, reference in zip(latents, prepared, strict=True):
+            management.throw_exception_if_processing_interrupted()
+            (one,) = encode_references(
+                self.network,
+                latent[None].to(device, kind),
+                *inputs,
+                masks=[reference.mask],
+                concepts=[concept],
+            )
+            encoded.append(one.to("cpu"))
+            progress.update(1)
+        return encoded
+
+    def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
+        """See `ReferenceNetwork`; computed on the CPU where the device has no room."""
+        device, bar = management.get_torch_device(), comfy.utils.ProgressBar(len(tokens.sites))
+
+        def on_site(done: int, count: int) -> None:
+            management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, count)
+
+        largest = max((site.tokens.numel() for site in tokens.sites.values()), default=0)
+        needed = _ALIVE * torch.float32.itemsize * largest
+        management.load_models_gpu([self.sites], memory_required=needed)
+        try:
+            return make_network_bank(self.network, tokens, budget, device=device, on_site=on_site)
+        except management.OOM_EXCEPTION:
+            return make_network_bank(self.network, tokens, budget, device="cpu", on_site=on_site)
+
+    def freeze(self) -> dict[str, FrozenSite]:
+        """site -> its query side, on the CPU."""
+        if not self._frozen:
+            kind = self.compute_dtype
+            self._frozen.update(freeze_sites(self.network, lambda layer: read_weights(layer, kind)))
+        return self._frozen
+
+    def apply(
+        self, model: Any, references: Any, controls: Controls, share: float, **acting: Any
+    ) -> Any:
+        """See `ReferenceNetwork`."""
+        retrieval = Retrieval(
+            references.bank(controls.token_budget),
+            sites=self.freeze(),
+            site_strength=controls.site_strengths(site_groups(self.config)),
+            **acting,
+        )
+        seen = references.site_bank(map_site(self.config), controls.token_budget)
+        patched = model.clone()
+        attach_patch(patched, RetrievalPatch(self.config, retrieval, len(references.encoded), seen))
+        self._apply_decoder(patched, share)
+        return patched
+
+    def _apply_decoder(self, patched: Any, share: float) -> None:
+        """The trained decoder's difference as host weight patches, scaled up to 1.
+
+        Where the network is applied to a model more than once, the largest share counts.
+        """
+        weights, share = self.network.decoder, min(share, 1.0)
+        if not weights:
+            return
+        fingerprint = fingerprint_weights(weights)
+        applied: _AppliedDecoder | None = patched.get_attachment(_DECODER)
+        if applied is not None:
+            if applied.fingerprint != fingerprint:
+                raise RetrievalError(
+                    "The model already has the trained decoder of another network than "
+                    f"'{self.name}'; apply references of one network with a decoder to a model."
+                )
+            if applied.share >= share:
+                return
+            for key, patch in applied.patches.items():
+                patched.patches[key] = [e for e in patched.patches[key] if e[1] is not patch]
+        kind = "diff" if self.network.decoder_is_difference else "set"
+        patches = {f"diffusion_model.{key}": (kind, (value,)) for key, value in weights.items()}
+        taken = patched.add_patches(patches, share)
+        if len(taken) != len(patches):
+            missing = sorted(set(patches) - set(taken))
+            raise RetrievalError(
+                f"The trained decoder of '{self.name}' has {len(missing)} weights that the model "
+                f"lacks (first: {missing[0]}); load a model with the decoder of '{self.base}'."
+            )
+        if kind == "set":
+            for key in taken:  # before LoRAs that came first, which would be lost
+                entries = patched.patches[key]
+                entries.insert(0, entries.pop())
+            logging.warning(
+                f"'{self.name}' has format version 1: its decoder replaces the model's own while "
+                "references are applied, which undoes what a fine-tuned checkpoint changed there; "
+                "use a version 2 of the file, which adds the difference instead."
+            )
+        patched.set_attachments(_DECODER, _AppliedDecoder(fingerprint, share, patches))
+
+
+class _AppliedDecoder(NamedTuple):
+    """A decoder on a MODEL: which one, its share, and the host's patches by key."""
+
+    fingerprint: str
+    share: float
+    patches: dict[str, tuple]
+
+
+# A LoRA's strength that changed runs the loader again. The networks loaded last for a base model
+# are cached for as long as it lives, so that no file is read, and no reference encoded, twice.
+_CACHED = 2
+_networks: weakref.WeakKeyDictionary[Any, dict[tuple, TrainedNetwork]] = weakref.WeakKeyDictionary()
+
+
+def load_network(path: str | os.PathLike[str], model: Any) -> TrainedNetwork:
+    """Reads a network's file for a MODEL, or finds it where it was read before.
+
+    Raises:
+        RetrievalError: the file is missing, damaged, of another format, version or base.
+    """
+    base = detect_base(model)
+    key = _version(path)
+    cached = _networks.setdefault(model.model, {})
+    found = cached.pop(key, None)
+    if found is None:
+        tensors, metadata = read_safetensors(path)
+        weights, compute = choose_types(base.name, *_count_types(tensors))
+        network = build_network(
+            tensors,
+            metadata,
+            path,
+            base.name,
+            load_weights,
+            operations=OPERATIONS,
+            attend=choose_attention(base.name),
+            device=management.unet_offload_device(),
+            dtype=weights,
+        )
+        name = os.path.basename(path)
+        check_fit(base, network.config, network.card.base, name)
+        encoding = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
+        # Of the file: this machine may keep the weights in another type, and saved references are
+        # for other machines, too.
+        fingerprint = fingerprint_weights(encoding)
+        found = manage_network(name, network, base.latent_format, compute, fingerprint)
+    cached[key] = found
+    while len(cached) > _CACHED:
+        cached.pop(next(iter(cached)))
+    return found
+
+
+def manage_network(
+    name: str,
+    network: RetrievalControlNet,
+    latent_format: Any,
+    compute_dtype: torch.dtype,
+    fingerprint: str,
+) -> TrainedNetwork:
+    """Gives a network made with the host's layers (`loading.OPERATIONS`) into the host's care."""
+    network.eval().requires_grad_(False)
+    maker = Maker(network.card.base, fingerprint, network.config.site_channels())
+    encoder, sites = wrap_module(network.encoder), wrap_module(network.retrieval)
+    return TrainedNetwork(name, network, encoder, sites, latent_format, compute_dtype, maker)
+
+
+def _version(path: str | os.PathLike[str]) -> tuple | None:
+    """Tells files, and versions of a file, apart; None where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return os.path.abspath(path), status.st_mtime_ns, status.st_size
+
+
+def _count_types(tensors: Mapping[str, Tensor]) -> tuple[torch.dtype | None, int]:
+    """The type that most of a file's values are stored in, and how many it holds."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+    return max(counts, key=counts.__getitem__, default=None), sum(counts.values())

@@ -1,0 +1,39 @@
+"""Record Retrieval Map: the model, noting where it looks while it draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .socket_types import CATEGORY, RetrievalMapType
+
+
+class RetrievalRecordMap(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="RetrievalRecordMap",
+            display_name="Record Retrieval Map",
+            category=CATEGORY,
+            description=(
+                "Put this between Apply Reference Retrieval and the sampler, and Retrieval Map "
+                "behind the sampler. The picture stays exactly the same."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="From the last Apply Reference Retrieval."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                RetrievalMapType.Output(
+                    display_name="retrieval_map",
+                    tooltip="Filled by the sampler; the last one, if several use the model.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        from .host.recorder import record_map
+
+        return io.NodeOutput(*record_map(model))
