@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import model_folders
-from .host.similarity import CONNECTED
+from .host.similarity_scores import CONNECTED
 from .socket_types import CATEGORY, score_outputs
 
 CLIP_I, DINO_I = "CLIP-I", "DINO-I"
@@ -69,7 +69,7 @@ class RetrievalImageSimilarity(io.ComfyNode):
         repository: str = "",
         clip_vision: Any = None,
     ) -> io.NodeOutput:
-        from .host.similarity import give_score, score_images
+        from .host.similarity_scores import give_score, score_images
 
         score = score_images(
             images, references, measure == DINO_I, encoder, repository, clip_vision

@@ -63,7 +63,7 @@ class RetrievalPaperdollMatch(io.ComfyNode):
         attributes: str = EVERYTHING,
     ) -> io.NodeOutput:
         from .host.paperdoll_scores import score_matches
-        from .host.similarity import give_score
+        from .host.similarity_scores import give_score
 
         wearer = character if clothes_character < 0 else clothes_character
         wanted = {EVERYTHING: (True, True), FACE: (True, False), CLOTHES: (False, True)}

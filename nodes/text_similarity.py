@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import model_folders
-from .host.similarity import NAMED
+from .host.similarity_scores import NAMED
 from .socket_types import CATEGORY, score_outputs
 
 
@@ -63,7 +63,7 @@ class RetrievalTextSimilarity(io.ComfyNode):
         repository: str = "",
         prompt_per_line: bool = False,
     ) -> io.NodeOutput:
-        from .host.similarity import give_score, score_texts
+        from .host.similarity_scores import give_score, score_texts
 
         prompts = [p for p in prompt.splitlines() if p.strip()] if prompt_per_line else [prompt]
         score = score_texts(images, prompts, encoder, repository)

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrieval_core.bank.site_bank import Bank, SiteBank
+from retrieval_core.bank.site_bank import Bank, SiteBank, make_bank
+from retrieval_core.bank.tokens import batch_references
 from retrieval_core.network.retrieval_site import RetrievalSite
 from retrieval_core.network.unet import SD15, UNet, UNetConfig, UNetEncoder, attention
-from retrieval_core.sampling.applications import Retrieval
+from retrieval_core.sampling.applications import Applications, Retrieval
+from retrieval_core.sampling.frozen_site import freeze_site
 from tests.benchmarks import arithmetic, step_cost, table, timing
 from tests.benchmarks.timing import BASE, Sample
 
@@ -69,9 +71,9 @@ def test_the_base_models_operations_are_those_of_its_layers(rows):
 
 
 @pytest.mark.parametrize("pooling", [1, 2])
-@pytest.mark.parametrize(("order", "rows"), [([0, 1], 2), ([0, 1], 1)])
-def test_the_floor_of_the_trained_mode_is_what_a_step_runs(order, rows, pooling):
-    """What torch counts while retrieval runs, once the two output matrices are one.
+@pytest.mark.parametrize(("guidance", "rows"), [("both", 2), ("cond", 1)])
+def test_the_floor_of_the_trained_mode_is_what_a_step_runs(guidance, rows, pooling):
+    """What torch counts while retrieval runs on a batch of one row each of both kinds.
 
     Attention is counted here: torch counts its CPU kernel in some versions and not in others.
     """
@@ -81,41 +83,41 @@ def test_the_floor_of_the_trained_mode_is_what_a_step_runs(order, rows, pooling)
         counted.count(q, k)
         return torch.zeros_like(q)
 
-    places = arithmetic.places(SMALL, HEIGHT, WIDTH)
-    layers, banks, tokens = {}, {}, {}
+    sites, banks, tokens, features = {}, {}, {}, {}
     factors = SMALL.site_downsampling()
     for i, (site, channels) in enumerate(SMALL.site_channels().items()):
         pool, heads = pooling if factors[site] == 1 else 1, SMALL.heads(channels)
-        layers[site] = RetrievalSite(channels, heads, attend=attend, pool=pool).eval()
+        layer = RetrievalSite(channels, heads, attend=attend, pool=pool)
+        sites[site] = freeze_site(layer, lambda one: (one.weight.detach(), one.bias))
         tokens[site] = 3 + 5 * i
         keys, values = (torch.randn(1, tokens[site], channels) for _ in range(2))
         banks[site] = SiteBank(keys, values, None, torch.zeros(tokens[site], dtype=torch.long))
-    guidance = "both" if rows == 2 else "cond"
-    retrieval = Retrieval(layers, Bank(banks, 1), guidance=guidance)
-    hook = retrieval.hook(order, 0.5)
-    sizes = {s: tuple(-(-e // f) for e in (HEIGHT, WIDTH))
-             for s, f in SMALL.site_downsampling().items()}  # fmt: skip
-    features = {s: torch.randn(2, c, *sizes[s]) for s, c in SMALL.site_channels().items()}
-    assert {site: h * w for site, (h, w) in sizes.items()} == places
-    with torch.inference_mode():
+        height, width = (-(-edge // factors[site]) for edge in (HEIGHT, WIDTH))
+        features[site] = torch.randn(2, channels, height, width)
+    found = {site: h[0, 0].numel() for site, h in features.items()}
+    assert found == arithmetic.positions(SMALL, HEIGHT, WIDTH)
+    retrieval = Retrieval(Bank(banks, 1), guidance=guidance, sites=sites)
+    hook = Applications([retrieval]).hooks([0, 1], 0.5)["skip_hook"]
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         for site, h in features.items():
             hook(site, h)
-        counted.total = 0
-        with FlopCounterMode(display=False) as counter:
-            for site, h in features.items():
-                hook(site, h)
     floor = arithmetic.trained_operations(SMALL, rows, HEIGHT, WIDTH, tokens, pooling)
     assert counter.get_total_flops() + counted.total == floor
 
 
-def test_keys_and_values_and_appended_tokens():
-    sites = {s: RetrievalSite(c, SMALL.heads(c)) for s, c in SMALL.site_channels().items()}
-    places = arithmetic.places(SMALL, HEIGHT, WIDTH)
+def test_the_floor_of_a_bank_is_what_its_projections_run():
+    channels = SMALL.site_channels()
+    layers = {site: RetrievalSite(width, SMALL.heads(width)) for site, width in channels.items()}
     counted = Counted()
-    for site, layer in sites.items():
+    for layer in layers.values():
         counted.watch(layer)
-        layer.project(torch.randn(places[site], SMALL.site_channels()[site]))
-    assert counted.total == arithmetic.projection_operations(SMALL, places)
+    left = arithmetic.positions(SMALL, HEIGHT, WIDTH)
+    features = {site: torch.randn(1, 1, 1, left[site], width) for site, width in channels.items()}
+    make_bank(batch_references(features), layers, SMALL.site_downsampling())
+    assert counted.total == arithmetic.projection_operations(SMALL, left)
+
+
+def test_the_floor_of_the_training_free_mode_is_attention_to_the_appended_tokens():
     counted = Counted()
     q, own, more = (torch.randn(2, n, 32) for n in (20, 20, 27))
     counted.attend(q, own, own, 4)
@@ -127,10 +129,10 @@ def test_keys_and_values_and_appended_tokens():
 def test_the_floors_of_sd15():
     """The figures of the plan: one reference adds a tenth, and a row half of two rows."""
     base = arithmetic.base_operations(SD15, 2, 64, 64)
-    places = arithmetic.places(SD15, 64, 64)
-    both, cond = (arithmetic.trained_operations(SD15, r, 64, 64, places) for r in (2, 1))
+    positions = arithmetic.positions(SD15, 64, 64)
+    both, cond = (arithmetic.trained_operations(SD15, r, 64, 64, positions) for r in (2, 1))
     assert both == 2 * cond and 0.10 < both / base < 0.12
-    four = {site: 4 * count + 1 for site, count in places.items()}
+    four = {site: 4 * count + 1 for site, count in positions.items()}
     each, pooled = (arithmetic.trained_operations(SD15, 2, 64, 64, four, p) for p in (1, 2))
     assert 0.37 < each / base < 0.38 and 0.12 < pooled / base < 0.14
     assert 0.3 < arithmetic.controlnet_operations(SD15, 2, 64, 64) / base < 0.4

@@ -6,7 +6,14 @@ import numpy as np
 
 from ..errors import RetrievalError
 from .augment import UNCHANGED, View, recolour
-from .placing import Region, mask_on_square, parts_on_square, picture_on_square, place
+from .placing import (
+    Region,
+    box_on_square,
+    mask_on_square,
+    parts_on_square,
+    picture_on_square,
+    place,
+)
 from .sample import NEUTRAL, Box, Colour, Concept, Reference, Sample
 
 # §3.3 takes the head box's lower border beyond a share of the image's height as the sign of a
@@ -62,8 +69,8 @@ def reference(
     """Cut `concept` out of a sample as a reference of `size` x `size` pixels.
 
     fill: colour of padding, removed background and blanked head. remove_background: fill
-    outside the sample's mask and give the mask along; without it, or where the sample has no
-    mask or the part shows nothing of it, the reference's mask is None (all may be taken).
+    outside the sample's mask, so that the reference's mask is the figure; without it, or where
+    the sample has no mask or the part shows nothing of it, the mask is all but the padding.
     view, colour: augmentation, see `augment.py`.
 
     Raises RetrievalError for an unknown concept, or without a head box where one is needed.
@@ -89,6 +96,8 @@ def reference(
         mask = mask_on_square(mask, placement)
         if not mask.any():  # thinner than half a pixel, or out of this view
             mask = None
+    if mask is None and placement.inside != (0, 0, size, size):
+        mask = box_on_square(placement.mirrored(placement.inside), size)
     parts = sample.parts
     if parts is not None:
         if region.blank is not None:

@@ -69,7 +69,8 @@ class Sample:
 class Reference:
     """One reference image as the encoder takes it.
 
-    image: uint8 [S, S, 3]. mask: bool [S, S], True on what may be taken, or None for all of it.
+    image: uint8 [S, S, 3]. mask: bool [S, S], True on what may be taken (never the padding), or
+    None for all of it.
     concept: what to take. parts: uint8 [S, S] as in `Sample`, 0 in the padding, or None.
     """
 

@@ -1,25 +1,14 @@
-"""Who is drawn: characters of the paper-doll world, or folders of pictures."""
+"""Who is drawn: a character's references, and what is known of it."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from ..data.prepare import PreparedReference, load_image, prepare
 from ..errors import RetrievalError
-from ..paperdoll.cases import prepared
-from ..paperdoll.draw import render
-from ..paperdoll.judge import FACE, GARMENTS, truth
-from ..paperdoll.world import (
-    BACKGROUNDS,
-    Figure,
-    random_identity,
-    random_outfit,
-    random_scene,
-)
 from .protocol import HELD_OUT, IN_DOMAIN, Protocol
 
 FOLDERS = {IN_DOMAIN: "in_domain", HELD_OUT: "held_out"}
@@ -29,44 +18,28 @@ _SIZE = 512
 
 @dataclass(frozen=True, eq=False)
 class Character:
-    """One character: its references, and of a paper doll the truth about them.
+    """One character: its references, and the truth about it where that is known.
 
-    wanted: attribute -> value, empty where nobody knows. background: the one of all references.
+    truth: attribute -> value, for a scorer; empty where nobody knows.
     """
 
     name: str
     domain: str
     references: Sequence[PreparedReference]
-    wanted: dict[str, str] = field(default_factory=dict)
-    background: str = ""
+    truth: dict[str, str] = field(default_factory=dict)
 
 
-def paperdolls(protocol: Protocol) -> list[Character]:
-    """Paper dolls of training's identities and outfits in new pictures, then held-out ones."""
-    counts = ((IN_DOMAIN, protocol.in_domain), (HELD_OUT, protocol.held_out))
-    return [
-        _paperdoll(protocol, domain, index) for domain, count in counts for index in range(count)
-    ]
+def digest_references(character: Character) -> str:
+    """16 hexadecimal digits that change with the references' pixels, masks and concepts."""
+    digest = hashlib.sha256()
+    for reference in character.references:
+        mask = b"" if reference.mask is None else reference.mask.numpy().tobytes()
+        digest.update(f"{reference.concept} {tuple(reference.image.shape)} {len(mask)} ".encode())
+        digest.update(reference.image.numpy().tobytes() + mask)
+    return digest.hexdigest()[:16]
 
 
-def _paperdoll(protocol: Protocol, domain: str, index: int) -> Character:
-    held = domain == HELD_OUT
-    rng = np.random.default_rng([protocol.seed, index, 20 + held])
-    who, clothes = random_identity(rng, held), random_outfit(rng, held)
-    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    scenes = [replace(random_scene(rng), background=background) for _ in range(protocol.references)]
-    pictures = [render(Figure(who, clothes, scene)) for scene in scenes]
-    known = truth(Figure(who, clothes, scenes[0]))
-    return Character(
-        f"{FOLDERS[domain]}_{index + 1}",
-        domain,
-        [prepared(picture, "figure", protocol.masked) for picture in pictures],
-        {name: known[name] for name in (*FACE, *GARMENTS)},
-        background,
-    )
-
-
-def from_folder(folder: Path, protocol: Protocol) -> list[Character]:
+def read_characters(folder: Path, protocol: Protocol) -> list[Character]:
     """Characters from `folder/in_domain/<name>/*` and `folder/held_out/<name>/*`, by name.
 
     Raises:
@@ -84,11 +57,11 @@ def from_folder(folder: Path, protocol: Protocol) -> list[Character]:
                 f"{count}; add some, or ask for fewer."
             )
         for path in names[:count]:
-            found.append(_from_pictures(path, domain, protocol.references))
+            found.append(_read_character(path, domain, protocol.references))
     return found
 
 
-def _from_pictures(folder: Path, domain: str, count: int) -> Character:
+def _read_character(folder: Path, domain: str, count: int) -> Character:
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
     if len(paths) < count:
         raise RetrievalError(

@@ -14,11 +14,11 @@ from ..data.prepare import load_image
 from ..files import atomic_write, write_text
 from ..sheets import Row, Tile, reference_colour, write_sheet
 from . import summary
-from .characters import Character
+from .characters import Character, digest_references
 from .comfy import encode
 from .frontier import write_frontier
 from .ledger import Ledger
-from .methods import Method, check_names
+from .methods import Method
 from .protocol import HELD_OUT, IN_DOMAIN, Protocol, Run
 from .scores import Scorer
 
@@ -26,7 +26,8 @@ PICTURES = "pictures"
 # Rows of the sheet for each kind of characters, and pictures beside the references.
 _SHEET_ROWS, _SHEET_RESULTS = 4, 8
 
-Progress = Callable[[str, int, int], None]
+# (runs done, runs in all)
+Progress = Callable[[int, int], None]
 
 
 class Evaluation:
@@ -37,7 +38,8 @@ class Evaluation:
         protocol, characters, scorer: what all methods in the folder share.
 
     Raises:
-        RetrievalError: the folder holds results of another protocol, other characters or scores.
+        RetrievalError: the folder holds results of another protocol, other characters, other
+            pictures of them, or other scores.
     """
 
     def __init__(
@@ -47,19 +49,14 @@ class Evaluation:
         self.characters = {character.name: character for character in characters}
         settings: dict[str, Any] = {**protocol.to_dict(), **scorer.digest}
         settings["characters"] = list(self.characters)
+        for name, character in self.characters.items():
+            settings[f"references of {name}"] = digest_references(character)
         self.ledger = Ledger(folder, settings)
 
-    def run(self, methods: Sequence[Method], on_run: Progress | None = None) -> None:
-        """Every method at every weight; runs that have their row are not done again."""
-        check_names(methods)
-        for method in methods:
-            for weight in method.weights:
-                self._run(method, weight, on_run)
-
-    def _run(self, method: Method, weight: float | None, on_run: Progress | None) -> None:
+    def run(self, method: Method, weight: float | None, on_run: Progress | None = None) -> None:
+        """A method at a weight; runs that have their row are not done again."""
         done = self.ledger.done(method.name, weight, method.digest)
         runs = list(self.protocol.runs(list(self.characters)))
-        title = method.name if weight is None else f"{method.name} {weight:g}"
         for start in range(0, len(runs), method.batch):
             # A batch that a kill cut through is drawn whole again, so that its other pictures
             # come out to the last bit as they would have.
@@ -69,7 +66,7 @@ class Evaluation:
                 pairs = [(r, p) for r, p in zip(batch, drawn, strict=True) if r.key not in done]
                 self.ledger.append([self._row(method, weight, r, p) for r, p in pairs])
             if on_run is not None:
-                on_run(title, min(start + method.batch, len(runs)), len(runs))
+                on_run(min(start + method.batch, len(runs)), len(runs))
 
     def _row(
         self, method: Method, weight: float | None, run: Run, pictures: Tensor

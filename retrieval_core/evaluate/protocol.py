@@ -29,16 +29,6 @@ RETRIBOORU = (
     "interlocked_fingers, light_frown, long_hair, looking_to_the_side, multicolored_hair, necktie, "
     "orange_hair, pocket, shirt, shorts, sidelocks, solo, standing, wings, yellow_eyes",
 )
-# The paper-doll world's own five: as in Table 2, no prompt says everything, so there is something
-# left to be diverse in.
-PAPERDOLL = (
-    "waving, smile, beach",
-    "sitting, sad, night",
-    "arms up, laughing",
-    "jumping, forest",
-    "surprised, city",
-)
-PRESETS = {"retribooru": RETRIBOORU, "paperdoll": PAPERDOLL}
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class Protocol:
         prompts: texts, named P1, P2, ... in their order.
         seeds: runs of one character and prompt, seeded `seed` to `seed + seeds - 1`.
         samples: pictures a run.
-        masked: paper dolls' references come without their background.
+        masked: references come without their background.
 
     Raises:
         RetrievalError: a number below 1, no character, fewer than two pictures of one character

@@ -1,4 +1,4 @@
-"""What is read off the pictures: the judge's attributes, or CLIP's and DINO's likeness."""
+"""What is read off the pictures: CLIP's and DINO's similarity, and answers of a VQA model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,20 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ..errors import RetrievalError
 from ..metrics import (
     DEFAULT_QUESTIONS,
     Answerer,
+    ImageEmbedder,
     TextEmbedder,
     VQADiversity,
     ask,
-    image_similarity,
+    embed_images,
     score_answers,
+    similarity,
     text_similarity,
 )
-from ..metrics.word_embedder import WordEmbedder
-from ..network.fingerprint import fingerprint_weights
-from ..paperdoll.judge import Judge
-from ..paperdoll.judge_scores import attribute_match, describe
-from ..paperdoll.world import BACKGROUNDS, EXPRESSIONS, POSES, SIZE
 from .characters import Character
 from .protocol import Run
-
-_SAID = {"pose": POSES, "expression": EXPRESSIONS, "background": BACKGROUNDS}
 
 
 class Scorer(Protocol):
@@ -55,55 +49,10 @@ class Scorer(Protocol):
         ...
 
 
-class PaperdollScorer:
-    """The judge reads the attributes; the truth about references and prompt is known."""
-
-    similarity, text = "attribute match", "text match"
-
-    def __init__(self, judge: Judge):
-        self.judge = judge
-        self.digest = {"scores": f"paper-doll judge {fingerprint_weights(judge.state_dict())[:16]}"}
-        self._embedder = WordEmbedder()
-
-    def score(
-        self, run: Run, character: Character, pictures: Tensor
-    ) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-        if pictures.shape[-2:] != (SIZE, SIZE):
-            height, width = pictures.shape[-2:]
-            raise RetrievalError(
-                f"The pictures are {width} x {height} pixels and the judge reads paper dolls of "
-                f"{SIZE} x {SIZE}; save them unscaled, or evaluate a folder of characters."
-            )
-        readings = self.judge.read(pictures)
-        said = said_by(run.prompt)
-        scores = {
-            self.similarity: attribute_match(readings, [character.wanted]).values.tolist(),
-            "reference background": [
-                100.0 * (r["background"] == character.background) for r in readings
-            ],
-        }
-        if said:
-            scores[self.text] = [
-                100 * float(np.mean([r[name] == value for name, value in said.items()]))
-                for r in readings
-            ]
-        answers = {q: [describe(r, q) for r in readings] for q in DEFAULT_QUESTIONS}
-        return scores, answers
-
-    def diversity(
-        self, answers: Mapping[str, Sequence[str]], similarity: Sequence[float]
-    ) -> VQADiversity | None:
-        return score_answers(answers, self._embedder, similarity)
-
-
-def said_by(prompt: str) -> dict[str, str]:
-    """The attributes that a paper-doll prompt names."""
-    tags = [" ".join(tag.lower().replace("_", " ").split()) for tag in prompt.split(",")]
-    return {name: tag for name, values in _SAID.items() for tag in tags if tag in values}
-
-
 class ModelScorer:
     """CLIP-I, CLIP-T and, with a DINO, DINO-I; diversity where there is a VQA model.
+
+    The references' embeddings are cached by the character's name, as long as the scorer lives.
 
     Args:
         clip: an encoder of images and texts into one space. dino: of images.
@@ -123,17 +72,17 @@ class ModelScorer:
         self.clip, self.dino, self.vqa = clip, dino, vqa
         self.embedder = embedder or clip
         self.digest = {"scores": list(names)}
+        self._references: dict[tuple[str, str], np.ndarray] = {}
 
     def score(
         self, run: Run, character: Character, pictures: Tensor
     ) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-        references = [reference.image for reference in character.references]
         scores = {
-            self.similarity: image_similarity(pictures, references, self.clip).values.tolist(),
+            self.similarity: self._compare(pictures, character, self.similarity, self.clip),
             self.text: text_similarity(pictures, run.prompt, self.clip).values.tolist(),
         }
         if self.dino is not None:
-            scores["DINO-I"] = image_similarity(pictures, references, self.dino).values.tolist()
+            scores["DINO-I"] = self._compare(pictures, character, "DINO-I", self.dino)
         answers: dict[str, list[str]] = {}
         if self.vqa is not None:
             # One at a time is enough here: a pair is only needed when all are compared.
@@ -141,6 +90,15 @@ class ModelScorer:
             asked = ask(doubled, DEFAULT_QUESTIONS, self.vqa)
             answers = {q: list(a[: len(pictures)]) for q, a in asked.items()}
         return scores, answers
+
+    def _compare(
+        self, pictures: Tensor, character: Character, name: str, encoder: ImageEmbedder
+    ) -> list[float]:
+        key = character.name, name
+        if key not in self._references:
+            images = [reference.image for reference in character.references]
+            self._references[key] = embed_images(images, encoder)
+        return similarity(encoder.embed_images(pictures), self._references[key]).tolist()
 
     def diversity(
         self, answers: Mapping[str, Sequence[str]], similarity: Sequence[float]

@@ -2,7 +2,7 @@
 
 Every score is in percent (100 times a cosine, as in Tables 3 and 4) and every mean comes as an
 `Estimate` with a bootstrap standard error. Images are [N, 3, H, W] in 0..1. Models enter through
-three protocols, so that a trained network, the paper-doll judge, or the known truth can answer:
+three protocols, so that a VQA model or a known truth can answer:
 `Answerer`, `TextEmbedder`, `ImageEmbedder`. transformers is imported only by what loads its models.
 
     clip_t = text_similarity(images, prompts, clip)          # ImageScore: values [N], estimate
@@ -11,13 +11,18 @@ three protocols, so that a trained network, the paper-doll judge, or the known t
     vqa.score, vqa.weighted                                  # Estimates
 
 In the modules: `vqa_models.load_vqa`, `encoders.load_clip` and `encoders.load_dino` read models in
-the format of transformers, `model_folder.find_model` finds or fetches one by name, and `paperdoll`
-has the known truth and the judge as answerers, and the attribute match.
+the format of transformers, and `model_folder.find_model` finds or fetches one by name.
 """
 
 from .diversity import Pair, distance_matrix, diversity, extreme_pairs, weighted_diversity
 from .protocols import Answerer, ImageEmbedder, TextEmbedder
-from .similarity import ImageScore, image_similarity, similarity, text_similarity
+from .similarity import (
+    ImageScore,
+    embed_images,
+    image_similarity,
+    similarity,
+    text_similarity,
+)
 from .statistics import Estimate, bootstrap
 from .vqa import (
     DEFAULT_QUESTIONS,
@@ -42,6 +47,7 @@ __all__ = [
     "bootstrap",
     "distance_matrix",
     "diversity",
+    "embed_images",
     "extreme_pairs",
     "image_similarity",
     "score_answers",

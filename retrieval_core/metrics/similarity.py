@@ -94,10 +94,19 @@ def image_similarity(images: Images, references: Images, encoder: ImageEmbedder)
         RetrievalError: no image or no reference, or images of different sizes.
     """
     embedded = encoder.embed_images(as_batch(images))
+    return _scored(similarity(embedded, embed_images(references, encoder)))
+
+
+def embed_images(references: Images, encoder: ImageEmbedder) -> np.ndarray:
+    """Embeddings [M, D] of references, of length one.
+
+    Raises:
+        RetrievalError: no reference.
+    """
     if not len(references):
         raise RetrievalError("There are no references to compare with; give at least one.")
     theirs = [encoder.embed_images(as_batch([r], "reference")) for r in references]
-    return _scored(similarity(embedded, np.concatenate([normalised(t) for t in theirs])))
+    return np.concatenate([normalised(t) for t in theirs])
 
 
 def text_similarity(images: Images, prompts: str | Sequence[str], encoder: Any) -> ImageScore:

@@ -195,7 +195,7 @@ def check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) ->
             "expected; choose a file of models/retrieval_controlnet."
         )
     version = metadata.get("format_version", "")
-    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+    if version not in ("1", str(FORMAT_VERSION)):
         raise RetrievalError(
             f"'{path}' has format version {version or 'none'} and this pack reads up to "
             f"{FORMAT_VERSION}; update the pack."

@@ -1,6 +1,6 @@
 """Measures the controls on held-out paper-doll characters: see `main` for the command.
 
-What the default token budget and pooled queries lose, what masks keep out, and whether two regions
+What token budgets and pooled queries lose, what masks keep out, and whether two regions
 give each its own character. Everything is read off generated pictures by the judge; numbers are
 percentages.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..bank.token_budget import AUTOMATIC
+from ..bank.token_budget import AUTOMATIC, Budget, site_budgets
 from ..errors import RetrievalError
 from ..network.retrieval_site import RetrievalSite, query_pools
+from ..network.unet import SD15, SDXL, UNetConfig
 from ..sampling.applications import Application
 from ..sampling.sampler import Denoise, guided_denoiser, sample
 from .bundle import Bundle, load_bundle
-from .cases import Case, composition_case, groups, same_character_case, unsaid
+from .cases import REFERENCES, Case, composition_case, groups, same_character_case, unsaid
 from .generate import Sampling, apply_bank, encode_groups
 from .judge import chance
 from .measure import (
@@ -40,16 +42,45 @@ from .measure import (
 )
 from .world import SIZE
 
+# Name -> U-Net and edge of the latent at the base's own picture size.
+LARGER_BASES = {"SD 1.5": (SD15, 64), "SDXL": (SDXL, 128)}
 TASKS = {"four references": same_character_case, "composition": composition_case}
 
 
+def merging_ratios(config: UNetConfig, edge: int) -> dict[int, float]:
+    """Latent pixels that a token spans -> how many tokens the automatic budget makes one of.
+
+    Args:
+        edge: of the latents of `REFERENCES` unmasked references.
+    """
+    factors = config.site_downsampling()
+    budgets = site_budgets(AUTOMATIC, factors, (edge, edge))
+    tokens = {site: REFERENCES * (-(-edge // factor)) ** 2 for site, factor in factors.items()}
+    return {f: max(1.0, tokens[site] / (budgets[site] or 1)) for site, f in factors.items()}
+
+
+def imitate_ratios(ratios: Mapping[int, float], bundle: Bundle) -> dict[str, int]:
+    """Token budgets by site at which paper dolls' tokens merge at the ratios of another base."""
+    edge = bundle.base.latent_size
+    return {
+        site: math.ceil(REFERENCES * (edge // factor) ** 2 / ratios[factor])
+        for site, factor in bundle.network.config.site_downsampling().items()
+    }
+
+
 def budget_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
-    """Attribute match with all tokens and with the default budget."""
+    """Attribute match with all tokens and with automatic budgets: the paper dolls' own, where
+    little merges, and at the merging ratios of larger bases."""
+    budgets: dict[str, Budget] = {"all tokens": None, "automatic": AUTOMATIC}
+    for name, (config, edge) in LARGER_BASES.items():
+        ratios = merging_ratios(config, edge)
+        merged = ", ".join(f"{ratio:g}x" for ratio in ratios.values())
+        budgets[f"ratios of {name} ({merged})"] = imitate_ratios(ratios, bundle)
     runs = {
         name: Measurement(bundle, replace(how, token_budget=budget), seed)
-        for name, budget in (("all tokens", None), ("default budget", AUTOMATIC))
+        for name, budget in budgets.items()
     }
-    return _lost(runs, count, seed)
+    return _compare(runs, count, seed)
 
 
 def pooling_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
@@ -61,21 +92,22 @@ def pooling_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[
         layer = pooled.network.retrieval[site]
         assert isinstance(layer, RetrievalSite)
         layer.pool = pool
-    runs = {"each place": bundle, "pooled": pooled}
-    return _lost({name: Measurement(b, how, seed) for name, b in runs.items()}, count, seed)
+    runs = {"each position": bundle, "pooled": pooled}
+    return _compare({name: Measurement(b, how, seed) for name, b in runs.items()}, count, seed)
 
 
-def _lost(runs: Mapping[str, Measurement], count: int, seed: int) -> dict[str, Any]:
-    """Attribute match of two runs from the same noise, and what the second loses by the first."""
-    lines = {}
+def _compare(runs: Mapping[str, Measurement], count: int, seed: int) -> dict[str, Any]:
+    """Attribute match of runs from the same noise, and what each loses by the first."""
+    lines: dict[str, Any] = {}
     for task, make in TASKS.items():
         cases = [make(seed, i) for i in range(count)]
         rates = {
             name: match_rates(cases, run.read(cases, True, f"{task}, {name}"))
             for name, run in runs.items()
         }
-        before, after = (rate["mean"] for rate in rates.values())
-        lines[task] = {**rates, "lost, points": round(before - after, 2)}
+        first = next(iter(rates.values()))["mean"]
+        lost = {name: round(first - rate["mean"], 2) for name, rate in rates.items()}
+        lines[task] = {**rates, "lost, points": dict(list(lost.items())[1:])}
     return lines
 
 

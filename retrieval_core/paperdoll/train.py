@@ -119,7 +119,7 @@ def train_retrieval(
     if options.drawing:
         critic = contiguous_norms(load_critic((start or out) / CRITIC_FILE, base))
     owner = contiguous_norms(PaperdollRetrieval(base, network, options, critic))
-    owner.unet.load_state_dict(network.decoder, strict=False)
+    owner.unet.load_state_dict(network.apply_decoder(base.unet).state_dict())
     description = {
         "stage": "retrieval",
         "pairs": start is not None,

@@ -48,16 +48,16 @@ class BaseTraining(nn.Module):
     def __init__(self, model: PaperdollModel) -> None:
         super().__init__()
         self.unet, self.text = model.unet, model.text
-        self.vae, self.schedule = [model.vae], model.schedule  # the VAE is fixed: not a child
+        self.vae, self.schedule = model.vae.eval(), model.schedule
 
     def loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         images, ids = batch
-        latents = self.vae[0].encode(images)
+        latents = self.vae.encode(images)
         steps = torch.randint(self.schedule.steps, (len(ids),), generator=generator)
         eps = torch.randn(latents.shape, generator=generator)
         prediction = self.unet(self.schedule.noised(latents, eps, steps), steps, self.text(ids))
         target = self.schedule.target(latents, eps, steps)
-        return retrieval_loss(prediction, target, channel_weights=channel_weights(self.vae[0]))
+        return retrieval_loss(prediction, target, channel_weights=channel_weights(self.vae))
 
 
 def channel_weights(vae: PatchVAE) -> Tensor:
@@ -105,13 +105,13 @@ class PaperdollRetrieval(TrainableRetrieval):
             critic,
             options.drawing,
         )
-        self.frozen = [base.text, base.vae]
+        self.text, self.vae = base.text.requires_grad_(False), base.vae.eval()
 
     def batch_loss(self, batch: RetrievalBatch, generator: torch.Generator) -> dict[str, Tensor]:
-        text, vae = self.frozen
         with torch.no_grad():
-            context, reference_context = text(batch.ids), text(batch.reference_ids)
-            latents, references = vae.encode(batch.targets), vae.encode(batch.references)
+            context, reference_context = self.text(batch.ids), self.text(batch.reference_ids)
+            latents = self.vae.encode(batch.targets)
+            references = self.vae.encode(batch.references)
         bank = self.bank(references, reference_context, batch.used, batch.masks)
         parts = (batch.target_parts, batch.reference_parts, PARTS)
         content = torch.where(batch.target_parts > 0, 1.0, BACKGROUND)
@@ -134,13 +134,13 @@ class CriticTraining(nn.Module):
     def __init__(self, base: PaperdollModel) -> None:
         super().__init__()
         self.critic = new_critic(base)
-        self.vae = [base.vae]  # fixed: not a child
+        self.vae = base.vae.eval()
 
     def batch_loss(
         self, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
         images, others, values = batch
-        one, other = self.vae[0].encode(images), self.vae[0].encode(others)
+        one, other = self.vae.encode(images), self.vae.encode(others)
         return {"loss": self.critic.loss(undecided(one, other, generator), values, generator)}
 
 

@@ -85,6 +85,7 @@ class FrozenSite:
         return torch.add(h, retrieved, alpha=strength)
 
 
+@torch.no_grad()
 def freeze_site(site: RetrievalSite, read_weights: ReadWeights) -> FrozenSite:
     """A site's query side; its products are computed in float32 or wider."""
     norm = torch.stack([t for t in read_weights(site.norm_query) if t is not None])

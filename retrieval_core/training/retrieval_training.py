@@ -40,8 +40,8 @@ class TrainableRetrieval(nn.Module):
             paper's own objective.
         reader: reads attributes off what was retrieved, trained along; its loss counts with
             `reading`, where batches name attributes.
-        critic: reads the same attributes off what is drawn, trained beforehand; its loss counts
-            with `drawing`.
+        critic: reads the same attributes off what is drawn, trained beforehand, its parameters
+            frozen; its loss counts with `drawing`.
         channel_weights: see `retrieval_loss`.
         noise_power: timesteps are drawn as steps * u ** noise_power, u uniform: 1 for all alike,
             less to train more at high noise, where what is drawn is decided.
@@ -73,7 +73,7 @@ class TrainableRetrieval(nn.Module):
         self.correspondence, self.noise_power = correspondence, noise_power
         self.channel_weights = channel_weights
         self.reader, self.reading = reader, reading
-        self.critic, self.drawing = [critic], drawing  # fixed: not a child
+        self.critic, self.drawing = critic, drawing
         self.trains_decoder = "decoder" in parts
         self.network.encoder.requires_grad_("encoder" in parts)
         self.network.retrieval.requires_grad_("retrieval" in parts)
@@ -168,13 +168,12 @@ class TrainableRetrieval(nn.Module):
             loss = self.reader.loss(sites, dict(zip(sites, features)), bank, *parts, attributes)
             losses["loss"] = losses["loss"] + self.reading * loss
             losses["attributes"] = loss.detach()
-        critic = self.critic[0]
-        if parts is not None and attributes is not None and critic is not None:
+        if parts is not None and attributes is not None and self.critic is not None:
             site = next(iter(bank.sites.values()))
             found = parts_found(*parts[1:], features[0].shape[-2:], site)
             found = found.repeat_interleave(batch // groups, 0)
             clean = self.schedule.clean(prediction, noised, steps)
-            loss = critic.loss(clean, attributes, generator, found)
+            loss = self.critic.loss(clean, attributes, generator, found)
             losses["loss"] = losses["loss"] + self.drawing * loss
             losses["drawn"] = loss.detach()
         return losses
@@ -215,4 +214,5 @@ class TrainableRetrieval(nn.Module):
                         own[name[len(prefix) :]].copy_(value)
         if self.trains_decoder:
             network.decoder = decoder_difference(decoder_state(unet), self.base_decoder)
+            network.decoder_is_difference = True
         return network.eval().requires_grad_(False)

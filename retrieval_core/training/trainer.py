@@ -95,7 +95,12 @@ class Trainer:
         if not self.parameters:
             raise RetrievalError("Nothing to train: no parameter requires a gradient.")
         stored = self.owner.state_dict(keep_vars=True)
-        self.buffers = {n: b for n, b in self.owner.named_buffers() if n in stored}
+        # Those that a step may change, as a batch norm's does outside of evaluation mode.
+        self.buffers = {
+            n: b
+            for n, b in self.owner.named_buffers()
+            if n in stored and self.owner.get_submodule(n.rpartition(".")[0]).training
+        }
         self.optimizer = self._make_optimizer()
         self.ema = ExponentialMovingAverage(self.parameters, settings.ema_decay)
         self.step = 0

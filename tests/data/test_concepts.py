@@ -14,6 +14,7 @@ from retrieval_core.data import (
 )
 from retrieval_core.data.concepts import LOWEST_HEAD_BORDER, face_region
 from retrieval_core.data.placing import Region, mask_on_square, picture_on_square, place
+from retrieval_core.data.prepare import prepare
 from retrieval_core.errors import RetrievalError
 
 HEAD, BODY, GROUND, FILL = (250, 10, 20), (10, 240, 30), (15, 25, 235), (200, 201, 5)
@@ -123,6 +124,17 @@ def test_a_face_wider_than_the_picture_is_high_is_padded():
     taken = face_reference(sample, 40, FILL).image
     assert where(taken, FILL)[:10].all() and where(taken, FILL)[30:].all()
     assert not where(taken, FILL)[10:30].any()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_padding_is_masked_as_at_inference(flip):
+    wide = figure(height=40, width=64)
+    cut = figure_reference(wide, 64, view=View(shift=(0.1, 0.0), flip=flip))
+    grey = (cut.image == 127).all(-1)
+    assert cut.mask is not None and np.array_equal(cut.mask, ~grey)
+    square = figure_reference(figure(height=40, width=64), 64)
+    inference = prepare(wide.image, size=64)
+    assert np.array_equal(square.mask, inference.mask.numpy() > 0)
 
 
 def test_clothes_are_what_is_below_the_head():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from refusal import sentence
 
+from retrieval_core.bank.encoding import token_mask
 from retrieval_core.data.prepare import (
     check_reference_weights,
     fill_background,
@@ -20,7 +21,6 @@ from retrieval_core.data.prepare import (
     load_image,
     pad_to_square,
     prepare,
-    token_mask,
 )
 
 GREY = (127, 127, 127)

@@ -9,12 +9,15 @@ import torch
 from fake_comfyui import FakeComfyUI
 from refusal import sentence
 
-from retrieval_core.evaluate.characters import paperdolls
 from retrieval_core.evaluate.comfy import Client, ComfyMethod, decode, encode
-from retrieval_core.evaluate.protocol import PAPERDOLL, Protocol
+from retrieval_core.evaluate.protocol import Protocol
 from retrieval_core.evaluate.workflow import Workflow, load_workflow, parse_bindings
+from retrieval_core.paperdoll import bundle as bundles
+from retrieval_core.paperdoll import evaluate_dolls
+from retrieval_core.paperdoll.doll_characters import PROMPTS, draw_characters
+from retrieval_core.paperdoll.judge import Judge
 
-PROTOCOL = Protocol(1, 1, 2, PAPERDOLL, 1, 2, seed=9)
+PROTOCOL = Protocol(1, 1, 2, PROMPTS, 1, 2, seed=9)
 
 
 def node(kind, title="", **inputs):
@@ -120,7 +123,7 @@ def test_files_that_are_no_workflow(tmp_path):
 
 def test_a_run_uploads_fills_waits_and_fetches(serve):
     server = serve(shown)
-    characters = {c.name: c for c in paperdolls(PROTOCOL)}
+    characters = {c.name: c for c in draw_characters(PROTOCOL)}
     method = ComfyMethod("theirs", Workflow(graph()), Client(server.address), (0.0, 2.0))
     assert method.weights == (0.0, 2.0)
     runs = list(PROTOCOL.runs(list(characters)))
@@ -149,7 +152,7 @@ def test_without_a_batch_size_each_sample_is_a_run(serve):
     plain = broken(lambda g: (g["6"]["_meta"].update(title=""), g["7"]["_meta"].update(title="")))
     method = ComfyMethod("theirs", Workflow(plain), Client(server.address), (1.0,))
     assert method.weights == (None,)
-    characters = {c.name: c for c in paperdolls(PROTOCOL)}
+    characters = {c.name: c for c in draw_characters(PROTOCOL)}
     (drawn,) = method.draw(list(PROTOCOL.runs(list(characters)))[:1], characters, None)
     seeds = [asked["5"]["inputs"]["seed"] for asked in server.prompts]
     assert drawn.shape[0] == 2 and len(set(seeds)) == 2
@@ -192,7 +195,7 @@ REFUSED = {
 )
 def test_what_goes_wrong_at_the_server_is_told(serve, execute, more, words):
     server = serve(execute, **more)
-    characters = {c.name: c for c in paperdolls(PROTOCOL)}
+    characters = {c.name: c for c in draw_characters(PROTOCOL)}
     method = ComfyMethod("theirs", Workflow(graph()), Client(server.address))
     runs = list(PROTOCOL.runs(list(characters)))[:1]
     assert words in sentence(method.draw, runs, characters, None)
@@ -212,24 +215,21 @@ def test_a_slow_run_is_given_up(serve):
 def test_too_few_references(serve):
     server = serve(shown)
     more = {**graph(), "10": node("LoadImage", "{reference3}", image="c.png")}
-    characters = {c.name: c for c in paperdolls(PROTOCOL)}
+    characters = {c.name: c for c in draw_characters(PROTOCOL)}
     method = ComfyMethod("theirs", Workflow(more), Client(server.address))
     runs = list(PROTOCOL.runs(list(characters)))[:1]
     assert "3 references" in sentence(method.draw, runs, characters, None)
 
 
-def test_results_of_the_server_join_the_table(serve, tmp_path, capsys, monkeypatch):
-    from retrieval_core.evaluate import __main__ as command
-    from retrieval_core.evaluate.scores import PaperdollScorer
-    from retrieval_core.paperdoll.judge import Judge
-
-    monkeypatch.setattr(command, "scorer_of", lambda options: PaperdollScorer(Judge()))
+def test_results_of_the_server_join_the_table(serve, tmp_path, capsys):
+    Judge().save(tmp_path / bundles.JUDGE_FILE)
     server = serve(shown)
     (tmp_path / "w.json").write_text(json.dumps(graph()))
     arguments = ["--out", str(tmp_path / "out"), "--no-core", "--server", server.address]
+    arguments += ["--weights", str(tmp_path)]
     arguments += ["--in-domain", "0", "--held-out", "1", "--seeds", "1", "--samples", "2"]
     arguments += ["--workflow", f"theirs={tmp_path / 'w.json'}", "--strengths", "0.5", "1"]
-    assert command.main([*arguments, "--references", "2", "--json"]) == 0
+    assert evaluate_dolls.main([*arguments, "--references", "2", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)["lines"]
     assert [(line["method"], line["weight"]) for line in lines] == [("theirs", 0.5), ("theirs", 1)]
     assert len(server.prompts) == 2 * 5

@@ -15,8 +15,9 @@ pytest.importorskip("transformers")
 import tiny_models as tiny
 
 from retrieval_core.evaluate import __main__ as command
-from retrieval_core.evaluate.characters import from_folder
+from retrieval_core.evaluate.characters import read_characters
 from retrieval_core.evaluate.comfy import decode, encode
+from retrieval_core.evaluate.command import read_protocol
 from retrieval_core.metrics import DEFAULT_QUESTIONS, vqa_diversity
 from retrieval_core.metrics.encoders import load_clip, load_dino
 from retrieval_core.metrics.vqa_models import load_vqa
@@ -58,7 +59,7 @@ def arguments(tmp_path, characters, server):
     (tmp_path / "w.json").write_text(json.dumps(graph))
     (tmp_path / "prompts.txt").write_text(PROMPT)
     return [
-        "--out", str(tmp_path / "out"), "--no-core", "--server", server.address,
+        "--out", str(tmp_path / "out"), "--server", server.address,
         "--characters", str(characters), "--in-domain", "0", "--held-out", "1",
         "--references", "2", "--seeds", "2", "--samples", "2",
         "--prompts", str(tmp_path / "prompts.txt"), "--workflow", f"theirs={tmp_path / 'w.json'}",
@@ -82,7 +83,7 @@ def test_a_folder_of_characters_is_scored_by_named_models(arguments, tmp_path, c
     pictures = torch.stack([decode(path.read_bytes()) for path in paths])
     assert len(pictures) == 4
     options = command.parse(arguments)
-    (character,) = from_folder(characters, command.protocol_of(options))
+    (character,) = read_characters(characters, read_protocol(options, command.PRESETS))
     references = torch.stack([r.image for r in character.references])
     cosine = torch.nn.functional.cosine_similarity
 
@@ -109,6 +110,7 @@ def test_a_folder_of_characters_is_scored_by_named_models(arguments, tmp_path, c
         (["--clip", "VQA"], "not CLIP"),
         (["--clip", "CLIP", "--dino", "CLIP"], "not DINO"),
         (["--clip", "CLIP", "--vqa", "CLIP"], "answers no questions"),
+        (["--characters", "/nowhere"], "0 folders"),
     ],
 )
 def test_models_that_do_not_serve(arguments, tmp_path, capsys, models, words):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from retrieval_core.errors import RetrievalError
-from retrieval_core.evaluate.characters import paperdolls
 from retrieval_core.evaluate.comfy import Client, ComfyMethod
-from retrieval_core.evaluate.protocol import PAPERDOLL, Protocol
+from retrieval_core.evaluate.protocol import Protocol
 from retrieval_core.evaluate.workflow import Workflow
+from retrieval_core.paperdoll.doll_characters import PROMPTS, draw_characters
 
-PROTOCOL = Protocol(0, 1, 2, PAPERDOLL, 1, 2)
+PROTOCOL = Protocol(0, 1, 2, PROMPTS, 1, 2)
 
 
 def node(kind: str, title: str = "", **inputs) -> dict:
@@ -51,7 +51,7 @@ def graph() -> dict:
 
 @pytest.fixture(scope="module")
 def drawn(server):
-    characters = {c.name: c for c in paperdolls(PROTOCOL)}
+    characters = {c.name: c for c in draw_characters(PROTOCOL)}
     runs = list(PROTOCOL.runs(list(characters)))[:1]
     method = ComfyMethod("host", Workflow(graph()), Client(server.address), (0.0, 1.0))
     return {weight: method.draw(runs, characters, weight)[0] for weight in method.weights}
@@ -68,8 +68,8 @@ def test_a_workflow_draws_the_runs_it_is_asked_for(drawn):
 def test_the_uploaded_references_are_what_is_looked_at(server, drawn):
     """Other references, other pictures; the same ones again, the same pictures."""
     for seed, same in ((PROTOCOL.seed, True), (PROTOCOL.seed + 1, False)):
-        other = Protocol(0, 1, 2, PAPERDOLL, 1, 2, seed=seed)
-        characters = {c.name: c for c in paperdolls(other)}
+        other = Protocol(0, 1, 2, PROMPTS, 1, 2, seed=seed)
+        characters = {c.name: c for c in draw_characters(other)}
         runs = list(PROTOCOL.runs(list(characters)))[:1]
         method = ComfyMethod("host", Workflow(graph()), Client(server.address), (1.0,))
         (found,) = method.draw(runs, characters, 1.0)
@@ -88,7 +88,7 @@ def test_what_the_host_refuses_is_told_in_one_sentence(server, where, inputs, wo
     changed[where]["inputs"].update(inputs)
     if where == "yes":
         changed["no"]["_meta"]["title"], changed["yes"]["_meta"]["title"] = "{prompt}", ""
-    characters = {c.name: c for c in paperdolls(PROTOCOL)}
+    characters = {c.name: c for c in draw_characters(PROTOCOL)}
     runs = list(PROTOCOL.runs(list(characters)))[:1]
     method = ComfyMethod("host", Workflow(changed), Client(server.address))
     with pytest.raises(RetrievalError, match=words) as caught:

@@ -17,7 +17,7 @@ from making import images
 from retrieval_pack.nodes import vqa_diversity_score as vqa
 from retrieval_pack.nodes.host import model_folders, scoring
 from retrieval_pack.nodes.host.paperdoll_host import draw_references
-from retrieval_pack.nodes.host.similarity import CONNECTED, NAMED
+from retrieval_pack.nodes.host.similarity_scores import CONNECTED, NAMED
 from retrieval_pack.nodes.image_similarity import RetrievalImageSimilarity
 from retrieval_pack.nodes.paperdoll_match import CLOTHES, RetrievalPaperdollMatch
 from retrieval_pack.nodes.text_similarity import RetrievalTextSimilarity

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from retrieval_core import files
+from retrieval_core.bank.encoding import encode_references
 from retrieval_core.files import atomic_write, read_metadata, save_safetensors, write_text
 from retrieval_core.network.controlnet import (
     BASES,
     FORMAT_VERSION,
     Card,
     RetrievalControlNet,
+    decoder_difference,
     decoder_state,
     load,
 )
@@ -76,7 +79,7 @@ def same(a, b):
 def test_save_and_load_give_the_same_bits(saved, whole):
     loaded = load(saved, "paperdoll")
     assert same(loaded.state_dict(), whole.state_dict())
-    assert same(loaded.decoder, whole.decoder)
+    assert same(loaded.decoder, whole.decoder) and loaded.decoder_is_difference
     assert loaded.config == CONFIG and loaded.card == whole.card
 
 
@@ -96,10 +99,11 @@ def test_half_precision_is_rounded_once_and_kept(tmp_path, whole, dtype):
     loaded = load(path, dtype=dtype)
     expected = {k: v.to(dtype) for k, v in whole.state_dict().items()}
     assert same(loaded.state_dict(), expected)
-    assert {v.dtype for v in loaded.decoder.values()} == {dtype}
+    decoder = {k: v.to(dtype) for k, v in whole.decoder.items()}
+    assert same(loaded.decoder, decoder)
     wide = load(path, dtype=torch.float32)
     assert same(wide.state_dict(), {k: v.float() for k, v in expected.items()})
-    assert {v.dtype for v in wide.decoder.values()} == {torch.float32}
+    assert same(wide.decoder, decoder)  # as stored: it is cast to the type of the base
 
 
 def test_a_network_in_another_memory_layout_is_saved_whole(tmp_path, whole):
@@ -213,6 +217,66 @@ def test_a_checkpoint_of_something_else_is_refused():
     sentence(RetrievalControlNet.from_base, base, "sd15", prefix="model.diffusion_model.")
 
 
+# The decoder
+
+
+def decoder_of(unet):
+    return {k: v.double() for k, v in decoder_state(unet).items()}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return randomised(UNet(CONFIG), 3)
+
+
+@pytest.mark.parametrize(("strength", "share"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0), (1.5, 1.0)])
+def test_a_file_holds_the_decoders_difference_and_strength_scales_it_up_to_1(
+    tmp_path, base, strength, share
+):
+    """Of a base that was trained, put on a fine-tuned one."""
+    trained, fine_tuned = randomised(UNet(CONFIG), 4), randomised(UNet(CONFIG), 5)
+    made = network(decoder=False)
+    made.decoder = decoder_difference(decoder_state(trained), decoder_state(base))
+    made.save(tmp_path / "net.safetensors")
+    assert read_metadata(tmp_path / "net.safetensors")["format_version"] == "2"
+    wanted, start, own = decoder_of(trained), decoder_of(base), decoder_of(fine_tuned)
+    stored = load_file(tmp_path / "net.safetensors")
+    found = decoder_of(load(tmp_path / "net.safetensors").apply_decoder(fine_tuned, strength))
+    for key, value in wanted.items():
+        difference = value - start[key]
+        torch.testing.assert_close(stored[f"decoder.{key}"].double(), difference)
+        torch.testing.assert_close(found[key], own[key] + share * difference)
+
+
+def test_without_a_strength_the_whole_difference_is_applied(whole, base):
+    found, own = decoder_of(whole.apply_decoder(base)), decoder_of(base)
+    for key, value in whole.decoder.items():
+        torch.testing.assert_close(found[key], own[key] + value.double())
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_a_decoder_of_version_1_is_no_difference_and_replaces_the_bases(saved, base, strength):
+    loaded = load(rewritten(saved, format_version="1"))
+    assert loaded.decoder_is_difference is False
+    found = loaded.apply_decoder(base, strength).state_dict()
+    stored = load_file(saved)
+    assert same(
+        {f"decoder.{key}": found[key] for key in loaded.decoder},
+        {key: value for key, value in stored.items() if key.startswith("decoder.")},
+    )
+    again = saved.with_name("again.safetensors")
+    loaded.save(again)
+    assert read_metadata(again)["format_version"] == "1"
+    assert load(again).decoder_is_difference is False
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_decoder_of_another_type_is_applied_in_the_bases(saved, version):
+    half = randomised(UNet(CONFIG), 3).half()
+    found = load(rewritten(saved, format_version=version)).apply_decoder(half)
+    assert {value.dtype for value in found.state_dict().values()} == {torch.float16}
+
+
 def test_applying_the_decoder_shares_the_encoder_and_leaves_the_base_as_it_was():
     base = UNet(CONFIG)
     before = {k: v.clone() for k, v in base.state_dict().items()}
@@ -225,10 +289,34 @@ def test_applying_the_decoder_shares_the_encoder_and_leaves_the_base_as_it_was()
     made.apply_decoder(frozen)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert not any(parameter.requires_grad for parameter in patched.parameters())
-    weights = patched.state_dict()
-    assert same({k: weights[k] for k in made.decoder}, made.decoder)
     first = "input_blocks.0.0.weight"
-    assert weights[first].data_ptr() == base.state_dict()[first].data_ptr()
+    assert patched.state_dict()[first].data_ptr() == base.state_dict()[first].data_ptr()
+
+
+# Inpainting bases
+
+
+def test_an_inpainting_networks_nine_channels_read_a_reference_with_nothing_to_fill_in(tmp_path):
+    """Its first convolution on (latent, mask of zeros, latent) is one of four summed channels."""
+    inpainting = RetrievalControlNet(replace(CONFIG, in_channels=9), Card("paperdoll"))
+    randomised(inpainting).save(tmp_path / "inpainting.safetensors")
+    nine = load(tmp_path / "inpainting.safetensors", dtype=torch.float64)
+    assert nine.config.in_channels == 9
+    weights, first = nine.state_dict(), "encoder.input_blocks.0.0.weight"
+    weights[first] = weights[first][:, :4] + weights[first][:, 5:]
+    four = RetrievalControlNet(CONFIG, Card("paperdoll"), dtype=torch.float64)
+    four.load_state_dict(weights)
+    generator = torch.Generator().manual_seed(1)
+    latents, context = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 4, 8, 6), (2, 3, 16))
+    )
+    with torch.no_grad():
+        found, expected = (net.encode_features(latents, context) for net in (nine, four))
+    assert found.keys() == expected.keys() == CONFIG.site_channels().keys()
+    for site, (features, size) in expected.items():
+        assert found[site][1] == size
+        torch.testing.assert_close(found[site][0], features)
 
 
 # Refusals
@@ -433,5 +521,5 @@ def test_a_mask_that_selects_nothing_is_refused():
     made = network(decoder=False)
     latents, context = torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 16)
     masks = [torch.ones(64, 64), torch.zeros(64, 64)]
-    message = sentence(made.encode, latents, context, masks=masks)
+    message = sentence(encode_references, made, latents, context, masks=masks)
     assert "mask of reference 2 of 2 selects nothing" in message

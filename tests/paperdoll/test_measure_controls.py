@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 
+from retrieval_core.bank.site_bank import make_network_bank
+from retrieval_core.network.unet import SD15, SDXL
 from retrieval_core.paperdoll import measure_controls as m
 from retrieval_core.paperdoll.bundle import load_bundle
 from retrieval_core.paperdoll.cases import same_character_case
-from retrieval_core.paperdoll.generate import Sampling, gathered, retrieval_of
-from retrieval_core.sampling.applications import Several
+from retrieval_core.paperdoll.generate import Sampling, apply_bank, encode_group
+from retrieval_core.sampling.applications import Applications
+from retrieval_core.sampling.regions import region_at
 
 QUICK = Sampling(steps=2)
 
@@ -22,31 +26,39 @@ def bundle():
 
 
 def retrieval(bundle, index, **changes):
-    tokens = gathered(bundle.base, bundle.network, same_character_case(1, index).references)
-    how = Sampling(steps=2, **changes)
-    return retrieval_of(bundle.network, tokens, how)
+    tokens = encode_group(bundle.base, bundle.network, same_character_case(1, index).references)
+    return apply_bank(bundle.network, tokens, Sampling(steps=2, **changes))
 
 
-def test_several_add_what_each_adds(bundle):
+def test_applications_add_one_after_another_each_in_its_region(bundle):
     """Retrieval reads the features as they are then, so the second sees the first one's work."""
-    left, right = (m._in_half(retrieval(bundle, i), i) for i in range(2))
+    left, everywhere = m._in_half(retrieval(bundle, 0), 0), retrieval(bundle, 1)
     h = torch.randn(2, 64, 16, 32, generator=torch.Generator().manual_seed(0))
+    site = copy.deepcopy(bundle.network.retrieval["input_0"]).double()
+    x = h[:1].double()
+
+    def added_to(features, one):
+        bank = one.bank.sites["input_0"]
+        r = one.strength * site(features, bank.keys.double(), bank.values.double())
+        return r if one.region is None else r * region_at(one.region, features)
+
     with torch.inference_mode():
-        hook = Several([left, right]).hook([0, 1], 0.5)
-        assert hook is not None
-        found = hook("input_0", h)
-        expected = right.apply("input_0", left.apply("input_0", h, [0, 1]), [0, 1])
-    assert torch.equal(found, expected)
-    # Each acts in its own half (its soft edge aside), and on the conditional row.
-    alone = left.apply("input_0", h, [0, 1])
+        found = Applications([left, everywhere]).hooks([0, 1], 0.5)["skip_hook"]("input_0", h)
+        expected = x + added_to(x, left)
+        expected = expected + added_to(expected, everywhere)
+        at_once = x + added_to(x, left) + added_to(x, everywhere)
+        alone = Applications([left]).hooks([0, 1], 0.5)["skip_hook"]("input_0", h)
+    torch.testing.assert_close(found[:1].double(), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - at_once).abs().max() > 0.01
+    # The left one acts in its own half (its soft edge aside), and both on the conditional row.
     assert torch.equal(alone[..., 18:], h[..., 18:]) and not torch.equal(alone, h)
     assert torch.equal(found[1], h[1])
 
 
-def test_several_without_anything_to_do_leave_the_model_alone(bundle):
+def test_applications_without_anything_to_do_leave_the_model_alone(bundle):
     off = retrieval(bundle, 0, strength=0.0)
-    assert Several([off, off]).hook([0], 0.5) is None and Several([]).hook([0], 0.5) is None
-    assert Several([off, retrieval(bundle, 1)]).hook([0], 0.5) is not None
+    assert Applications([off, off]).hooks([0], 0.5) == {} == Applications([]).hooks([0], 0.5)
+    assert Applications([off, retrieval(bundle, 1)]).hooks([0], 0.5)
 
 
 def test_the_other_half_keeps_its_own_character(bundle, monkeypatch):
@@ -77,14 +89,17 @@ def test_every_line_is_measured_and_printed_as_one_json_object(monkeypatch, caps
     assert m.main(["--count", "2", "--seed", "3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"figures", "seed", *m.LINES}
-    four = result["token budget"]["four references"]
-    assert four["lost, points"] == pytest.approx(
-        four["all tokens"]["mean"] - four["default budget"]["mean"], abs=0.01
-    )
-    pooled = result["query pooling"]["composition"]
-    assert pooled["lost, points"] == pytest.approx(
-        pooled["each place"]["mean"] - pooled["pooled"]["mean"], abs=0.01
-    )
+    for lines, first, others in (
+        (result["token budget"], "all tokens", 3),
+        (result["query pooling"], "each position", 1),
+    ):
+        for task in m.TASKS:
+            rates = dict(lines[task])
+            lost, before = rates.pop("lost, points"), rates.pop(first)["mean"]
+            assert len(lost) == others
+            assert lost == {
+                name: pytest.approx(before - rate["mean"], abs=0.01) for name, rate in rates.items()
+            }
     assert result["masks"]["chance"] == 12.5
     assert set(result["regions"]) == {
         "chance",
@@ -116,3 +131,31 @@ def test_pooling_is_measured_on_a_copy(bundle, monkeypatch):
     pooled = {site: 2 if factor == 1 else 1 for site, factor in factors.items()}
     assert seen == [dict.fromkeys(factors, 1), pooled] * 2
     assert {layer.pool for layer in bundle.network.retrieval.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("config", "edge", "ratios"),
+    [
+        # Of four references' tokens by site, 4 * ceil(edge / factor) ** 2, the budget keeps as many
+        # as one reference has at half resolution or coarser, and 512 at least.
+        (SD15, 64, {1: 16384 / 1024, 2: 4096 / 1024, 4: 1024 / 512, 8: 1}),
+        (SDXL, 128, {1: 65536 / 4096, 2: 16384 / 4096, 4: 4096 / 1024}),
+        (SD15, 75, {1: 22500 / 1444, 2: 5776 / 1444, 4: 1444 / 512, 8: 1}),
+    ],
+)
+def test_merging_ratios_are_tokens_of_four_references_by_automatic_budget(config, edge, ratios):
+    assert m.merging_ratios(config, edge) == pytest.approx(ratios)
+
+
+def test_imitated_ratios_leave_paper_dolls_the_same_share_of_tokens(bundle):
+    """A doll's 16 x 16 latent: 1024, 256 and 64 tokens of four references at factors 1, 2, 4."""
+    budgets = m.imitate_ratios({1: 16.0, 2: 3.0, 4: 1.0}, bundle)  # 256 / 3 is rounded up
+    assert budgets == {
+        "input_0": 64, "input_1": 64, "input_2": 86, "input_3": 86,
+        "input_4": 64, "input_5": 64, "middle": 64,
+    }  # fmt: skip
+    tokens = encode_group(bundle.base, bundle.network, same_character_case(1, 0).references)
+    with torch.inference_mode():
+        sites = make_network_bank(bundle.network, tokens, budgets).sites
+    kept = {site: made.keys.shape[1] - 1 for site, made in sites.items()}  # less the null token
+    assert kept == budgets

@@ -10,11 +10,11 @@ import torch
 from refusal import sentence
 
 from retrieval_core.metrics import DEFAULT_QUESTIONS, vqa_diversity
+from retrieval_core.metrics.word_embedder import WordEmbedder
 from retrieval_core.paperdoll.judge import truth
 from retrieval_core.paperdoll.judge_scores import (
     JudgeAnswerer,
     TruthAnswerer,
-    WordEmbedder,
     attribute_match,
     describe,
 )

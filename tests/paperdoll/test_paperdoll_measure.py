@@ -18,10 +18,10 @@ from retrieval_core.paperdoll.cases import composition_case, same_character_case
 from retrieval_core.paperdoll.draw import render
 from retrieval_core.paperdoll.generate import (
     Sampling,
-    gathered,
+    apply_bank,
+    encode_group,
+    encode_groups,
     generate,
-    retrieval_of,
-    stacked,
 )
 from retrieval_core.paperdoll.judge import ATTRIBUTES, truth, truth_ids
 from retrieval_core.paperdoll.world import (
@@ -162,35 +162,33 @@ def test_retrieval_changes_the_picture_and_is_deterministic(bundle):
     noise = bundle.base.noise(1, torch.Generator().manual_seed(3))
 
     def run(how: Sampling = QUICK) -> torch.Tensor:
-        tokens = gathered(bundle.base, bundle.network, case.references)
-        return generate(
-            bundle, [case.prompt], noise, retrieval_of(bundle.network, tokens, how), how
-        )
+        tokens = encode_group(bundle.base, bundle.network, case.references)
+        return generate(bundle, [case.prompt], noise, apply_bank(bundle.network, tokens, how), how)
 
     assert torch.equal(run(), run())
     assert not torch.equal(run(), generate(bundle, [case.prompt], noise, None, QUICK))
 
 
-def test_banks_side_by_side_generate_what_single_banks_do(bundle):
+def test_batched_banks_generate_what_single_banks_do(bundle):
     cases = [same_character_case(1, i, masked=True) for i in range(2)]
     noise = bundle.base.noise(2, torch.Generator().manual_seed(3))
-    side = stacked(bundle.base, bundle.network, [case.references for case in cases])
+    batched = encode_groups(bundle.base, bundle.network, [case.references for case in cases])
     together = generate(
-        bundle, [c.prompt for c in cases], noise, retrieval_of(bundle.network, side, QUICK), QUICK
+        bundle, [c.prompt for c in cases], noise, apply_bank(bundle.network, batched, QUICK), QUICK
     )
     for i, case in enumerate(cases):
-        tokens = gathered(bundle.base, bundle.network, case.references)
+        tokens = encode_group(bundle.base, bundle.network, case.references)
         alone = generate(
             bundle, [case.prompt], noise[i : i + 1],
-            retrieval_of(bundle.network, tokens, QUICK), QUICK,
+            apply_bank(bundle.network, tokens, QUICK), QUICK,
         )  # fmt: skip
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_the_map_names_the_reference_retrieved_from(bundle):
     case = composition_case(1, 0)
-    tokens = gathered(bundle.base, bundle.network, case.references)
-    retrieval = retrieval_of(bundle.network, tokens, QUICK)
+    tokens = encode_group(bundle.base, bundle.network, case.references)
+    retrieval = apply_bank(bundle.network, tokens, QUICK)
     noise = bundle.base.noise(2, torch.Generator().manual_seed(3))
     generate(bundle, [case.prompt] * 2, noise, retrieval, QUICK)
     shares = retrieval.shares.mean()

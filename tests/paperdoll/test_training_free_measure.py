@@ -11,9 +11,9 @@ from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE, Bundle
 from retrieval_core.paperdoll.cases import composition_case, groups, same_character_case
 from retrieval_core.paperdoll.generate import Sampling, generate
 from retrieval_core.paperdoll.judge import Judge
-from retrieval_core.paperdoll.measure_training_free import Setting, main, pictures, side_by_side
+from retrieval_core.paperdoll.measure_training_free import Setting, main, make_banks, pictures
 from retrieval_core.paperdoll.model import PaperdollModel, load_base
-from retrieval_core.training_free import TrainingFree, encode
+from retrieval_core.training_free import TrainingFree, encode_by_base
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def test_without_retrieval_is_the_base_models_picture_and_with_it_is_not(base):
     assert torch.equal(pictures(base, cases, noise, Setting(1, strength=0.0, steps=2)), plain)
 
 
-def test_banks_side_by_side_hold_what_each_reference_gives(base):
+def test_batched_banks_hold_the_keys_of_each_reference(base):
     cases = [composition_case(1, i, masked=True) for i in range(2)]
     network = TrainingFree.of(base.unet, "paperdoll", levels=1)
     with torch.inference_mode():
-        bank = side_by_side(base, network, groups(cases))
+        bank = make_banks(base, network, groups(cases))
         for g, case in enumerate(cases):
-            made = encode(
+            made = encode_by_base(
                 base.unet,
                 base.schedule,
                 network,

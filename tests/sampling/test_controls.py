@@ -9,11 +9,11 @@ import pytest
 import torch
 from refusal import sentence
 
-from retrieval_core.bank.site_bank import project
-from retrieval_core.bank.tokens import EncodedReference, gather
-from retrieval_core.network.retrieval_site import RetrievalSite
+from retrieval_core.bank.site_bank import make_network_bank
+from retrieval_core.bank.tokens import EncodedReference, join_references
+from retrieval_core.network.controlnet import Card, RetrievalControlNet
 from retrieval_core.network.unet import SD15, SDXL, UNetConfig
-from retrieval_core.sampling.applications import Retrieval
+from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.controls import (
     CURVES,
     GROUP_PRESETS,
@@ -21,6 +21,7 @@ from retrieval_core.sampling.controls import (
     parse_curve,
     site_groups,
 )
+from retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_core.sampling.regions import soften
 
 FLAT = UNetConfig(32, (1,), (1,), (1,), 1, 16, num_head_channels=16)
@@ -54,70 +55,96 @@ def test_a_curve_of_other_than_numbers_is_refused_in_one_sentence(text):
     assert repr(text) in sentence(parse_curve, text)
 
 
-def test_the_curve_lies_over_the_active_part_of_sampling():
-    made = filled_bank()
-    retrieval = replace(made, strength=2.0, start=0.2, end=0.6, curve=parse_curve("0, 1"))
-    found = [retrieval.strength_at(p) for p in (0.1, 0.2, 0.3, 0.4, 0.6, 0.7)]
-    assert found == pytest.approx([0.0, 0.0, 0.5, 1.0, 2.0, 0.0])
-    assert retrieval.hook([0], 0.2) is None  # exactly 0: the base model, bit for bit
-    assert replace(retrieval, start=0.5, end=0.5).strength_at(0.5) == 0.0  # its first number
-
-
-def filled_bank() -> Retrieval:
-    """A retrieval at three sites of noise, every weight of them noise."""
+@pytest.fixture(scope="module")
+def network():
+    """A trainable network with every weight noise, in float64."""
     generator = torch.Generator().manual_seed(0)
-    sites, tokens = {}, {}
-
-    for name in ("input_0", "input_1", "middle"):
-        sites[name] = RetrievalSite(16, 2)
-        for parameter in sites[name].parameters():
-            with torch.no_grad():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        tokens[name] = torch.randn(2, 12, 16, generator=generator)
-    return Retrieval(torch.nn.ModuleDict(sites), project(gather([EncodedReference(tokens)]), sites))
+    made = RetrievalControlNet(FLAT, Card("paperdoll")).double()
+    for parameter in made.retrieval.parameters():
+        with torch.no_grad():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return made
 
 
-def test_a_step_adds_strength_times_curve_times_group_times_region():
-    made = filled_bank()
-    h = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+@pytest.fixture(scope="module")
+def retrieval(network):
+    generator = torch.Generator().manual_seed(1)
+    tokens = {
+        site: torch.randn(1, 12, width, generator=generator, dtype=torch.float64)
+        for site, width in FLAT.site_channels().items()
+    }
+    references = [EncodedReference(tokens), EncodedReference(tokens, 0.3)]
+    with torch.no_grad():
+        bank = make_network_bank(network, join_references(references))
+    return Retrieval(bank, sites=freeze_sites(network))
+
+
+def features(rows):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(rows, 32, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def retrieved(network, retrieval, site, h):
+    """zero_conv(r) by the layers of the network."""
+    bank = retrieval.bank.sites[site]
+    return network.retrieval[site](h, bank.keys, bank.values, bank.bias)
+
+
+def test_the_curve_lies_over_the_active_part_of_sampling(retrieval):
+    one = replace(retrieval, strength=2.0, start=0.2, end=0.6, curve=parse_curve("0, 1"))
+    found = [one.strength_at(p) for p in (0.1, 0.2, 0.3, 0.4, 0.6, 0.7)]
+    assert found == pytest.approx([0.0, 0.0, 0.5, 1.0, 2.0, 0.0])
+    assert Applications([one]).hooks([0], 0.2) == {}  # exactly 0: the base model, bit for bit
+    assert replace(one, start=0.5, end=0.5).strength_at(0.5) == 0.0  # its first number
+
+
+def test_a_step_adds_strength_times_curve_times_group_times_region(network, retrieval):
+    h = features(2)
     region = torch.rand(4, 4, generator=torch.Generator().manual_seed(2))
     set_up = replace(
-        made,
+        retrieval,
         strength=1.5,
         region=region,
         curve=parse_curve("0.5, 1"),
         site_strength={"input_0": 0.25},
         guidance="both",
     )
-    with torch.no_grad():
-        hook = set_up.hook([0, 1], 0.5)
-        for site, group in (("input_0", 0.25), ("middle", 1.0)):
-            plain = made.sites[site](h, made.bank.sites[site])
-            expected = h + 1.5 * 0.75 * group * region * plain
-            torch.testing.assert_close(hook(site, h), expected, rtol=1e-5, atol=1e-5)
-        off = replace(set_up, site_strength={"input_0": 0.0}).hook([0, 1], 0.5)
-        assert off("input_0", h) is h
+    hook = Applications([set_up]).hooks([0, 1], 0.5)["skip_hook"]
+    for site, group in (("input_0", 0.25), ("middle", 1.0)):
+        plain = retrieved(network, retrieval, site, h)
+        expected = h + 1.5 * 0.75 * group * region * plain
+        torch.testing.assert_close(hook(site, h), expected, rtol=1e-6, atol=1e-6)
+    off = Applications([replace(set_up, site_strength={"input_0": 0.0})])
+    assert off.hooks([0, 1], 0.5)["skip_hook"]("input_0", h) is h
 
 
 @pytest.mark.parametrize("region", [None, torch.linspace(0, 1, 16).view(4, 4)])
-def test_the_fused_output_is_the_two_layers_and_training_is_the_same(region):
-    made = replace(filled_bank(), region=region, strength=0.7)
-    h = torch.randn(3, 16, 4, 4, generator=torch.Generator().manual_seed(1))
-    learned = made.apply("input_1", h, [0])
-    assert learned.requires_grad
-    with torch.no_grad():
-        fused = made.apply("input_1", h, [0])
-        torch.testing.assert_close(fused, learned.detach(), rtol=1e-5, atol=1e-6)
-        assert len(made.outputs) == 1
-        assert torch.equal(made.apply("input_1", h, [0]), fused)
-        matrix = made.sites["input_1"].zero_conv.weight[..., 0, 0].double()
-        matrix = matrix @ made.sites["input_1"].to_out.weight.double()
-        (found,) = made.outputs.values()
-        torch.testing.assert_close(found.double(), matrix, rtol=1e-5, atol=1e-6)
-        half = replace(made, bank=made.bank.to("cpu", torch.bfloat16), outputs={})
-        half.sites.bfloat16()
-        near = half.apply("input_1", h.bfloat16(), [0])
-        torch.testing.assert_close(near.float(), fused, rtol=0.05, atol=0.05)
+def test_frozen_sites_retrieve_what_the_layers_do(network, retrieval, region):
+    one, h = replace(retrieval, region=region), features(3)
+    assert list(one.sites) == list(FLAT.site_channels())
+    for site, frozen in one.sites.items():
+        found = one.add_retrieved(site, h, [0], 0.7)
+        weight = 0.7 if region is None else 0.7 * region
+        plain = retrieved(network, retrieval, site, h)
+        torch.testing.assert_close(found, h + weight * plain, rtol=1e-6, atol=1e-6)
+        assert plain.requires_grad and not found.requires_grad
+        bank, sites = (t.to("cpu", torch.bfloat16) for t in (one.bank, frozen))
+        half = replace(one, bank=bank, sites={site: sites})
+        near = half.add_retrieved(site, h.bfloat16(), [0], 0.7)
+        torch.testing.assert_close(near.double(), found, rtol=0.05, atol=0.05)
+
+
+def test_freezing_reads_weights_as_the_host_keeps_them(network, retrieval):
+    """A host's own way to read a layer's weights is all that freezing uses."""
+    with torch.device("meta"):
+        hollow = RetrievalControlNet(FLAT, Card("paperdoll"))
+    held = dict(zip(hollow.modules(), network.modules(), strict=True))
+    found = freeze_sites(hollow, lambda layer: (held[layer].weight.detach(), held[layer].bias))
+    h = features(1)
+    for site in retrieval.sites:
+        expected = retrieval.add_retrieved(site, h, [0], 1.0)
+        one = replace(retrieval, sites=found)
+        assert torch.equal(one.add_retrieved(site, h, [0], 1.0), expected)
 
 
 def test_groups_are_deep_between_and_shallow():

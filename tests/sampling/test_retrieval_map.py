@@ -7,38 +7,55 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retrieval_core.bank.site_bank import project
-from retrieval_core.bank.tokens import EncodedReference, gather
-from retrieval_core.network import retrieval_site as retrieval
+from retrieval_core.bank.site_bank import make_bank
+from retrieval_core.bank.tokens import EncodedReference, join_references
 from retrieval_core.network.retrieval_site import RetrievalSite
-from retrieval_core.network.unet import SD15, SDXL
+from retrieval_core.network.unet import SD15, SDXL, UNet, UNetConfig
 from retrieval_core.paperdoll.model import CONFIG as PAPERDOLL
-from retrieval_core.sampling.applications import Retrieval
+from retrieval_core.sampling import attention_map
+from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.attention_map import (
     RecordedRetrieval,
     Shares,
     map_site,
+    measure_shares,
+    merge_shares,
     overlay,
     reference_masks,
-    shares_of,
-    side_by_side,
 )
-from retrieval_core.training_free import Source, self_attention_layers
+from retrieval_core.sampling.frozen_site import freeze_site
+from retrieval_core.sampling.joint_attention import Source
+from retrieval_core.sampling.noise_schedule import NoiseSchedule
+from retrieval_core.training_free import (
+    JointRetrieval,
+    TrainingFree,
+    encode_by_base,
+    name_layers,
+    self_attention_layers,
+)
 from retrieval_core.training_free.joint_shares import joint_shares, map_layer
 
 DIM, HEADS = 16, 2
+CONFIG = UNetConfig(32, (1, 2), (1, 1), (1, 1), 1, 16, num_head_channels=16)
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def random_unet() -> UNet:
+    made = UNet(CONFIG).eval().requires_grad_(False)
+    for i, parameter in enumerate(made.parameters()):
+        parameter.copy_((0.3 if parameter.ndim > 1 else 1.0) * rand(*parameter.shape, seed=i))
+    return made
+
+
 @pytest.fixture
-def sites():
+def site():
     made = RetrievalSite(DIM, HEADS).eval().requires_grad_(False)
     for i, parameter in enumerate(made.parameters()):
         parameter.copy_(0.4 * rand(*parameter.shape, seed=i))
-    return torch.nn.ModuleDict({"s": made})
+    return made
 
 
 @pytest.fixture
@@ -47,62 +64,61 @@ def tokens():
         EncodedReference({"s": rand(1, n, DIM, seed=n)}, weight)
         for n, weight in ((9, 1.0), (4, 0.5), (7, 1.0))
     ]
-    return gather(references)
+    return join_references(references)
 
 
 @pytest.fixture
-def bank(sites, tokens):
-    return project(tokens, sites)
+def retrieval(site, tokens):
+    frozen = freeze_site(site, lambda layer: (layer.weight, layer.bias))
+    return Retrieval(make_bank(tokens, {"s": site}, {"s": 1}), sites={"s": frozen})
 
 
 def plain_shares(site: RetrievalSite, h: torch.Tensor, bank) -> torch.Tensor:
-    """Attention weights in float64, place by place and head by head, summed by owner."""
-    held = bank.sites["s"]
+    """Attention weights in float64, position by position and head by head, summed by owner."""
     tokens = site.norm_query(h.flatten(2).transpose(1, 2))
-    query, keys = site.to_q(tokens).double(), held.keys[0].double()
-    bias = torch.zeros(len(keys)) if held.bias is None else held.bias[0]
+    query, keys = site.to_q(tokens).double(), bank.keys[0].double()
     out = torch.zeros(len(h), 4, query.shape[1], dtype=torch.float64)
     dim = DIM // HEADS
     for row in range(len(h)):
-        for place in range(query.shape[1]):
+        for position in range(query.shape[1]):
             for head in range(HEADS):
                 part = slice(head * dim, (head + 1) * dim)
-                logits = keys[:, part] @ query[row, place, part] / dim**0.5 + bias.double()
-                weights = torch.exp(logits) / torch.exp(logits).sum()
-                for owner, weight in zip(held.owner.tolist(), weights, strict=True):
-                    out[row, owner + 1, place] += weight / HEADS
+                logits = keys[:, part] @ query[row, position, part] / dim**0.5
+                weights = torch.exp(logits + bank.bias[0].double())
+                weights = weights / weights.sum()
+                for owner, weight in zip(bank.owner.tolist(), weights, strict=True):
+                    out[row, owner + 1, position] += weight / HEADS
     return out.view(len(h), 4, *h.shape[-2:])
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 1, 150])
-def test_shares_equal_the_attention_however_they_are_split(sites, bank, monkeypatch, at_once):
-    monkeypatch.setattr(retrieval, "_LOGITS", at_once)
-    h = rand(2, DIM, 3, 4)
-    found = sites["s"].shares(h, bank.sites["s"], 3)
-    torch.testing.assert_close(found.double(), plain_shares(sites["s"], h, bank))
+def test_shares_equal_the_attention_however_they_are_split(site, retrieval, monkeypatch, at_once):
+    monkeypatch.setattr(attention_map, "_LOGITS", at_once)
+    h, bank = rand(2, DIM, 3, 4), retrieval.bank.sites["s"]
+    found = measure_shares(retrieval, "s", h, bank, 3)
+    torch.testing.assert_close(found.double(), plain_shares(site, h, bank))
 
 
-def test_recording_changes_nothing_and_reads_the_bank_before_merging(sites, tokens, bank):
-    limited = project(tokens, sites, 3)
-    h = rand(4, DIM, 3, 4)
-    plain = Retrieval(sites, limited, strength=2.0)
+def test_recording_changes_nothing_and_reads_the_bank_before_merging(site, tokens, retrieval):
+    whole, h = retrieval.bank.sites["s"], rand(4, DIM, 3, 4)
+    plain = replace(retrieval, bank=make_bank(tokens, {"s": site}, {"s": 1}, 3))
+    assert plain.bank.sites["s"].keys.shape[1] == 1 + 3 < whole.keys.shape[1]
     recorded = RecordedRetrieval(
-        sites, limited, strength=2.0, site="s", seen=bank.sites["s"], references=3
+        plain.bank, sites=plain.sites, recorded="s", seen=whole, references=3
     )
-    with torch.no_grad():
-        for _ in range(2):
-            assert torch.equal(recorded.apply("s", h, [1, 0]), plain.apply("s", h, [1, 0]))
+    hooks = [Applications([one]).hooks([1, 0], 0.5)["skip_hook"] for one in (plain, recorded)]
+    for _ in range(2):
+        assert torch.equal(*(hook("s", h) for hook in hooks))
     assert recorded.shares.steps == 2
-    expected = plain_shares(sites["s"], h[2:], bank)  # the conditional rows
+    expected = plain_shares(site, h[2:], whole)  # the conditional rows
     torch.testing.assert_close(recorded.shares.mean().double(), expected)
 
 
-def test_a_region_takes_away_what_it_keeps_from_acting(sites, bank):
-    h, region = rand(1, DIM, 4, 4), torch.zeros(4, 4)
+def test_a_region_takes_away_what_it_keeps_from_acting(retrieval):
+    h, region, bank = rand(1, DIM, 4, 4), torch.zeros(4, 4), retrieval.bank.sites["s"]
     region[:, 2:] = 0.25
-    whole = Retrieval(sites, bank)
-    shares = shares_of(replace(whole, region=region), "s", h, bank.sites["s"], 3)
-    plain = shares_of(whole, "s", h, bank.sites["s"], 3)
+    shares = measure_shares(replace(retrieval, region=region), "s", h, bank, 3)
+    plain = measure_shares(retrieval, "s", h, bank, 3)
     torch.testing.assert_close(shares[:, 1:, :, 2:], 0.25 * plain[:, 1:, :, 2:])
     assert float(shares[:, 1:, :, :2].max()) == 0.0
     torch.testing.assert_close(shares.sum(1), torch.ones(1, 4, 4))
@@ -122,13 +138,52 @@ def test_crops_are_averaged_where_they_lie():
     assert shares.steps == 1 and shares.mean().shape == (2, 3, 4, 4)
 
 
-def test_applications_side_by_side_never_retrieve_more_than_all():
+def test_applications_together_never_retrieve_more_than_all():
     first = torch.tensor([0.4, 0.6]).view(1, 2, 1, 1)
     second = torch.tensor([0.2, 0.5, 0.3]).view(1, 3, 1, 1)
-    together = side_by_side([first, second]).flatten()
+    together = merge_shares([first, second]).flatten()
     torch.testing.assert_close(together, torch.tensor([0.0, 0.6, 0.5, 0.3]) / 1.4)
-    apart = side_by_side([first, torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)]).flatten()
+    apart = merge_shares([first, torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)]).flatten()
     torch.testing.assert_close(apart, torch.tensor([0.4, 0.6, 0.0]))
+
+
+def test_two_training_free_applications_of_different_layers_make_one_map():
+    """Their maps are read at layers of 8x8 and 4x4 positions; the coarse one is interpolated."""
+    unet, schedule = random_unet(), NoiseSchedule()
+    latent, context = rand(1, 4, 8, 8), rand(1, 3, 16)
+    means, names = [], name_layers(unet)
+    for layers in ("finest", "decoder"):
+        network = TrainingFree.of(unet, "paperdoll", layers=layers)
+        (encoded,) = encode_by_base(unet, schedule, network, latent, context)
+        bank = make_bank(join_references([encoded]), None, network.site_downsampling())
+        one = JointRetrieval(bank, names=names, timesteps=network.timesteps())
+        read, shares = map_layer(self_attention_layers(CONFIG), network.names), Shares()
+
+        def record(layer, size, q, k, v, heads, one=one, read=read, shares=shares):
+            if names[layer] == read:
+                source = one.source(layer, q, size, 0.5, 1.0)
+                owner = one.bank.sites[f"{read}@500"].owner
+                found = joint_shares(q, k, heads, source, owner, 1)
+                shares.add(found.transpose(1, 2).unflatten(2, size))
+            return layer.attend(q, k, v, heads)
+
+        unet(rand(1, 4, 8, 8, seed=1), torch.tensor([500]), context, self_attention=record)
+        means.append(shares.mean())
+    assert [mean.shape for mean in means] == [(1, 2, 8, 8), (1, 2, 4, 4)]
+    fine, coarse = (mean[0, 1].double() for mean in means)
+    assert fine.std() > 1e-4 and coarse.std() > 1e-4
+    spread = torch.zeros(8, 4, dtype=torch.float64)  # each pixel between its two nearest centres
+    for pixel in range(8):
+        at = min(max((pixel + 0.5) / 2 - 0.5, 0.0), 3.0)
+        spread[pixel, int(at)] += 1 - at % 1
+        spread[pixel, min(int(at) + 1, 3)] += at % 1
+    retrieved = torch.stack([fine, spread @ coarse @ spread.T])
+    retrieved = retrieved / retrieved.sum(0).clamp_min(1)
+    expected = torch.cat([1 - retrieved.sum(0, keepdim=True), retrieved])[None]
+    for order in ((0, 1), (1, 0)):
+        merged = merge_shares([means[i] for i in order]).double()
+        channels = [0, *(1 + i for i in order)]
+        torch.testing.assert_close(merged, expected[:, channels], rtol=1e-5, atol=1e-5)
 
 
 def test_masks_and_overlay_show_the_strongest_reference():
@@ -144,8 +199,8 @@ def test_masks_and_overlay_show_the_strongest_reference():
     assert picture[0, 0, 0, 0] > picture[0, 2, 0, 0] and picture[0, 2, 0, 1] > picture[0, 0, 0, 1]
 
 
-def test_the_map_is_read_where_a_place_is_a_part_of_a_figure():
-    """SD 1.5: 16x16 places of 512x512; SDXL: 32x32 of 1024x1024; paper-doll: 8x8."""
+def test_the_map_is_read_where_a_position_is_a_part_of_a_figure():
+    """SD 1.5: 16x16 positions of 512x512; SDXL: 32x32 of 1024x1024; paper-doll: 8x8."""
     assert (map_site(SD15), map_site(SDXL), map_site(PAPERDOLL)) == (
         "input_8",
         "input_8",

@@ -2,17 +2,23 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from refusal import sentence
 
+from retrieval_core.bank.encoding import encode_references
+from retrieval_core.bank.site_bank import Bank, make_bank, make_network_bank
+from retrieval_core.bank.tokens import join_references
 from retrieval_core.network.controlnet import Card, RetrievalControlNet
 from retrieval_core.network.unet import UNet, UNetConfig
 from retrieval_core.sampling.applications import Retrieval
+from retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_core.sampling.sampler import guided_denoiser, sample
+from retrieval_core.training_free import JointRetrieval, TrainingFree, encode_by_base, name_layers
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
 MEAN, DEVIATION = 0.7, 0.6
@@ -186,9 +192,9 @@ class Recording(torch.nn.Module):
         super().__init__()
         self.unet, self.calls = unet, []
 
-    def forward(self, x, timesteps, context, y=None, skip_hook=None):
-        self.calls.append((x, timesteps, context, skip_hook))
-        return self.unet(x, timesteps, context, y, skip_hook)
+    def forward(self, x, timesteps, context, y=None, **hooks):
+        self.calls.append((x, timesteps, context, hooks))
+        return self.unet(x, timesteps, context, y, **hooks)
 
 
 @pytest.fixture(scope="module")
@@ -202,126 +208,218 @@ def network():
     return randomised(made, 1)
 
 
+@pytest.fixture(scope="module")
+def retrieval(network):
+    return applied(network)
+
+
+def applied(network):
+    """References of noise, as a trained network applies them."""
+    encoded = encode_references(network, rand(2, 4, 8, 8, seed=3), rand(2, 3, 16, seed=4))
+    bank = make_network_bank(network, join_references(encoded))
+    return Retrieval(bank, sites=freeze_sites(network))
+
+
+def retrieving(network, bank, strength):
+    """A skip hook that adds what the layers of a network retrieve."""
+
+    def hook(site, h):
+        held = bank.sites[site]
+        return h + strength * network.retrieval[site](h, held.keys, held.values, held.bias)
+
+    return hook
+
+
+def plain_step(schedule, x, timestep, predict, cfg):
+    """x0 after guidance, where predict(z, steps, row) is the U-Net's of the two prompts."""
+    abar = plain_abars(schedule)[timestep]
+    z, steps = math.sqrt(abar) * x, torch.tensor([timestep] * len(x))
+    positive, negative = predict(z, steps, 0), predict(z, steps, 1)
+    guided = negative + cfg * (positive - negative)
+    if schedule.prediction == "eps":
+        return (z - math.sqrt(1 - abar) * guided) / math.sqrt(abar)
+    return math.sqrt(abar) * z - math.sqrt(1 - abar) * guided
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("cfg", [0.0, 1.0, 2.5, 7.0])
 def test_guidance_is_the_formula(unet, cfg, prediction):
-    schedule = NoiseSchedule(prediction=prediction)
-    x, cond, uncond = rand(2, 4, 8, 8) * 5, rand(2, 3, 16, seed=1), rand(2, 3, 16, seed=2)
-    timestep = 600
-    abar = plain_abars(schedule)[timestep]
-    z, steps = math.sqrt(abar) * x, torch.tensor([timestep] * 2)
-    with_text, without = unet(z, steps, cond), unet(z, steps, uncond)
-    guided = without + cfg * (with_text - without)
-    if prediction == "eps":
-        expected = (z - math.sqrt(1 - abar) * guided) / math.sqrt(abar)
-    else:
-        expected = math.sqrt(abar) * z - math.sqrt(1 - abar) * guided
-    recorder = Recording(unet)
-    found = guided_denoiser(recorder, schedule, cond, uncond, cfg)(x, timestep)
+    schedule, prompts = NoiseSchedule(prediction=prediction), rand(2, 2, 3, 16, seed=1)
+    x, timestep, recorder = rand(2, 4, 8, 8) * 5, 600, Recording(unet)
+    expected = plain_step(
+        schedule, x, timestep, lambda z, steps, row: unet(z, steps, prompts[row]), cfg
+    )
+    found = guided_denoiser(recorder, schedule, *prompts, cfg)(x, timestep)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    ((seen, at, context, hook),) = recorder.calls
+    ((seen, at, context, hooks),) = recorder.calls
     rows = 2 if cfg == 1.0 else 4
-    assert len(seen) == len(at) == len(context) == rows and hook is None
-    assert torch.equal(context[:2], cond)
+    assert len(seen) == len(at) == len(context) == rows and hooks == {}
+    assert torch.equal(context[:2], prompts[0])
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_each_prompts_rows_get_its_vector_conditioning(cfg):
+    """SDXL's base takes one beside the text."""
+    unet = randomised(UNet(replace(CONFIG, adm_in_channels=6))).double()
+    schedule, prompts, vectors = NoiseSchedule(), rand(2, 2, 3, 16, seed=1), rand(2, 2, 6, seed=2)
+    x = rand(2, 4, 8, 8)
+
+    def plain(order):
+        return plain_step(
+            schedule,
+            x,
+            600,
+            lambda z, steps, row: unet(z, steps, prompts[row], vectors[order[row]]),
+            cfg,
+        )
+
+    denoise = guided_denoiser(unet, schedule, *prompts, cfg, y=tuple(vectors))
+    torch.testing.assert_close(denoise(x, 600), plain([0, 1]), rtol=1e-9, atol=1e-9)
+    assert (plain([0, 1]) - plain([1, 0])).abs().max() > 1e-3
+    assert "vector conditioning" in sentence(guided_denoiser(unet, schedule, *prompts, cfg), x, 600)
 
 
 @pytest.mark.parametrize("guidance", ["cond", "both"])
-def test_retrieval_acts_on_the_rows_that_guidance_names(unet, network, guidance):
-    schedule = NoiseSchedule()
-    x, cond, uncond = rand(2, 4, 8, 8), rand(2, 3, 16, seed=1), rand(2, 3, 16, seed=2)
-    bank = network.bank(network.encode(rand(2, 4, 8, 8, seed=3), rand(2, 3, 16, seed=4)))
-    retrieval = Retrieval(network.retrieval, bank, 1.5, guidance=guidance)
-    timestep = 300
-    abar = plain_abars(schedule)[timestep]
-    z, steps = math.sqrt(abar) * x, torch.tensor([timestep] * 2)
+def test_retrieval_acts_on_the_rows_that_guidance_names(unet, network, retrieval, guidance):
+    schedule, prompts = NoiseSchedule(), rand(2, 2, 3, 16, seed=1)
+    x, timestep, hook = rand(2, 4, 8, 8), 300, retrieving(network, retrieval.bank, 1.5)
 
-    def hook(site, h):
-        return h + 1.5 * network.retrieval[site](h, bank.sites[site])
+    def predict(z, steps, row):
+        acts = row == 0 or guidance == "both"
+        return unet(z, steps, prompts[row], skip_hook=hook if acts else None)
 
-    positive = unet(z, steps, cond, skip_hook=hook)
-    negative = unet(z, steps, uncond, skip_hook=hook if guidance == "both" else None)
-    guided = negative + 3 * (positive - negative)
-    expected = (z - math.sqrt(1 - abar) * guided) / math.sqrt(abar)
-    found = guided_denoiser(unet, schedule, cond, uncond, 3.0, retrieval)(x, timestep)
+    one = replace(retrieval, strength=1.5, guidance=guidance)
+    found = guided_denoiser(unet, schedule, *prompts, 3.0, [one])(x, timestep)
+    expected = plain_step(schedule, x, timestep, predict, 3.0)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_schedule_says_at_which_steps_retrieval_acts(unet, network):
+def test_the_schedule_says_at_which_steps_retrieval_acts(unet, retrieval):
     schedule, context = NoiseSchedule(), rand(1, 3, 16)
-    bank = network.bank(network.encode(rand(1, 4, 8, 8), rand(1, 3, 16)))
-    retrieval = Retrieval(network.retrieval, bank, start=0.15, end=0.45)
     recorder = Recording(unet)
-    denoise = guided_denoiser(recorder, schedule, context, context, 1.0, retrieval)
+    some = replace(retrieval, start=0.15, end=0.45)
+    denoise = guided_denoiser(recorder, schedule, context, context, 1.0, [some])
     sample(denoise, rand(1, 4, 8, 8), schedule, 10)
-    acted = [hook is not None for *_, hook in recorder.calls]
+    acted = ["skip_hook" in hooks for *_, hooks in recorder.calls]
     # Fractions 0, 0.1, ... of the way from all noise to none.
     assert acted == [False] * 2 + [True] * 3 + [False] * 5
 
 
-def test_references_are_encoded_and_projected_once_never_in_a_step(unet, network):
-    bank = network.bank(network.encode(rand(2, 4, 8, 8), rand(2, 3, 16)))
-    calls = []
-    layers = [network.encoder.input_blocks[0]]
-    layers += [layer for site in network.retrieval.values() for layer in (site.to_k, site.to_v)]
-    handles = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
-    queries = []
-    handles += [
-        site.to_q.register_forward_hook(lambda *_: queries.append(1))
-        for site in network.retrieval.values()
+def test_a_step_costs_one_attention_a_site_and_calls_no_layer_of_the_network(
+    unet, network, retrieval
+):
+    """References are encoded and projected before sampling, and the query side is frozen."""
+    layers, attended = [], []
+    handles = [
+        module.register_forward_hook(lambda *_: layers.append(1)) for module in network.modules()
     ]
-    retrieval = Retrieval(network.retrieval, bank)
+
+    def counted(site):
+        def attend(*arguments, **named):
+            attended.append(len(arguments[0]))
+            return site.attend(*arguments, **named)
+
+        return replace(site, attend=attend)
+
+    sites = {name: counted(site) for name, site in retrieval.sites.items()}
     context = rand(1, 3, 16)
-    denoise = guided_denoiser(unet, NoiseSchedule(), context, context, 2.0, retrieval)
+    denoise = guided_denoiser(
+        unet, NoiseSchedule(), context, context, 2.0, [replace(retrieval, sites=sites)]
+    )
     sample(denoise, rand(1, 4, 8, 8), NoiseSchedule(), 3)
     for handle in handles:
         handle.remove()
-    assert calls == [] and len(queries) == 3 * len(CONFIG.site_channels())
+    assert layers == [] and attended == [1] * 3 * len(CONFIG.site_channels())
 
 
-def test_whole_sampling_without_retrieval_is_bit_for_bit_the_base(unet, network):
-    schedule, noise = NoiseSchedule(), rand(1, 4, 8, 8)
-    cond, uncond = rand(1, 3, 16, seed=1), rand(1, 3, 16, seed=2)
-    bank = network.bank(network.encode(rand(2, 4, 8, 8), rand(2, 3, 16)))
+def test_whole_sampling_without_retrieval_is_bit_for_bit_the_base(unet, retrieval):
+    schedule, noise, prompts = NoiseSchedule(), rand(1, 4, 8, 8), rand(2, 1, 3, 16, seed=1)
     fresh = RetrievalControlNet.from_base(unet.state_dict(), "paperdoll", config=CONFIG)
     fresh = fresh.double().eval().requires_grad_(False)
-    fresh_bank = fresh.bank(fresh.encode(rand(2, 4, 8, 8), rand(2, 3, 16)))
 
-    def end(retrieval):
-        denoise = guided_denoiser(unet, schedule, cond, uncond, 3.0, retrieval)
-        return sample(denoise, noise, schedule, 3)
+    def end(*applications):
+        return sample(
+            guided_denoiser(unet, schedule, *prompts, 3.0, applications), noise, schedule, 3
+        )
 
-    base = end(None)
-    assert torch.equal(end(Retrieval(network.retrieval, bank, strength=0.0)), base)
-    assert torch.equal(end(Retrieval(network.retrieval, network.bank([]))), base)
-    assert torch.equal(end(Retrieval(fresh.retrieval, fresh_bank, guidance="both")), base)
-    assert not torch.equal(end(Retrieval(network.retrieval, bank)), base)
+    base = end()
+    assert torch.equal(end(replace(retrieval, strength=0.0)), base)
+    assert torch.equal(end(replace(retrieval, bank=make_bank(join_references([]), {}, {}))), base)
+    assert torch.equal(end(replace(applied(fresh), guidance="both")), base)
+    assert not torch.equal(end(retrieval), base)
+
+
+# Several applications
+
+
+@pytest.fixture(scope="module")
+def joint(unet):
+    """A reference of noise, as the training-free mode applies it."""
+    network = TrainingFree.of(unet, "paperdoll")
+    encoded = encode_by_base(unet, NoiseSchedule(), network, rand(1, 4, 8, 8), rand(1, 3, 16))
+    bank = make_bank(join_references(encoded), None, network.site_downsampling())
+    return JointRetrieval(bank, names=name_layers(unet), timesteps=network.timesteps())
+
+
+def test_trained_and_training_free_applications_act_together(unet, network, retrieval, joint):
+    """In one denoising step, each on the rows that its own guidance names."""
+    schedule, prompts = NoiseSchedule(), rand(2, 2, 3, 16, seed=1)
+    x, skip = rand(2, 4, 8, 8), retrieving(network, retrieval.bank, 1.0)
+
+    def attend(layer, size, q, k, v, heads):
+        """The layer's own tokens and the bank's in one softmax, these 3 times as often."""
+        bank = joint.bank.sites[f"{joint.names[layer]}@500"]
+        k = torch.cat([k, bank.keys.expand(len(k), -1, -1)], 1)
+        v = torch.cat([v, bank.values.expand(len(v), -1, -1)], 1)
+        q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        shares = (q @ k.mT / q.shape[-1] ** 0.5).exp()
+        shares[..., -bank.keys.shape[1] :] *= 3
+        out = shares / shares.sum(-1, keepdim=True) @ v
+        return out.transpose(1, 2).flatten(2)
+
+    def predict(z, steps, row):
+        return unet(
+            z,
+            steps,
+            prompts[row],
+            skip_hook=None if row else skip,
+            self_attention=attend,
+        )
+
+    expected = plain_step(schedule, x, 500, predict, 2.0)
+    free = replace(joint, strength=3.0, guidance="both")
+    for applications in ([retrieval, free], [free, retrieval]):
+        found = guided_denoiser(unet, schedule, *prompts, 2.0, applications)(x, 500)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for alone in (retrieval, free):
+        found = guided_denoiser(unet, schedule, *prompts, 2.0, [alone])(x, 500)
+        assert (found - expected).abs().max() > 1e-3
 
 
 # What a retrieval refuses
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf])
-def test_a_strength_that_is_no_number_is_refused(network, strength):
-    bank = network.bank([])
-    assert str(strength) in sentence(Retrieval, network.retrieval, bank, strength)
+def test_a_strength_that_is_no_number_is_refused(strength):
+    assert str(strength) in sentence(Retrieval, Bank(), strength)
 
 
-def test_an_unknown_guidance_and_a_misshapen_region_are_refused(network):
-    bank = network.bank([])
-    assert "'all'" in sentence(Retrieval, network.retrieval, bank, guidance="all")
+def test_an_unknown_guidance_and_a_misshapen_region_are_refused():
+    assert "'all'" in sentence(Retrieval, Bank(), guidance="all")
     region = torch.ones(1, 8, 8)
-    assert "[1, 8, 8]" in sentence(Retrieval, network.retrieval, bank, region=region)
-    assert "[0, 8]" in sentence(Retrieval, network.retrieval, bank, region=region[0, :0])
+    assert "[1, 8, 8]" in sentence(Retrieval, Bank(), region=region)
+    assert "[0, 8]" in sentence(Retrieval, Bank(), region=region[0, :0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_region_works_in_every_type(network, dtype):
     made = copy.deepcopy(network).to(dtype)
-    bank = network.bank(network.encode(rand(1, 4, 8, 8), rand(1, 3, 16))).to("cpu", dtype)
     region = torch.zeros(20, 20)
     region[:, 10:] = 1
     h = rand(1, 32, 8, 8, dtype=dtype)
-    found = Retrieval(made.retrieval, bank, region=region).apply("input_0", h, [0])
+    one = applied(network)
+    one = replace(one, bank=one.bank.to("cpu", dtype), sites=freeze_sites(made), region=region)
+    found = one.add_retrieved("input_0", h, [0], 1.0)
     assert found.dtype == dtype
     assert torch.equal(found[..., :3], h[..., :3])
     assert not torch.equal(found[..., 5:], h[..., 5:])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrieval_core.bank.site_bank import project
-from retrieval_core.bank.tokens import stack
+from retrieval_core.bank.site_bank import make_bank
+from retrieval_core.bank.tokens import batch_references
 from retrieval_core.network.retrieval_site import RetrievalSite
 from retrieval_core.paperdoll.batches import READ, RetrievalBatches, render_characters
 from retrieval_core.paperdoll.judge import ATTRIBUTES
 from retrieval_core.training.attributes import AttributeReader, deeper_sites
 
-GROUPS, REFERENCES, EDGE, PARTS, WIDTH = 2, 2, 4, 3, 8
+GROUPS, REFERENCES, HEIGHT, WIDTH, PARTS, CHANNELS, HEADS = 2, 2, 5, 3, 3, 8, 2
 SIZES = {"hair": (1, 4), "upper": (2, 3)}
 
 
@@ -22,42 +22,81 @@ def rand(*shape, seed=0):
 
 def labels(rows, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(PARTS, (rows, EDGE, EDGE), generator=generator).to(torch.uint8)
+    return torch.randint(PARTS, (rows, HEIGHT, WIDTH), generator=generator).to(torch.uint8)
 
 
-@pytest.fixture
-def example():
-    layer = RetrievalSite(WIDTH, 2).double()
+def bank_of(layer, keep=None):
+    features = rand(GROUPS, REFERENCES, 1, HEIGHT * WIDTH, CHANNELS, seed=20)
+    return make_bank(batch_references({"a": features}, keep), {"a": layer}, {"a": 1})
+
+
+def example(pool=1, keep=None):
+    layer = RetrievalSite(CHANNELS, HEADS, pool=pool).double()
     with torch.no_grad():
         for i, parameter in enumerate(layer.parameters()):
             parameter.copy_(rand(*parameter.shape, seed=i))
-    bank = project(
-        stack({"a": rand(GROUPS, REFERENCES, 2, EDGE * EDGE, WIDTH, seed=20)}), {"a": layer}
-    )
     torch.manual_seed(0)
-    reader = AttributeReader({"a": WIDTH}, SIZES).double()
-    h = rand(2 * GROUPS, WIDTH, EDGE, EDGE, seed=30)
+    reader = AttributeReader({"a": CHANNELS}, SIZES).double()
+    h = rand(2 * GROUPS, CHANNELS, HEIGHT, WIDTH, seed=30)
     truths = torch.tensor([[0, 2], [0, 2], [3, 1], [3, 1]])
-    return layer, bank, reader, h, labels(2 * GROUPS, 1), labels(GROUPS * REFERENCES, 2), truths
+    target, given = labels(2 * GROUPS, 1), labels(GROUPS * REFERENCES, 2)
+    return layer, bank_of(layer, keep), reader, h, target, given, truths
 
 
 def loss(layer, bank, reader, h, target, given, truths):
     return reader.loss({"a": layer}, {"a": h}, bank, target, given, PARTS, truths)
 
 
-def plain(layer, bank, reader, h, target, given, truths):
-    """Target by target and attribute by attribute."""
-    retrieved = layer.attended(h, bank.sites["a"])
+def retrieved_at(layer, h, keys, values):
+    """[H, W, C] for one row's features h [C, H, W]: block by block, head by head, laid out again
+    by bilinear interpolation between the blocks' centres."""
+    pool, dim = layer.pool, CHANNELS // HEADS
+    rows, columns = -(-HEIGHT // pool), -(-WIDTH // pool)
+    found = torch.zeros(rows, columns, CHANNELS, dtype=torch.float64)
+    for y in range(rows):
+        for x in range(columns):
+            block = h[:, y * pool : (y + 1) * pool, x * pool : (x + 1) * pool].mean((1, 2))
+            q = layer.to_q(layer.norm_query(block))
+            for head in range(HEADS):
+                part = slice(head * dim, (head + 1) * dim)
+                weights = (keys[:, part] @ q[part] / dim**0.5).softmax(0)
+                found[y, x, part] = weights @ values[:, part]
+
+    def between(index, count):
+        at = min(max((index + 0.5) / pool - 0.5, 0), count - 1)
+        return int(at), min(int(at) + 1, count - 1), at - int(at)
+
+    out = torch.zeros(HEIGHT, WIDTH, CHANNELS, dtype=torch.float64)
+    for y in range(HEIGHT):
+        top, bottom, down = between(y, rows)
+        for x in range(WIDTH):
+            left, right, across = between(x, columns)
+            upper = (1 - across) * found[top, left] + across * found[top, right]
+            lower = (1 - across) * found[bottom, left] + across * found[bottom, right]
+            out[y, x] = (1 - down) * upper + down * lower
+    return out
+
+
+@torch.no_grad()
+def plain(layer, bank, reader, h, target, given, truths, keep=None):
+    """Target by target and attribute by attribute; masked tokens are left out beforehand."""
+    site = bank.sites["a"]
     weight, bias = reader.heads["a"].weight, reader.heads["a"].bias
     means, start = [], 0
     for index, (part, count) in enumerate(SIZES.values()):
         rows = []
         for row in range(len(h)):
-            shown = given.view(GROUPS, -1)[row // 2]
-            places = target[row].flatten() == part
-            if not bool((shown == part).any()) or not bool(places.any()):
+            group = row // 2
+            usable = torch.ones(REFERENCES * HEIGHT * WIDTH, dtype=torch.bool)
+            if keep is not None:
+                usable = keep["a"][group].flatten()
+            shown = given.view(GROUPS, -1)[group][usable]
+            usable = torch.cat([torch.tensor([True]), usable])  # the null token
+            keys, values = site.keys[group][usable], site.values[group][usable]
+            inside = target[row] == part
+            if not bool((shown == part).any()) or not bool(inside.any()):
                 continue
-            mean = retrieved[row][places].mean(0)
+            mean = retrieved_at(layer, h[row], keys, values)[inside].mean(0)
             mean = (mean - mean.mean()) / (mean.var(correction=0) + 1e-5).sqrt()
             logits = weight[start : start + count] @ mean + bias[start : start + count]
             rows.append(-logits.log_softmax(0)[truths[row, index]])
@@ -66,16 +105,22 @@ def plain(layer, bank, reader, h, target, given, truths):
     return torch.stack(means).mean()
 
 
-def test_it_is_the_cross_entropy_of_what_was_retrieved_at_each_part(example):
-    torch.testing.assert_close(loss(*example), plain(*example), rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_it_is_the_cross_entropy_of_what_was_retrieved_at_each_part(pool, masked):
+    keep = None
+    if masked:
+        keep = {"a": rand(GROUPS, REFERENCES, HEIGHT * WIDTH, seed=9) > 0}
+    case = example(pool, keep)
+    torch.testing.assert_close(loss(*case).detach(), plain(*case, keep), rtol=1e-9, atol=1e-9)
 
 
-def test_a_part_that_no_reference_shows_is_not_asked_for(example):
-    layer, bank, reader, h, target, given, truths = example
+def test_a_part_that_no_reference_shows_is_not_asked_for():
+    layer, bank, reader, h, target, given, truths = example()
     given = given.clone()
     given[:2][given[:2] == 1] = 0  # the first bank shows no hair
     ours = loss(layer, bank, reader, h, target, given, truths)
-    torch.testing.assert_close(ours, plain(layer, bank, reader, h, target, given, truths))
+    torch.testing.assert_close(ours.detach(), plain(layer, bank, reader, h, target, given, truths))
     wrong = truths.clone()
     wrong[:2, 0] = 1
     assert torch.equal(ours, loss(layer, bank, reader, h, target, given, wrong))
@@ -83,22 +128,19 @@ def test_a_part_that_no_reference_shows_is_not_asked_for(example):
     assert not torch.equal(ours, loss(layer, bank, reader, h, target, given, wrong))
 
 
-def test_references_that_were_all_dropped_cost_nothing_and_leave_gradients_finite(example):
-    layer, _, reader, h, target, given, truths = example
-    tokens = {"a": rand(GROUPS, REFERENCES, 2, EDGE * EDGE, WIDTH, seed=20)}
-    dropped = {"a": torch.zeros(GROUPS, REFERENCES, EDGE * EDGE, dtype=torch.bool)}
-    bank = project(stack(tokens, dropped), {"a": layer})
-    value = loss(layer, bank, reader, h, target, given, truths)
+def test_references_that_were_all_dropped_cost_nothing_and_leave_gradients_finite():
+    layer, _, reader, h, target, given, truths = example()
+    dropped = {"a": torch.zeros(GROUPS, REFERENCES, HEIGHT * WIDTH, dtype=torch.bool)}
+    value = loss(layer, bank_of(layer, dropped), reader, h, target, given, truths)
     value.backward()
     assert float(value.detach()) == 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_it_reaches_the_values_and_the_attention(example):
-    layer, _, reader, h, target, given, truths = example
-    features = rand(GROUPS, REFERENCES, 1, EDGE * EDGE, WIDTH, seed=5)
-    bank = project(stack({"a": features}), {"a": layer})
-    loss(layer, bank, reader, h, target, given, truths).backward()
+def test_it_reaches_the_values_and_the_attention():
+    case = example()
+    loss(*case).backward()
+    layer = case[0]
     for weight in (layer.to_q.weight, layer.to_k.weight, layer.to_v.weight):
         assert weight.grad.abs().sum() > 0
     assert layer.zero_conv.weight.grad is None

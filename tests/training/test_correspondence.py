@@ -10,8 +10,8 @@ import pytest
 import torch
 from refusal import sentence
 
-from retrieval_core.bank.site_bank import project
-from retrieval_core.bank.tokens import stack
+from retrieval_core.bank.site_bank import make_bank
+from retrieval_core.bank.tokens import batch_references
 from retrieval_core.data import Sample, reference
 from retrieval_core.data.augment import View
 from retrieval_core.network.retrieval_site import RetrievalSite
@@ -26,32 +26,35 @@ from retrieval_core.paperdoll.world import (
 )
 from retrieval_core.training import correspondence as c
 
-GROUPS, REFERENCES, EDGE, PARTS = 2, 2, 4, 3
+GROUPS, REFERENCES, HEIGHT, WIDTH, PARTS, CHANNELS, HEADS = 2, 2, 5, 3, 3, 8, 2
+POSITIONS = HEIGHT * WIDTH
 
 
 def rand(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def site(channels=8, heads=2):
-    made = RetrievalSite(channels, heads).double()
+def site(pool=1):
+    made = RetrievalSite(CHANNELS, HEADS, pool=pool).double()
     with torch.no_grad():
         for i, parameter in enumerate(made.parameters()):
             parameter.copy_(rand(*parameter.shape, seed=i))
     return made
 
 
-def labels(rows, seed, edge=EDGE, parts=PARTS):
+def labels(rows, seed):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(parts, (rows, edge, edge), generator=generator).to(torch.uint8)
+    return torch.randint(PARTS, (rows, HEIGHT, WIDTH), generator=generator).to(torch.uint8)
 
 
-def example(keep=None, seed=0):
-    layer = site()
-    tokens = {"a": rand(GROUPS, REFERENCES, 2, EDGE * EDGE, 8, seed=seed + 20)}
-    bank = project(stack(tokens, keep), {"a": layer})
-    h = rand(2 * GROUPS, 8, EDGE, EDGE, seed=seed + 30)
-    return layer, bank, h
+def bank_of(layer, features, keep=None):
+    return make_bank(batch_references({"a": features}, keep), {"a": layer}, {"a": 1})
+
+
+def example(keep=None, pool=1):
+    layer = site(pool)
+    bank = bank_of(layer, rand(GROUPS, REFERENCES, 1, POSITIONS, CHANNELS, seed=20), keep)
+    return layer, bank, rand(2 * GROUPS, CHANNELS, HEIGHT, WIDTH, seed=30)
 
 
 def loss(layer, bank, h, target, given, parts=PARTS, seed=0):
@@ -59,39 +62,42 @@ def loss(layer, bank, h, target, given, parts=PARTS, seed=0):
     return c.correspondence_loss({"a": layer}, [h], bank, target, given, parts, generator)
 
 
+@torch.no_grad()
 def plain(layer, bank, h, target, given, keep=None):
-    """Place by place, with every place looked at."""
-    keys, total, places = bank.sites["a"].keys, 0.0, EDGE * EDGE
+    """Position by position, all of them; a pooled query is that of its block's mean."""
+    keys, total, pool, dim = bank.sites["a"].keys, 0.0, layer.pool, CHANNELS // HEADS
     for group in range(GROUPS):
-        usable = torch.ones(REFERENCES * places, dtype=torch.bool)
+        usable = torch.ones(REFERENCES * POSITIONS, dtype=torch.bool)
         if keep is not None:
             usable = keep["a"][group].flatten()
         shown = given.view(GROUPS, -1)[group]
-        for row in range(2):
-            index = group * 2 + row
-            tokens = layer.to_q(layer.norm_query(h[index].flatten(1).T))
-            for place in range(places):
+        for row in (2 * group, 2 * group + 1):
+            for position in range(POSITIONS):
+                top, left = (edge // pool * pool for edge in divmod(position, WIDTH))
+                block = h[row, :, top : top + pool, left : left + pool].mean((1, 2))
+                query = layer.to_q(layer.norm_query(block))
                 weights = torch.zeros(1 + len(usable), dtype=torch.float64)
-                for head in range(2):
-                    part = slice(4 * head, 4 * head + 4)
-                    logits = keys[group][:, part] @ tokens[place, part] / 2.0
+                for head in range(HEADS):
+                    part = slice(dim * head, dim * (head + 1))
+                    logits = keys[group][:, part] @ query[part] / dim**0.5
                     logits[1:][~usable] = -math.inf
-                    weights += logits.softmax(0) / 2
-                wanted = int(target[index].flatten()[place])
+                    weights += logits.softmax(0) / HEADS
+                wanted = int(target[row].flatten()[position])
                 if wanted == 0 or not bool((usable & (shown == wanted)).any()):
                     share = weights[0]
                 else:
                     share = weights[1:][shown == wanted].sum()
-                total -= math.log(float(share.detach()) + 1e-3)
-    return total / (GROUPS * 2 * places)
+                total -= math.log(float(share) + 1e-3)
+    return total / (GROUPS * 2 * POSITIONS)
 
 
+@pytest.mark.parametrize("pool", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_it_is_the_cross_entropy_of_the_parts_shares(masked):
+def test_it_is_the_cross_entropy_of_the_parts_shares(masked, pool):
     keep = None
     if masked:
-        keep = {"a": rand(GROUPS, REFERENCES, EDGE * EDGE, seed=9) > 0}
-    layer, bank, h = example(keep)
+        keep = {"a": rand(GROUPS, REFERENCES, POSITIONS, seed=9) > 0}
+    layer, bank, h = example(keep, pool)
     target, given = labels(2 * GROUPS, 1), labels(GROUPS * REFERENCES, 2)
     given[:2][given[:2] == 2] = 1  # the first bank does not show part 2
     ours = float(loss(layer, bank, h, target, given).detach())
@@ -101,16 +107,15 @@ def test_it_is_the_cross_entropy_of_the_parts_shares(masked):
 def test_training_on_it_finds_the_parts():
     """Features that name their part: within a few steps attention goes where they agree."""
     target, given = labels(2 * GROUPS, 1), labels(GROUPS * REFERENCES, 2)
-    codes = rand(PARTS, 8, seed=5)
+    codes = rand(PARTS, CHANNELS, seed=5)
     h = codes[target.long()].movedim(-1, 1).contiguous()
-    layer = RetrievalSite(8, 2).double()
+    layer = RetrievalSite(CHANNELS, HEADS).double()
     layer.initialise(torch.Generator().manual_seed(0))
-    features = codes[given.long()].view(GROUPS, REFERENCES, 1, EDGE * EDGE, 8)
+    features = codes[given.long()].view(GROUPS, REFERENCES, 1, POSITIONS, CHANNELS)
     optimizer = torch.optim.Adam(layer.parameters(), 0.02)
 
     def now():
-        bank = project(stack({"a": features}), {"a": layer})
-        return loss(layer, bank, h, target, given)
+        return loss(layer, bank_of(layer, features), h, target, given)
 
     before = float(now().detach())
     for _ in range(60):
@@ -120,7 +125,7 @@ def test_training_on_it_finds_the_parts():
     assert before > 1.0 and float(now().detach()) < 0.3 * before
 
 
-def test_places_are_drawn_from_the_generator_alone(monkeypatch):
+def test_positions_are_drawn_from_the_generator_alone(monkeypatch):
     monkeypatch.setattr(c, "QUERIES", 5)
     layer, bank, h = example()
     target, given = labels(2 * GROUPS, 1), labels(GROUPS * REFERENCES, 2)

@@ -8,10 +8,15 @@ from refusal import sentence
 
 from retrieval_core.files import save_safetensors
 from retrieval_core.paperdoll.batches import READ_SIZES, CriticBatches, render_characters
-from retrieval_core.paperdoll.bundle import BASE_FILE, bundled
+from retrieval_core.paperdoll.bundle import BASE_FILE, bundled, load_bundle
 from retrieval_core.paperdoll.model import load_base
 from retrieval_core.paperdoll.train import load_critic
-from retrieval_core.paperdoll.trainees import CriticTraining
+from retrieval_core.paperdoll.trainees import (
+    CriticTraining,
+    PaperdollRetrieval,
+    RetrievalOptions,
+    new_critic,
+)
 from retrieval_core.training.critic import NOISE, Critic, undecided
 
 CHANNELS, SIZE, ROWS = 6, 8, 5
@@ -104,6 +109,15 @@ def test_it_learns_to_read_the_worlds_latents():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_frozen_models_follow_training_to_another_device_and_are_not_trained():
+    bundle = load_bundle()
+    critic = new_critic(bundle.base).requires_grad_(False)
+    owner = PaperdollRetrieval(bundle.base, bundle.network, RetrievalOptions(), critic).to("meta")
+    frozen = [*owner.critic.parameters(), *owner.text.parameters(), *owner.vae.buffers()]
+    assert frozen and all(tensor.device.type == "meta" for tensor in frozen)
+    assert not any(parameter.requires_grad for parameter in frozen)
 
 
 def test_pairs_are_of_one_character_and_its_truth():

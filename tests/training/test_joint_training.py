@@ -8,10 +8,15 @@ import pytest
 import torch
 from refusal import sentence
 
+from retrieval_core.bank.encoding import encode_references
+from retrieval_core.bank.site_bank import make_network_bank
+from retrieval_core.bank.tokens import join_references
 from retrieval_core.data import Sample, reference
 from retrieval_core.data.prepare import prepare
 from retrieval_core.network.controlnet import Card, RetrievalControlNet, load
 from retrieval_core.network.unet import UNet, UNetConfig
+from retrieval_core.sampling.applications import Applications, Retrieval
+from retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_core.training import pairs
 from retrieval_core.training.objective import latent_mask, retrieval_loss
@@ -85,6 +90,12 @@ class Batch:
         return model.loss(
             bank, self.latents, self.context, generator, self.content, self.face, **more
         )
+
+
+def sampling_hook(network, bank):
+    """Adds what sampling adds to every row at strength 1."""
+    retrieval = Retrieval(bank, guidance="both", sites=freeze_sites(network))
+    return Applications([retrieval]).hooks([0], 0.5)["skip_hook"]
 
 
 def copies(module):
@@ -162,7 +173,7 @@ def test_at_the_start_the_prediction_is_the_base_models():
 
 @pytest.mark.parametrize("face_weight", [0.0, 2.5])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_the_loss_is_its_parts_put_together_by_hand(prediction, face_weight):
+def test_the_loss_is_eq_1_of_what_sampling_predicts_row_by_row(prediction, face_weight):
     model, batch = trainee(face_weight=face_weight), Batch()
     model.schedule = schedule = NoiseSchedule(prediction=prediction)
     batch.used[1, 0] = False
@@ -180,18 +191,16 @@ def test_the_loss_is_its_parts_put_together_by_hand(prediction, face_weight):
                 if batch.used[group, i % REFERENCES]
             ]  # fmt: skip
             encoded = [
-                model.network.encode(
+                encode_references(
+                    model.network,
                     batch.references[i : i + 1],
                     batch.reference_context[i : i + 1],
                     masks=[batch.masks[i].float()],
                 )[0]
                 for i in chosen
             ]
-            bank = model.network.bank(encoded)
-
-            def hook(site, h, bank=bank):
-                return h + model.network.retrieval[site](h, bank.sites[site])
-
+            bank = make_network_bank(model.network, join_references(encoded))
+            hook = sampling_hook(model.network, bank)
             abar = float(schedule.alphas_cumprod()[times[row]])
             x0, noise = batch.latents[row : row + 1], eps[row : row + 1]
             noised = math.sqrt(abar) * x0 + math.sqrt(1 - abar) * noise
@@ -247,7 +256,7 @@ def test_a_dropped_reference_cannot_influence_the_loss():
     for gradient in (batch.references.grad, batch.reference_context.grad):
         assert not gradient[1].any()
         assert all(gradient[i].any() for i in (0, 2, 3))
-    with torch.no_grad():  # without gradients both matrices are one: compare like with like
+    with torch.no_grad():
         loss = batch.loss(model)["loss"]
         batch.references[1] += 100
         batch.reference_context[1] -= 50
@@ -357,12 +366,15 @@ def test_finished_has_the_averaged_weights_and_leaves_the_trainee_alone(tmp_path
     assert changed(model, before) == set()
     assert all(torch.equal(a, averages[n]) for n, a in trainer.ema_state_dict().items())
     assert not finished.training and not any(p.requires_grad for p in finished.parameters())
-    own = finished.state_dict()
+    own, base = finished.state_dict(), base_model().state_dict()
     for name, value in averages.items():
         where, key = name.split(".", 1)
-        assert torch.equal((own if where == "network" else finished.decoder)[key], value), name
+        if where == "network":
+            assert torch.equal(own[key], value), name
+        else:
+            assert torch.equal(finished.decoder[key], value - base[key]), name
         assert not torch.equal(value, before[name]) or not value.any(), name
-    decoder = {n for n in model.unet.state_dict() if n.startswith(("output_blocks.", "out."))}
+    decoder = {n for n in base if n.startswith(("output_blocks.", "out."))}
     assert set(finished.decoder) == decoder
     with torch.no_grad():
         for parameter in model.parameters():
@@ -373,18 +385,25 @@ def test_finished_has_the_averaged_weights_and_leaves_the_trainee_alone(tmp_path
     patched = finished.apply_decoder(base_model())
     x, at, context = batch.latents, torch.tensor([500] * len(batch.latents)), batch.context
     with trainer.ema_weights(), torch.no_grad():
-        bank = batch.bank(model)
-
-        def hook(site, h):
-            return h + finished.retrieval[site](h, bank.sites[site])
-
+        hook = sampling_hook(finished, batch.bank(model))
         expected = model.unet(x, at, context, skip_hook=hook)
-        assert torch.equal(patched(x, at, context, skip_hook=hook), expected)
+        found = patched(x, at, context, skip_hook=hook)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     path = tmp_path / "net.safetensors"
     finished.save(path)
     loaded = load(path, "paperdoll", dtype=torch.float64)
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in finished.state_dict().items())
     assert all(torch.equal(loaded.decoder[k], v) for k, v in finished.decoder.items())
+    assert loaded.decoder_is_difference
+
+
+def test_a_finished_decoder_is_a_difference_though_training_went_on_from_a_whole_one():
+    """A file of version 1 holds a whole decoder, which replaces the base's."""
+    model = trainee()
+    model.network.decoder_is_difference = False
+    finished = model.finished({})
+    assert finished.decoder_is_difference
+    assert finished.decoder and not any(value.any() for value in finished.decoder.values())
 
 
 @pytest.mark.parametrize("lock", ["lock_decoder", "lock_both"])
@@ -462,7 +481,7 @@ def test_the_critic_reads_what_is_drawn_and_is_not_trained():
     assert not torch.equal(losses(other)["drawn"], ours["drawn"])
     (ours["loss"] - without["loss"]).backward()
     assert model.unet.out[2].weight.grad.abs().max() > 0
-    assert not any("critic" in name for name, _ in model.named_parameters())
+    assert not any(parameter.requires_grad for parameter in model.critic.parameters())
 
 
 def test_channel_weights_count_errors_by_channel():
@@ -480,14 +499,14 @@ def test_channel_weights_count_errors_by_channel():
 
 def test_rows_are_joined_two_by_two_and_split_again():
     rows = rand(4 * 3, 2, 5, 4)
-    wide = pairs.join(rows, 4)
+    wide = pairs.join_halves(rows, 4)
     assert wide.shape == (6, 2, 5, 8)
     assert torch.equal(wide[1], torch.cat([rows[1], rows[4]], -1))  # targets of groups 0 and 1
     assert torch.equal(wide[3], torch.cat([rows[6], rows[9]], -1))
-    assert torch.equal(pairs.split(wide, 4), rows)
+    assert torch.equal(pairs.split_halves(wide, 4), rows)
     values = torch.arange(12)
-    assert pairs.lefts(values, 4).tolist() == [0, 1, 2, 6, 7, 8]
-    assert pairs.both_as_left(values, 4).tolist() == [0, 1, 2] * 2 + [6, 7, 8] * 2
+    assert pairs.take_left(values, 4).tolist() == [0, 1, 2, 6, 7, 8]
+    assert pairs.copy_left_to_right(values, 4).tolist() == [0, 1, 2] * 2 + [6, 7, 8] * 2
 
 
 def test_the_loss_of_pairs_is_put_together_by_hand():
@@ -501,24 +520,21 @@ def test_the_loss_of_pairs_is_put_together_by_hand():
         eps = torch.randn(batch.latents.shape, generator=generator).double()
         noised = model.schedule.noised(batch.latents, eps, steps)
         target = model.schedule.target(batch.latents, eps, steps)
-        keep = [
+        banks = [
             model.bank(
                 batch.references[part], batch.reference_context[part], batch.used[i : i + 1],
                 batch.masks[part],
             )
             for i, part in enumerate((slice(0, REFERENCES), slice(REFERENCES, 2 * REFERENCES)))
         ]  # fmt: skip
-        total = []
+        hooks, total = [sampling_hook(model.network, bank) for bank in banks], []
+
+        def hook(site, h):
+            halves = [own(site, half) for own, half in zip(hooks, h.chunk(2, -1))]
+            return torch.cat(halves, -1)
+
         for t in range(TARGETS):
             left, right = t, TARGETS + t
-
-            def hook(site, h):
-                halves = [
-                    half + model.network.retrieval[site](half, bank.sites[site])
-                    for half, bank in zip(h.chunk(2, -1), keep)
-                ]
-                return torch.cat(halves, -1)
-
             x = torch.cat([noised[left], noised[right]], -1)[None]
             text = batch.context[left : left + 1]
             total.append(model.unet(x, steps[left : left + 1], text, skip_hook=hook))

@@ -10,26 +10,26 @@ import torch
 from plain_unet import PlainUNet
 from refusal import sentence
 
-from retrieval_core.bank.bank_file import load_references, save_references
-from retrieval_core.bank.site_bank import project
-from retrieval_core.bank.tokens import stack
+from retrieval_core.bank.bank_file import describe_maker, load_references, save_references
+from retrieval_core.bank.site_bank import Bank, make_bank
+from retrieval_core.bank.tokens import batch_references, join_references
 from retrieval_core.files import read_safetensors, save_safetensors
 from retrieval_core.network.controlnet import Card, RetrievalControlNet
 from retrieval_core.network.unet import SD15, SDXL, UNet, UNetConfig, attention
+from retrieval_core.sampling.applications import Applications
 from retrieval_core.sampling.controls import StrengthCurve
+from retrieval_core.sampling.joint_attention import Source, attend_chunks, attend_to
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
+from retrieval_core.sampling.regions import region_at
 from retrieval_core.sampling.sampler import guided_denoiser, sample
 from retrieval_core.training_free import (
     LAYER_CHOICES,
     JointRetrieval,
-    Source,
     TrainingFree,
-    attend_chunks,
-    attend_to,
     choose_layers,
-    encode,
+    encode_by_base,
     fixed_noise,
-    layer_modules,
+    name_layers,
     record,
     self_attention_layers,
 )
@@ -65,22 +65,23 @@ def network(unet):
 
 def encoded(unet, network, count=2, **kw):
     latents, context = rand(count, 4, 8, 8, seed=3), rand(count, 3, 16, seed=4)
-    return encode(unet, SCHEDULE, network, latents, context, **kw)
+    return encode_by_base(unet, SCHEDULE, network, latents, context, **kw)
+
+
+def bank_of(network, references):
+    return make_bank(join_references(references), None, network.site_downsampling())
 
 
 def retrieval(unet, network, references, strength=1.0, **kw):
-    return JointRetrieval(
-        layer_modules(unet),
-        network.bank(references),
-        strength,
-        timesteps=network.timesteps(),
-        **kw,
-    )
+    bank, timesteps = bank_of(network, references), network.timesteps()
+    return JointRetrieval(bank, strength, names=name_layers(unet), timesteps=timesteps, **kw)
 
 
-def run(unet, hook=None, rows=1):
+def run(unet, *applications, rows=1, kinds=(0,), progress=0.5):
+    """The U-Net's prediction for noise, whose chunks are conditional (0) or not (1)."""
     x, context = rand(rows, 4, 8, 8, seed=7), rand(rows, 3, 16, seed=8)
-    return unet(x, torch.full((rows,), 500), context, self_attention=hook)
+    hooks = Applications(applications).hooks(kinds, progress)
+    return unet(x, torch.full((rows,), 500), context, **hooks)
 
 
 # The layers.
@@ -89,7 +90,7 @@ def run(unet, hook=None, rows=1):
 @pytest.mark.parametrize(("config", "count"), [(CONFIG, 8), (SD15, 16), (SDXL, 70)])
 def test_the_layers_are_the_modules_self_attention(config, count):
     with torch.device("meta"):
-        modules = layer_modules(UNet(config))
+        modules = {name: module for module, name in name_layers(UNet(config)).items()}
     layers = self_attention_layers(config)
     assert list(modules) == list(layers) and len(layers) == count
     for name, layer in layers.items():
@@ -97,14 +98,13 @@ def test_the_layers_are_the_modules_self_attention(config, count):
 
 
 def test_each_layer_has_the_downsampling_that_it_is_told(unet):
-    seen = {}
-    names = {module: name for name, module in layer_modules(unet).items()}
+    seen, names = {}, name_layers(unet)
 
     def hook(layer, size, q, k, v, heads):
         seen[names[layer]] = size
         return layer.attend(q, k, v, heads)
 
-    run(unet, hook)
+    unet(rand(1, 4, 8, 8), torch.tensor([500]), rand(1, 3, 16), self_attention=hook)
     factors = {name: layer.downsampling for name, layer in self_attention_layers(CONFIG).items()}
     assert seen == {name: (8 // factor, 8 // factor) for name, factor in factors.items()}
 
@@ -128,38 +128,42 @@ def test_bad_choices_are_refused_in_one_sentence(unet):
     assert "'input_9'" in sentence(choose_layers, CONFIG, "middle, input_9")
     assert "'decoder' matches none" in sentence(choose_layers, shallow, "decoder")
     assert "0 noise levels" in sentence(TrainingFree, CONFIG, "paperdoll", "", "all", 0)
-    assert "strength -1" in sentence(JointRetrieval, {}, None, -1.0)
+    assert "strength -1" in sentence(JointRetrieval, Bank(), -1.0)
 
 
 # The arithmetic.
 
 
 def plain_joint(q, k, v, heads, sources):
-    """(own + sum_i r_i (joint_i - own)) of one row and place at a time; weights multiply exp."""
-    rows, places, width = q.shape
-    dim = width // heads
-    out = torch.zeros(rows, places, width, dtype=torch.float64)
+    """own + sum_i r_i (joint_i - own) of one row and position at a time; weights multiply exp.
 
-    def attended(row, place, head, tokens):
+    Regions that together exceed 1 at a position are scaled down to a sum of 1.
+    """
+    rows, positions, width = q.shape
+    dim = width // heads
+    out = torch.zeros(rows, positions, width, dtype=torch.float64)
+
+    def attended(row, position, head, tokens):
         part = slice(head * dim, (head + 1) * dim)
         total, result = 0.0, torch.zeros(dim, dtype=torch.float64)
         for key, value, weight in tokens:
-            share = weight * math.exp(float(q[row, place, part] @ key[part]) / math.sqrt(dim))
+            share = weight * math.exp(float(q[row, position, part] @ key[part]) / math.sqrt(dim))
             total, result = total + share, result + share * value[part]
         return result / total
 
     for row in range(rows):
         own = [(k[row, i], v[row, i], 1.0) for i in range(k.shape[1])]
-        for place in range(places):
+        for position in range(positions):
+            shares = [1.0 if r is None else float(r[position]) for *_, r in sources]
             for head in range(heads):
-                base = attended(row, place, head, own)
+                base = attended(row, position, head, own)
                 result = base.clone()
-                for keys, values, weights, region in sources:
+                for (keys, values, weights, _), share in zip(sources, shares, strict=True):
                     group = row * len(keys) // rows
                     more = list(zip(keys[group], values[group], weights[group], strict=True))
-                    share = 1.0 if region is None else float(region[place])
-                    result += share * (attended(row, place, head, own + more) - base)
-                out[row, place, head * dim : (head + 1) * dim] = result
+                    joint = attended(row, position, head, own + more)
+                    result += share / max(1.0, sum(shares)) * (joint - base)
+                out[row, position, head * dim : (head + 1) * dim] = result
     return out
 
 
@@ -198,13 +202,14 @@ def test_statistics_matching_against_plain_float64(banks):
 
 
 @pytest.mark.parametrize(
-    "case", ["one", "weights", "soft region", "two overlapping", "banks side by side"]
+    "case",
+    ["one", "weights", "soft region", "two overlapping", "three everywhere", "a batch of banks"],
 )
 def test_joint_attention_against_plain_float64(case):
     q, k, v = (double(2, 6, 8, seed=i) for i in range(3))
-    banks = 2 if case == "banks side by side" else 1
+    banks = 2 if case == "a batch of banks" else 1
     plain, sources = [], []
-    for i in range(2 if case == "two overlapping" else 1):
+    for i in range({"two overlapping": 2, "three everywhere": 3}.get(case, 1)):
         keys, values = double(banks, 5, 8, seed=10 + i), double(banks, 5, 8, seed=20 + i)
         weights = torch.ones(banks, 5, dtype=torch.float64)
         if case != "one":
@@ -219,7 +224,16 @@ def test_joint_attention_against_plain_float64(case):
     torch.testing.assert_close(found, plain_joint(q, k, v, 2, plain), rtol=1e-9, atol=1e-9)
 
 
-def test_rows_without_sources_and_places_outside_are_untouched():
+@pytest.mark.parametrize("region", [None, torch.tensor([0, 1, 0.4, 1, 0.7, 0.5])])
+def test_three_equal_banks_count_as_one_of_the_same_weight(region):
+    q, k, v = (double(2, 6, 8, seed=i) for i in range(3))
+    one = Source(*(double(1, 5, 8, seed=i) for i in (10, 11)), double(1, 5, seed=12), region)
+    whole = None if region is None else (3 * region).clamp_max(1)
+    expected = attend_to(attention, q, k, v, 2, [replace(one, region=whole)])
+    torch.testing.assert_close(attend_to(attention, q, k, v, 2, [one] * 3), expected)
+
+
+def test_rows_without_sources_and_positions_outside_are_untouched():
     q, k, v = (rand(4, 6, 8, seed=i) for i in range(3))
     own = attention(q, k, v, 2)
     region = torch.tensor([0, 0, 0, 1, 1, 0.5])
@@ -239,59 +253,83 @@ def test_rows_without_sources_and_places_outside_are_untouched():
 class PlainJointUNet(PlainUNet):
     """Notes what each self-attention sees, or attends to what was noted; in float64."""
 
-    bank: dict | None = None  # name -> list of (tokens [M, C] that are projected here, weight)
+    # Of each application: its region, and name -> list of (tokens [M, C] projected here, weight).
+    banks: list | None = None
 
     def attention(self, x, context, name):
         if not name.endswith(".attn1"):
             return super().attention(x, context, name)
-        if self.bank is None:
+        if self.banks is None:
             self.noted[name] = x
             return super().attention(x, context, name)
-        q, heads = self.linear(x, name + ".to_q"), self.heads(x.shape[-1])
-        tokens = [(x, 1.0)] + [(t[None].expand(len(x), -1, -1), w) for t, w in self.bank[name]]
-        both = torch.cat([t for t, _ in tokens], 1)
-        weights = torch.cat([torch.full((t.shape[1],), w) for t, w in tokens]).double()
+        edge = math.isqrt(x.shape[1])
+        regions = [region_at(r, x.new_empty(1, 1, edge, edge)).view(-1, 1) for r, _ in self.banks]
+        total = sum(regions).clamp_min(1)
+        own = out = self.attend(x, [], name)
+        for region, (_, bank) in zip(regions, self.banks, strict=True):
+            out = out + region / total * (self.attend(x, bank[name], name) - own)
+        return self.linear(out, name + ".to_out.0")
+
+    def attend(self, x, bank, name):
+        """x [1, N, C] to itself and to tokens that count as often as they weigh."""
+        tokens = [(x[0], 1.0), *bank]
+        both = torch.cat([t for t, _ in tokens])[None]
+        weights = torch.cat([torch.full((len(t),), w) for t, w in tokens]).double()
+        q = self.linear(x, name + ".to_q")
         k, v = self.linear(both, name + ".to_k"), self.linear(both, name + ".to_v")
+        heads = self.heads(x.shape[-1])
         dim, outputs = x.shape[-1] // heads, []
         for head in range(heads):
             part = slice(head * dim, (head + 1) * dim)
             shares = torch.exp(q[..., part] @ k[..., part].mT / math.sqrt(dim)) * weights
             outputs.append(shares / shares.sum(2, keepdim=True) @ v[..., part])
-        return self.linear(torch.cat(outputs, 2), name + ".to_out.0")
+        return torch.cat(outputs, 2)
 
 
-def test_the_whole_mode_against_a_plain_float64_unet():
-    """Reference noised, read, masked, weighted, attended to: as the formulas have it."""
+def half(left, width=8):
+    region = torch.zeros(8, 8)
+    region[:, slice(0, width) if left else slice(8 - width, 8)] = 1
+    return region
+
+
+@pytest.mark.parametrize(
+    "regions", [[None], [half(True, 4), half(False, 4)], [half(True, 6), half(False, 5)]]
+)
+def test_the_whole_mode_against_a_plain_float64_unet(regions):
+    """References noised, read, masked, weighted, attended to in their regions: by the formulas."""
     unet = random_unet(0, torch.float64)
     network = TrainingFree.of(unet, "paperdoll", levels=2)
     mask = torch.zeros(8, 8)
     mask[2:5, 1:7] = 1
-    latents, context = double(2, 4, 8, 8, seed=3), double(2, 3, 16, seed=4)
-    weights, strength, level = (1.0, 0.4), 2.5, 750
-    references = encode(unet, SCHEDULE, network, latents, context, None, [None, mask], weights)
-    hook = retrieval(unet, network, references, strength).hook([0], 1 - 700 / 999)
-    x, text = double(1, 4, 8, 8, seed=7), double(1, 3, 16, seed=8)
-    found = unet(x, torch.tensor([700]), text, self_attention=hook)
-
+    masks, weights, strengths, level = [None, mask], (1.0, 0.4), (2.5, 0.7), 750
     plain = PlainJointUNet(unet.state_dict(), CONFIG.heads)
-    bank: dict = {}
     abar = float(SCHEDULE.alphas_cumprod()[level])
-    for i, weight in enumerate(weights):
-        plain.noted = {}
-        noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
-        noised = math.sqrt(abar) * latents[i] + math.sqrt(1 - abar) * noise
-        plain(noised[None], torch.tensor([level]), context[i : i + 1])
-        for name, tokens in plain.noted.items():
-            edge = math.isqrt(tokens.shape[1])
-            step = 8 // edge
-            kept = [
-                y * edge + x
-                for y in range(edge)
-                for x in range(edge)
-                if i == 0 or bool(mask[y * step : (y + 1) * step, x * step : (x + 1) * step].any())
-            ]
-            bank.setdefault(name, []).append((tokens[0, kept], weight * strength))
-    plain.bank = bank
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    applications, banks = [], []
+    for a, (region, strength) in enumerate(zip(regions, strengths)):
+        latents, context = double(2, 4, 8, 8, seed=30 + a), double(2, 3, 16, seed=40 + a)
+        references = encode_by_base(unet, SCHEDULE, network, latents, context, None, masks, weights)
+        applications.append(retrieval(unet, network, references, strength, region=region))
+        bank: dict = {}
+        for i, weight in enumerate(weights):
+            plain.noted = {}
+            noised = math.sqrt(abar) * latents[i] + math.sqrt(1 - abar) * noise
+            plain(noised[None], torch.tensor([level]), context[i : i + 1])
+            for name, tokens in plain.noted.items():
+                edge = math.isqrt(tokens.shape[1])
+                step = 8 // edge
+                kept = [
+                    y * edge + x
+                    for y in range(edge)
+                    for x in range(edge)
+                    if i == 0 or mask[y * step : (y + 1) * step, x * step : (x + 1) * step].any()
+                ]
+                bank.setdefault(name, []).append((tokens[0, kept], weight * strength))
+        banks.append((torch.ones(8, 8) if region is None else region, bank))
+    hooks = Applications(applications).hooks([0], 1 - 700 / 999)
+    x, text = double(1, 4, 8, 8, seed=7), double(1, 3, 16, seed=8)
+    found = unet(x, torch.tensor([700]), text, **hooks)
+    plain.banks = banks
     # The timestep's embedding is float32 by design, and all that separates the two.
     torch.testing.assert_close(found, plain(x, torch.tensor([700]), text), rtol=1e-4, atol=1e-5)
     assert (found - unet(x, torch.tensor([700]), text)).abs().max() > 1e-3
@@ -313,15 +351,15 @@ def test_strength_zero_empty_bank_and_outside_the_schedule_are_bit_for_bit_the_b
         ),
     }
     for name, one in off.items():
-        assert torch.equal(run(unet, one.hook([0], 0.5)), base), name
-    assert not torch.equal(run(unet, retrieval(unet, network, references).hook([0], 0.5)), base)
+        assert torch.equal(run(unet, one), base), name
+    assert not torch.equal(run(unet, retrieval(unet, network, references)), base)
 
 
 def test_a_weight_counts_as_often_as_copies_and_zero_as_none(unet, network):
     one, other = encoded(unet, network)
 
     def made(*references, **kw):
-        return run(unet, retrieval(unet, network, references, **kw).hook([0], 0.5))
+        return run(unet, retrieval(unet, network, references, **kw))
 
     copies = made(one, one, one, other)
     torch.testing.assert_close(made(one.with_weight(3.0), other), copies, rtol=1e-4, atol=1e-5)
@@ -337,16 +375,17 @@ def test_masked_tokens_are_not_in_the_bank_whatever_they_held(unet, network):
     layers = self_attention_layers(CONFIG)
     for level in network.timesteps():
         for name, layer in layers.items():
-            edge = 8 // layer.downsampling
-            assert whole.tokens[site_name(name, level)].shape == (2, edge * edge, layer.width)
-            assert part.tokens[site_name(name, level)].shape == (2, edge * edge // 4, layer.width)
-    message = sentence(encoded, unet, network, masks=[None, torch.zeros(8, 8)])
-    assert "mask of reference 2" in message
+            site = site_name(name, level)
+            edge = 8 // network.site_downsampling()[site]
+            assert whole.tokens[site].shape == (2, edge * edge, layer.width)
+            assert part.tokens[site].shape == (2, edge * edge // 4, layer.width)
 
 
 def test_an_empty_mask_and_all_weights_zero_are_refused(unet, network):
+    message = sentence(encoded, unet, network, masks=[None, torch.zeros(8, 8)])
+    assert "mask of reference 2" in message
     references = [r.with_weight(0.0) for r in encoded(unet, network)]
-    assert "All 2 references have weight 0" in sentence(network.bank, references)
+    assert "All 2 references have weight 0" in sentence(bank_of, network, references)
 
 
 def test_only_the_chosen_layers_and_the_nearest_level_are_read(unet):
@@ -366,17 +405,21 @@ def test_only_the_chosen_layers_and_the_nearest_level_are_read(unet):
                 s: t if s in here else t * float("nan") for s, t in references[0].tokens.items()
             },
         )
-        hook = retrieval(unet, network, [only]).hook([0], progress)
-        assert run(unet, hook).isfinite().all()
+        assert run(unet, retrieval(unet, network, [only]), progress=progress).isfinite().all()
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0], [1], [0], [0, 1, 0]])
 def test_only_conditional_rows_retrieve(unet, network, order):
     references = encoded(unet, network)
     rows = 2 * len(order)
-    base = run(unet, None, rows)
-    cond = run(unet, retrieval(unet, network, references).hook(order, 0.5), rows)
-    both = run(unet, retrieval(unet, network, references, guidance="both").hook(order, 0.5), rows)
+    base, cond, both = (
+        run(unet, *applications, rows=rows, kinds=order)
+        for applications in (
+            [],
+            [retrieval(unet, network, references)],
+            [retrieval(unet, network, references, guidance="both")],
+        )
+    )
     for i, chunk in enumerate(order):
         part = slice(2 * i, 2 * i + 2)
         expected = base if chunk == 1 else both
@@ -388,44 +431,48 @@ def test_a_region_everywhere_is_none_and_nowhere_is_the_base(unet, network):
     references = encoded(unet, network)
 
     def made(region):
-        return run(unet, retrieval(unet, network, references, region=region).hook([0], 0.5))
+        return run(unet, retrieval(unet, network, references, region=region))
 
     none = made(None)
     assert torch.equal(made(torch.ones(64, 64)), none)
     torch.testing.assert_close(made(torch.zeros(64, 64)), run(unet), rtol=1e-4, atol=1e-5)
-    half = torch.zeros(8, 8)
-    half[:, 4:] = 1
-    assert not torch.equal(made(half), none) and not torch.equal(made(half), run(unet))
+    right = half(False, 4)
+    assert not torch.equal(made(right), none) and not torch.equal(made(right), run(unet))
 
 
-def test_banks_side_by_side_equal_banks_one_by_one(unet, network):
+def test_three_equal_applications_are_one(unet, network):
+    one = retrieval(unet, network, encoded(unet, network), 2.0)
+    torch.testing.assert_close(run(unet, *[one] * 3), run(unet, one), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_banks_equals_banks_one_by_one(unet, network):
     latents, context = rand(4, 4, 8, 8, seed=3), rand(4, 3, 16, seed=4)
     recorded = record(unet, SCHEDULE, network, latents, context)
     tokens = {site: read.unflatten(0, (2, 2)) for site, (read, _) in recorded.items()}
-    bank = project(stack(tokens), None)
-    both = JointRetrieval(layer_modules(unet), bank, timesteps=network.timesteps())
-    found = run(unet, both.hook([0, 1], 0.5), 4)
-    references = encode(unet, SCHEDULE, network, latents, context)
+    bank = make_bank(batch_references(tokens), None, network.site_downsampling())
+    both = JointRetrieval(bank, names=name_layers(unet), timesteps=network.timesteps())
+    found = run(unet, both, rows=4, kinds=[0, 1])
+    references = encode_by_base(unet, SCHEDULE, network, latents, context)
     for i in range(2):
-        one = retrieval(unet, network, references[2 * i : 2 * i + 2]).hook([0, 1], 0.5)
-        expected = run(unet, one, 4)
+        one = retrieval(unet, network, references[2 * i : 2 * i + 2])
+        expected = run(unet, one, rows=4, kinds=[0, 1])
         torch.testing.assert_close(found[i], expected[i], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[2:], run(unet, None, 4)[2:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[2:], run(unet, rows=4)[2:], rtol=1e-4, atol=1e-5)
 
 
 def test_encoding_is_deterministic_and_equal_references_give_equal_tokens(unet, network):
     first, again = encoded(unet, network), encoded(unet, network)
     assert all(torch.equal(first[1].tokens[s], again[1].tokens[s]) for s in first[1].tokens)
     latents, context = rand(1, 4, 8, 8).expand(2, -1, -1, -1), rand(1, 3, 16).expand(2, -1, -1)
-    one, same = encode(unet, SCHEDULE, network, latents, context)
+    one, same = encode_by_base(unet, SCHEDULE, network, latents, context)
     for site in one.tokens:
         torch.testing.assert_close(one.tokens[site], same.tokens[site], rtol=1e-5, atol=1e-6)
     assert torch.equal(fixed_noise((2, 4, 8, 8))[0], fixed_noise((1, 4, 8, 8))[0])
 
 
-def generated(unet, one, steps=4):
+def generated(unet, *applications, steps=4):
     cond, uncond = rand(2, 3, 16, seed=8), rand(2, 3, 16, seed=9)
-    denoise = guided_denoiser(unet, SCHEDULE, cond, uncond, 2.0, one)
+    denoise = guided_denoiser(unet, SCHEDULE, cond, uncond, 2.0, applications)
     return sample(denoise, rand(2, 4, 8, 8, seed=7), SCHEDULE, steps)
 
 
@@ -434,7 +481,7 @@ def test_sampling_makes_no_pass_more_and_differs_from_the_base(unet, network):
     calls = []
     handle = unet.out.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        base = generated(unet, None)
+        base = generated(unet)
         passes = len(calls)
         found = generated(unet, retrieval(unet, network, references))
     finally:
@@ -448,8 +495,8 @@ def test_saved_then_loaded_samples_bit_for_bit(unet, network, tmp_path):
     mask = torch.zeros(8, 8)
     mask[2:5] = 1
     references = encoded(unet, network, masks=[None, mask], weights=[1.0, 0.4])
-    save_references(tmp_path / "her.safetensors", references, network)
-    loaded = load_references(tmp_path / "her.safetensors", network)
+    save_references(tmp_path / "her.safetensors", references, network.maker)
+    loaded = load_references(tmp_path / "her.safetensors", network.maker)
     assert [r.weight for r in loaded] == [1.0, 0.4]
     pictures = [generated(unet, retrieval(unet, network, r)) for r in (references, loaded)]
     assert torch.equal(*pictures)
@@ -460,36 +507,36 @@ def test_saved_then_loaded_samples_bit_for_bit(unet, network, tmp_path):
 )
 def test_keys_and_values_that_do_not_fit_together_are_refused(unet, network, tmp_path, part, value):
     path, key = tmp_path / "r.safetensors", f"1.{part}.input_1.0@250"
-    save_references(path, encoded(unet, network), network)
+    save_references(path, encoded(unet, network), network.maker)
     tensors, metadata = read_safetensors(path)
     assert tensors[key].shape == (64, 32)
     save_safetensors(path, {k: v.clone() for k, v in tensors.items()} | {key: value}, metadata)
-    assert "input_1.0@250" in sentence(load_references, path, network)
+    assert "input_1.0@250" in sentence(load_references, path, network.maker)
 
 
 def test_files_of_the_first_version_are_read(unet, network, tmp_path):
     path, references = tmp_path / "r.safetensors", encoded(unet, network)
-    save_references(path, references, network)
+    save_references(path, references, network.maker)
     tensors, metadata = read_safetensors(path)
     tensors = {k: v.clone() for k, v in tensors.items()}
     save_safetensors(path, tensors, metadata | {"format_version": "1"})
-    for read, saved in zip(load_references(path, network), references, strict=True):
+    for read, saved in zip(load_references(path, network.maker), references, strict=True):
         assert all(torch.equal(read.tokens[site], saved.tokens[site]) for site in saved.tokens)
 
 
 def test_references_of_another_base_choice_or_network_are_refused(unet, network, tmp_path):
     path = tmp_path / "her.safetensors"
-    save_references(path, encoded(unet, network), network)
+    save_references(path, encoded(unet, network), network.maker)
     trained = RetrievalControlNet(CONFIG, Card("paperdoll"))
     others = (
-        TrainingFree.of(random_unet(1), "paperdoll", levels=2),
-        TrainingFree.of(unet, "paperdoll", levels=3),
-        TrainingFree.of(unet, "paperdoll", layers="decoder", levels=2),
-        trained,
+        TrainingFree.of(random_unet(1), "paperdoll", levels=2).maker,
+        TrainingFree.of(unet, "paperdoll", levels=3).maker,
+        TrainingFree.of(unet, "paperdoll", layers="decoder", levels=2).maker,
+        describe_maker(trained),
     )
     for other in others:
         assert "encoded by another network" in sentence(load_references, path, other)
-    assert load_references(path, TrainingFree.of(unet, "paperdoll", levels=2))
+    assert load_references(path, TrainingFree.of(unet, "paperdoll", levels=2).maker)
 
 
 def test_the_groups_of_layers_are_those_of_the_sites():

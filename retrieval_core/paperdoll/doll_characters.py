@@ -1,0 +1,45 @@
+"""Paper dolls as the characters of an evaluation, and the prompts that their world knows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..evaluate.characters import FOLDERS, Character
+from ..evaluate.protocol import HELD_OUT, IN_DOMAIN, Protocol
+from .cases import prepared
+from .draw import render
+from .judge import FACE, GARMENTS, truth
+from .world import BACKGROUNDS, Figure, random_identity, random_outfit, random_scene
+
+# As in Table 2, no prompt says everything, so there is something left to be diverse in.
+PROMPTS = (
+    "waving, smile, beach",
+    "sitting, sad, night",
+    "arms up, laughing",
+    "jumping, forest",
+    "surprised, city",
+)
+
+
+def draw_characters(protocol: Protocol) -> list[Character]:
+    """Paper dolls of training's identities and outfits in new pictures, then held-out ones."""
+    counts = ((IN_DOMAIN, protocol.in_domain), (HELD_OUT, protocol.held_out))
+    return [_draw(protocol, domain, index) for domain, count in counts for index in range(count)]
+
+
+def _draw(protocol: Protocol, domain: str, index: int) -> Character:
+    held = domain == HELD_OUT
+    rng = np.random.default_rng([protocol.seed, index, 20 + held])
+    who, clothes = random_identity(rng, held), random_outfit(rng, held)
+    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+    scenes = [replace(random_scene(rng), background=background) for _ in range(protocol.references)]
+    pictures = [render(Figure(who, clothes, scene)) for scene in scenes]
+    known = truth(Figure(who, clothes, scenes[0]))
+    return Character(
+        f"{FOLDERS[domain]}_{index + 1}",
+        domain,
+        [prepared(picture, "figure", protocol.masked) for picture in pictures],
+        {name: known[name] for name in (*FACE, *GARMENTS, "background")},
+    )

@@ -1,0 +1,68 @@
+"""Scores of an evaluation on paper dolls: the judge reads attributes, the truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import RetrievalError
+from ..evaluate.characters import Character
+from ..evaluate.protocol import Run
+from ..metrics import DEFAULT_QUESTIONS, VQADiversity, score_answers
+from ..metrics.word_embedder import WordEmbedder
+from ..network.fingerprint import fingerprint_weights
+from .judge import FACE, GARMENTS, Judge
+from .judge_scores import attribute_match, describe
+from .world import BACKGROUNDS, EXPRESSIONS, POSES, SIZE
+
+_SAID = {"pose": POSES, "expression": EXPRESSIONS, "background": BACKGROUNDS}
+
+
+class PaperdollScorer:
+    """The judge reads the attributes; the truth about references and prompt is known."""
+
+    similarity, text = "attribute match", "text match"
+
+    def __init__(self, judge: Judge):
+        self.judge = judge
+        self.digest = {"scores": f"paper-doll judge {fingerprint_weights(judge.state_dict())[:16]}"}
+        self._embedder = WordEmbedder()
+
+    def score(
+        self, run: Run, character: Character, pictures: Tensor
+    ) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+        if pictures.shape[-2:] != (SIZE, SIZE):
+            height, width = pictures.shape[-2:]
+            raise RetrievalError(
+                f"The pictures are {width} x {height} pixels and the judge reads paper dolls of "
+                f"{SIZE} x {SIZE}; save them unscaled, or evaluate a folder of characters."
+            )
+        readings = self.judge.read(pictures)
+        said = said_by(run.prompt)
+        wanted = {name: character.truth[name] for name in (*FACE, *GARMENTS)}
+        scores = {
+            self.similarity: attribute_match(readings, [wanted]).values.tolist(),
+            "reference background": [
+                100.0 * (r["background"] == character.truth["background"]) for r in readings
+            ],
+        }
+        if said:
+            scores[self.text] = [
+                100 * float(np.mean([r[name] == value for name, value in said.items()]))
+                for r in readings
+            ]
+        answers = {q: [describe(r, q) for r in readings] for q in DEFAULT_QUESTIONS}
+        return scores, answers
+
+    def diversity(
+        self, answers: Mapping[str, Sequence[str]], similarity: Sequence[float]
+    ) -> VQADiversity | None:
+        return score_answers(answers, self._embedder, similarity)
+
+
+def said_by(prompt: str) -> dict[str, str]:
+    """The attributes that a paper-doll prompt names."""
+    tags = [" ".join(tag.lower().replace("_", " ").split()) for tag in prompt.split(",")]
+    return {name: tag for name, values in _SAID.items() for tag in tags if tag in values}
