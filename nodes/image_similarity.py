@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .host import model_folders
 from .host.similarity_scores import CONNECTED
-from .socket_types import CATEGORY, score_outputs
+from .socket_types import CATEGORY, list_score_outputs
 
 CLIP_I, DINO_I = "CLIP-I", "DINO-I"
 
@@ -56,7 +56,7 @@ class RetrievalImageSimilarity(io.ComfyNode):
                 ),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="From Load CLIP Vision."),
             ],
-            outputs=score_outputs(),
+            outputs=list_score_outputs(),
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from ..retrieval_core.training_free.attention_layers import LAYER_CHOICES
 from ..retrieval_core.training_free.training_free_network import LAYERS, LEVELS, MOST_LEVELS
 from .host import folders
 from .host.base_model import detect_base
-from .host.loading import transfer_progress
+from .host.loading import make_transfer_progress
 from .socket_types import CATEGORY, RetrievalControlNetType
 
 DEMO = "paper-doll demo (bundled)"
@@ -120,9 +120,9 @@ class RetrievalLoadControlNet(io.ComfyNode):
 
             return io.NodeOutput(use_training_free(model, layers, noise_levels, match_statistics))
         elif file == DEMO:
-            from .host.paperdoll_host import demo_network
+            from .host.paperdoll_host import find_demo_network
 
-            path = demo_network()
+            path = find_demo_network()
         else:
             path = folders.find_file(folders.NETWORKS, file)
         return io.NodeOutput(load_network(path, model))
@@ -136,5 +136,5 @@ def _download(repository: str, file: str, revision: str) -> Any:
         file.strip(),
         revision.strip() or None,
         folders.first_path(folders.NETWORKS),
-        transfer_progress(),
+        make_transfer_progress(),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .socket_types import DEMO_CATEGORY, score_outputs
+from .socket_types import DEMO_CATEGORY, list_score_outputs
 
 EVERYTHING, FACE, CLOTHES = "face and clothes", "face", "clothes"
 
@@ -51,7 +51,7 @@ class RetrievalPaperdollMatch(io.ComfyNode):
                     tooltip="What must match: hair and eyes, garments, or both.",
                 ),
             ],
-            outputs=score_outputs(),
+            outputs=list_score_outputs(),
         )
 
     @classmethod

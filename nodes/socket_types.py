@@ -14,7 +14,7 @@ RetrievalMapType = io.Custom("RETRIEVAL_MAP")
 ImageScoresType = io.Custom("IMAGE_SCORES")
 
 
-def score_outputs() -> list[io.Output]:
+def list_score_outputs() -> list[io.Output]:
     """Of the nodes that score each image."""
     return [
         io.Float.Output(display_name="score", tooltip="The mean, in percent."),

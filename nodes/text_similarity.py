@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .host import model_folders
 from .host.similarity_scores import NAMED
-from .socket_types import CATEGORY, score_outputs
+from .socket_types import CATEGORY, list_score_outputs
 
 
 class RetrievalTextSimilarity(io.ComfyNode):
@@ -51,7 +51,7 @@ class RetrievalTextSimilarity(io.ComfyNode):
                     "text is the prompt of all.",
                 ),
             ],
-            outputs=score_outputs(),
+            outputs=list_score_outputs(),
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from .errors import RetrievalError
 from .files import read_metadata, write_text
-from .hub_client import Found, UnreachableError, describe, open_at, reason_of
+from .hub_client import Found, UnreachableError, describe, explain, open_range
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +49,7 @@ def download(
             a file that arrives other than the hub describes it.
     """
     revision = (revision or "").strip() or None
-    target = target_path(repo_id, filename, Path(folder))
+    target = resolve_target(repo_id, filename, Path(folder))
     note = target.with_name(f".{target.name}.json")
     known = _read_note(note) if target.is_file() else {}
     if revision and known.get("commit") == revision:
@@ -72,7 +72,7 @@ def download(
     return target
 
 
-def target_path(repo_id: str, filename: str, folder: Path) -> Path:
+def resolve_target(repo_id: str, filename: str, folder: Path) -> Path:
     """Where a file of a repository is kept: folder/owner--name/filename.
 
     Raises:
@@ -155,7 +155,7 @@ def _transfer(
             part.touch()
             return
         try:
-            response = open_at(found.location, done, endpoint)
+            response = open_range(found.location, done, endpoint)
         except urllib.error.HTTPError as error:
             if error.code not in (408, 416, 429) and error.code < 500:
                 reason = f"HTTP {error.code}"
@@ -165,7 +165,7 @@ def _transfer(
             reason = f"HTTP {error.code}"
             continue
         except (OSError, http.client.HTTPException) as error:
-            reason = reason_of(error)
+            reason = explain(error)
             continue
         with response:
             # A server that ignores the range sends the file from its start.
@@ -175,7 +175,7 @@ def _transfer(
                     try:
                         data = response.read(min(CHUNK, found.size - done))
                     except (OSError, http.client.HTTPException) as error:
-                        reason = reason_of(error)
+                        reason = explain(error)
                         break
                     if not data:
                         break

@@ -49,7 +49,7 @@ def describe(
     try:
         status, headers, url = _head(url, endpoint)
     except (OSError, http.client.HTTPException) as error:
-        raise UnreachableError(reason_of(error)) from error
+        raise UnreachableError(explain(error)) from error
     code = headers.get("X-Error-Code", "")
     refusals = {
         "GatedRepo": f"The repository '{repo_id}' is gated: accept its terms on its page, then log "
@@ -101,7 +101,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         """No redirect is followed: it surfaces as HTTPError."""
 
 
-def open_at(location: str, done: int, endpoint: str | None) -> http.client.HTTPResponse:
+def open_range(location: str, done: int, endpoint: str | None) -> http.client.HTTPResponse:
     """The file's bytes from `done` on."""
     request = _request(location, endpoint, "GET")
     if done:
@@ -137,7 +137,7 @@ def _opener(*handlers: urllib.request.BaseHandler) -> urllib.request.OpenerDirec
     return urllib.request.build_opener(urllib.request.HTTPSHandler(context=context), *handlers)
 
 
-def reason_of(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """The first line of an error, short."""
     text = str(getattr(error, "reason", None) or error).strip() or type(error).__name__
     return text.splitlines()[0][:160].rstrip(".")

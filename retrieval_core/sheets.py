@@ -29,7 +29,7 @@ REFERENCE_COLOURS = (
 )
 
 
-def reference_colour(index: int) -> tuple[float, float, float]:
+def choose_colour(index: int) -> tuple[float, float, float]:
     return REFERENCE_COLOURS[index % len(REFERENCE_COLOURS)]
 
 

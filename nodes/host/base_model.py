@@ -10,7 +10,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.network.fingerprint import fingerprint_weights
-from ...retrieval_core.network.unet import UNetConfig, config_from_state_dict
+from ...retrieval_core.network.unet import UNetConfig, detect_config
 
 SUPPORTED = "SD 1.5, SD 2.x, SDXL, their inpainting variants and the bundled paper-doll demo"
 
@@ -44,7 +44,7 @@ def detect_base(model: Any) -> Base:
     config, name = None, None
     if isinstance(network, UNetModel):
         try:
-            config = config_from_state_dict(dict(network.named_parameters()))
+            config = detect_config(dict(network.named_parameters()))
         except RetrievalError:
             config = None
     if config is not None:

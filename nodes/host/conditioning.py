@@ -30,7 +30,7 @@ def encode_pixels(vae: Any, images: Tensor, latent_format: Any) -> Tensor:
     return latent_format.process_in(vae.encode(images))
 
 
-def vector_conditioning(pooled: Tensor | None, size: int, width: int) -> Tensor:
+def make_vector_conditioning(pooled: Tensor | None, size: int, width: int) -> Tensor:
     """SDXL's vector [1, width] for a square of `size` pixels, neither scaled nor cropped."""
     sizes = timestep_embedding(torch.tensor([size, size, 0, 0, size, size]), 256).flatten()[None]
     found = None if pooled is None else pooled.shape[-1]

@@ -49,7 +49,7 @@ class References:
         return banks + sum(reference.nbytes() for reference in self.encoded)
 
     def bank(self, budget: Budget = None) -> Bank:
-        """The bank of all references, on the CPU; `budget`: see `token_budget.site_budgets`.
+        """The bank of all references, on the CPU; `budget`: see `token_budget.choose_budgets`.
 
         Raises:
             RetrievalError: all weights are 0.

@@ -14,10 +14,10 @@ from ...retrieval_core.bank.site_bank import SiteBank
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.sampling.applications import COND
 from ...retrieval_core.sampling.joint_attention import Source
-from ...retrieval_core.training_free import JointRetrieval, TrainingFree, self_attention_layers
+from ...retrieval_core.training_free import JointRetrieval, TrainingFree, list_self_attention_layers
 from ...retrieval_core.training_free.joint_retrieval import make_source
-from ...retrieval_core.training_free.joint_shares import joint_shares, map_layer
-from ...retrieval_core.training_free.training_free_network import nearest, site_name
+from ...retrieval_core.training_free.joint_shares import choose_map_layer, measure_joint_shares
+from ...retrieval_core.training_free.training_free_network import find_nearest, name_site
 from . import step_context
 from .picture_region import PictureRegion
 from .recorder import Recorder
@@ -46,7 +46,7 @@ class JointApplication:
     @cached_property
     def map_layer(self) -> str:
         """The layer that a retrieval map is measured at."""
-        return map_layer(self_attention_layers(self.network.config), self.names)
+        return choose_map_layer(list_self_attention_layers(self.network.config), self.names)
 
     def sources(self, name: str, q: Tensor, extra: dict) -> list[Source | None]:
         """What each chunk of the batch attends to at a layer, beside its own tokens."""
@@ -74,20 +74,20 @@ class JointApplication:
         k: Tensor,
         extra: dict,
     ) -> None:
-        """Where the positive prompts' rows look at `map_layer`, from what `sources` gave."""
+        """Where the positive prompts' rows look at `choose_map_layer`, from what `sources` gave."""
         context: StepContext = extra[step_context.STEP]
         size, heads = extra["activations_shape"][-2:], extra["n_heads"]
         if q.shape[1] != size[0] * size[1]:  # a patch has merged the tokens: no positions are left
             return
         kinds, areas = chunk_kinds(extra, context), chunk_areas(extra, context)
         owner = self._bank(q, context)[self.map_layer].owner
-        factor = self_attention_layers(self.network.config)[self.map_layer].downsampling
+        factor = list_self_attention_layers(self.network.config)[self.map_layer].downsampling
         canvas = (-(-context.shape[0] // factor), -(-context.shape[1] // factor))
         chunks = zip(kinds, areas, found, q.chunk(len(kinds)), k.chunk(len(kinds)), strict=True)
         for kind, area, source, queries, keys in chunks:
             if kind != COND or source is None:
                 continue
-            shares = joint_shares(queries, keys, heads, source, owner, self.reference_count)
+            shares = measure_joint_shares(queries, keys, heads, source, owner, self.reference_count)
             shares = shares.transpose(1, 2).unflatten(2, tuple(size))
             if area is None:
                 recorder.add(self, shares)
@@ -101,13 +101,13 @@ class JointApplication:
                 "The training-free mode was called outside of ComfyUI's samplers, so the noise "
                 "level is not known; sample with a KSampler or SamplerCustom node."
             )
-        level = nearest(self.retrieval.timesteps, (1 - context.progress()) * LAST)
+        level = find_nearest(self.retrieval.timesteps, (1 - context.progress()) * LAST)
         key = (q.device, q.dtype)
         loaded, banks = self._banks.get(key, (None, {}))
         if loaded != level:
             sites = self.retrieval.bank.sites
             banks = {
-                name: sites[site_name(name, level)].to(q.device, q.dtype) for name in self.names
+                name: sites[name_site(name, level)].to(q.device, q.dtype) for name in self.names
             }
             self._banks[key] = level, banks
         return banks
@@ -126,8 +126,8 @@ class JointApplication:
     def nbytes(self, noise_shape: Any, dtype: torch.dtype) -> int:
         """What sampling needs beside weights: one level's bank, and keys and values of a layer
         joined with it for every row of both prompts."""
-        layers = self_attention_layers(self.network.config)
-        ends = [site_name("", level) for level in self.network.timesteps()]
+        layers = list_self_attention_layers(self.network.config)
+        ends = [name_site("", level) for level in self.network.timesteps()]
         sizes = {
             site: bank.keys.numel() + bank.values.numel()
             for site, bank in self.retrieval.bank.sites.items()

@@ -30,7 +30,7 @@ def choose_types(
     return weights, management.unet_manual_cast(weights, device, types) or weights
 
 
-def patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
+def find_patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
     """The host's own choice for models; looked up at the call, because it is set at start."""
     # 0.8.0 does not have the choice.
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -38,13 +38,13 @@ def patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
 
 def loads_dynamically() -> bool:
     """Whether the host manages weights by dynamic VRAM: layers then keep the file's own tensors."""
-    plain = patcher_class() is comfy.model_patcher.ModelPatcher
+    plain = find_patcher_class() is comfy.model_patcher.ModelPatcher
     return not plain and not management.is_device_cpu(management.get_torch_device())
 
 
 def wrap_module(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
     """A module in the host's care: it loads, partly loads and unloads it."""
-    return patcher_class()(
+    return find_patcher_class()(
         module,
         load_device=management.get_torch_device(),
         offload_device=management.unet_offload_device(),
@@ -88,7 +88,7 @@ def reserve_memory(nbytes: Callable[[Any, torch.dtype], int]) -> Callable[..., A
     return prepare_sampling
 
 
-def transfer_progress() -> Callable[[int, int], None]:
+def make_transfer_progress() -> Callable[[int, int], None]:
     """A callback (bytes done, bytes in all) that moves the node's bar and heeds interruptions."""
     bar = comfy.utils.ProgressBar(1)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.sampling.attention_map import overlay, reference_masks
-from ...retrieval_core.sheets import reference_colour
+from ...retrieval_core.sampling.attention_map import draw_overlay, make_reference_masks
+from ...retrieval_core.sheets import choose_colour
 from .recorder import Recorder
 
 
@@ -18,7 +18,7 @@ def draw_map(
 
     Args:
         images: [B, H, W, 3] in 0..1, the pictures of the recorded run.
-        hard: see `reference_masks`. reference: from 1, or 0 for all of them.
+        hard: see `make_reference_masks`. reference: from 1, or 0 for all of them.
 
     Raises:
         RetrievalError: no run was recorded, another number of pictures, or no such reference.
@@ -45,7 +45,7 @@ def draw_map(
             f"The masks of reference {reference} were asked for and there are {references}; give 1 "
             f"to {references}, or 0 for all."
         )
-    tinted = overlay(pictures, shares, [reference_colour(i) for i in range(references)])
-    masks = reference_masks(shares, height, width, hard)
+    tinted = draw_overlay(pictures, shares, [choose_colour(i) for i in range(references)])
+    masks = make_reference_masks(shares, height, width, hard)
     chosen = masks[:, reference - 1] if reference else masks.flatten(0, 1)
     return tinted.movedim(1, -1).contiguous(), chosen.contiguous()

@@ -11,7 +11,7 @@ import folder_paths
 
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.metrics.model_folder import check
-from .loading import transfer_progress
+from .loading import make_transfer_progress
 
 VQA, CLIP, DINO = "VQA", "CLIP", "DINO"
 # Folders below the models directory, by the host's names where it has one.
@@ -83,4 +83,4 @@ def _fetch(repository: str) -> Path:
         raise RetrievalError(
             f"{repository!r} is not the name of a hub repository; write it as owner/name."
         )
-    return find_model(repository, transfer_progress())
+    return find_model(repository, make_transfer_progress())

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...retrieval_core.data import Sample, reference
+from ...retrieval_core.data import Sample, cut_reference
 from ...retrieval_core.data.sample import Concept
 from ...retrieval_core.network.unet import UNetConfig
-from ...retrieval_core.paperdoll.bundle import BASE_FILE, RETRIEVAL_FILE, bundled
+from ...retrieval_core.paperdoll.bundle import BASE_FILE, RETRIEVAL_FILE, find_bundled
 from ...retrieval_core.paperdoll.draw import render
 from ...retrieval_core.paperdoll.model import PaperdollModel, load_base
 from ...retrieval_core.paperdoll.text import TextEncoder, Tokenizer
@@ -39,7 +39,7 @@ from ...retrieval_core.paperdoll.world import (
     random_outfit,
     random_scene,
 )
-from .loading import load_weights, patcher_class
+from .loading import find_patcher_class, load_weights
 
 # In float32 only: at this size half precision saves nothing, and the demo stays exact.
 DTYPES = [torch.float32]
@@ -68,7 +68,7 @@ class PaperdollConfig(comfy.supported_models_base.BASE):
         return comfy.model_base.ModelType.V_PREDICTION
 
 
-def unet_arguments(config: UNetConfig) -> dict[str, Any]:
+def convert_config(config: UNetConfig) -> dict[str, Any]:
     """A core U-Net configuration as arguments of the host's `UNetModel`."""
     levels = zip(config.num_res_blocks, config.transformer_depth)
     depths = [(blocks, depth) for blocks, depth in levels]
@@ -98,7 +98,7 @@ def make_model(
 ) -> comfy.model_patcher.ModelPatcher:
     """The U-Net as the host's MODEL: v-prediction on SD's schedule, weights as in the file."""
     device, offload = management.get_torch_device(), management.unet_offload_device()
-    config = PaperdollConfig(unet_arguments(base.unet.config))
+    config = PaperdollConfig(convert_config(base.unet.config))
     config.latent_format = PaperdollLatent(base.vae)
     count = sum(parameter.numel() for parameter in base.unet.parameters())
     dtype = management.unet_dtype(device, model_params=count, supported_dtypes=DTYPES)
@@ -117,7 +117,7 @@ def load_model(
         disable_dynamic: without dynamic VRAM, as the host asks for when it compiles or trains.
     """
     plain = comfy.model_patcher.ModelPatcher
-    model = make_model(load_base(path), plain if disable_dynamic else patcher_class())
+    model = make_model(load_base(path), plain if disable_dynamic else find_patcher_class())
     model.cached_patcher_init = (load_model, (path,))
     return model
 
@@ -212,7 +212,7 @@ class HostVAE(comfy.sd.VAE):
         self.device = management.vae_device()
         self.vae_dtype = torch.float32
         self.output_device = management.intermediate_device()
-        self.patcher = patcher_class()(
+        self.patcher = find_patcher_class()(
             vae, load_device=self.device, offload_device=management.vae_offload_device()
         )
         self.size = management.module_size(vae)
@@ -227,15 +227,15 @@ def load_demo(
     batch_size: int, figures: int
 ) -> tuple[comfy.model_patcher.ModelPatcher, HostCLIP, HostVAE, dict[str, Tensor]]:
     """The bundled base model as MODEL, CLIP and VAE, and an empty LATENT for it."""
-    path = bundled(BASE_FILE)
+    path = find_bundled(BASE_FILE)
     base = load_base(path)
     latent = make_latent(base, batch_size, figures)
     return load_model(path), make_clip(base), make_vae(base), latent
 
 
-def demo_network() -> Path:
+def find_demo_network() -> Path:
     """The path of the bundled retrieval network."""
-    return bundled(RETRIEVAL_FILE)
+    return find_bundled(RETRIEVAL_FILE)
 
 
 def make_latent(base: PaperdollModel, batch_size: int, figures: int = 1) -> dict[str, Tensor]:
@@ -263,8 +263,8 @@ def draw_references(character: int, concept: Concept, pictures: int) -> tuple[Te
     for _ in range(pictures):
         drawn = render(Figure(who, clothes, random_scene(rng)))
         sample = Sample(drawn.image, drawn.mask, drawn.head_box)
-        images.append(reference(sample, concept, SIZE).image)
-        cut = reference(sample, concept, SIZE, remove_background=True).mask
+        images.append(cut_reference(sample, concept, SIZE).image)
+        cut = cut_reference(sample, concept, SIZE, remove_background=True).mask
         masks.append(np.ones((SIZE, SIZE), bool) if cut is None else cut)
     words = (
         f"{who.hair_colour} {who.hair_style}, {who.eye_colour} eyes, {who.skin} skin, "

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.metrics import ImageScore
-from ...retrieval_core.paperdoll.bundle import JUDGE_FILE, bundled
-from ...retrieval_core.paperdoll.judge import FACE, GARMENTS, Judge, load_judge, truth
-from ...retrieval_core.paperdoll.judge_scores import JudgeAnswerer, attribute_match
+from ...retrieval_core.paperdoll.bundle import JUDGE_FILE, find_bundled
+from ...retrieval_core.paperdoll.judge import FACE, GARMENTS, Judge, list_truth, load_judge
+from ...retrieval_core.paperdoll.judge_scores import JudgeAnswerer, match_attributes
 from ...retrieval_core.paperdoll.world import SIZE, Figure, random_scene
 from .paperdoll_host import draw_character
 from .scoring import convert_images
@@ -19,7 +19,7 @@ from .scoring import convert_images
 
 def load_bundled_judge() -> Judge:
     """The bundled judge, some 2 MB."""
-    return load_judge(bundled(JUDGE_FILE)).eval()
+    return load_judge(find_bundled(JUDGE_FILE)).eval()
 
 
 def make_answerer() -> JudgeAnswerer:
@@ -57,7 +57,7 @@ def score_matches(
     """
     who, _ = draw_character(np.random.default_rng([character, 30]))
     _, outfit = draw_character(np.random.default_rng([wearer, 30]))
-    wanted = truth(Figure(who, outfit, random_scene(np.random.default_rng(0))))
+    wanted = list_truth(Figure(who, outfit, random_scene(np.random.default_rng(0))))
     attributes = (*(FACE if face else ()), *(GARMENTS if clothes else ()))
     readings = load_bundled_judge().read(convert_figures(images))
-    return attribute_match(readings, [wanted], attributes)
+    return match_attributes(readings, [wanted], attributes)

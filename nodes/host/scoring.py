@@ -14,7 +14,7 @@ from comfy.image_encoders.dino2 import Dinov2Model
 from torch import Tensor, nn
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.metrics.images import as_batch
+from ...retrieval_core.metrics.images import check_batch
 
 # Images that an encoder sees at a time, between two looks at the host's interruption.
 BATCH = 16
@@ -151,4 +151,4 @@ def convert_images(images: Any, what: str = "image", least: int = 1) -> Tensor:
     """
     batches = [images] if isinstance(images, Tensor) else list(images)
     moved = [batch[..., :3].movedim(-1, 1).float().cpu() for batch in batches]
-    return as_batch(moved[0] if len(moved) == 1 else [p for m in moved for p in m], what, least)
+    return check_batch(moved[0] if len(moved) == 1 else [p for m in moved for p in m], what, least)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...retrieval_core.network.unet import MIDDLE, UNetConfig
 from ...retrieval_core.sampling.isolation import Partition, attend_apart, partition
 from ...retrieval_core.sampling.joint_attention import Source, attend_chunks
-from ...retrieval_core.training_free import self_attention_layers
+from ...retrieval_core.training_free import list_self_attention_layers
 from . import step_context
 from .attention import bind_attention
 from .picture_region import PictureRegion
@@ -72,7 +72,7 @@ class JointAttention:
         index = extra.get("block_index", 0)
         before = self.before.get((kind, number, index), self.before.get((kind, number)))
         attend, heads = bind_attention(extra), extra["n_heads"]
-        chunks = self._sources(layer_name(kind, number, index), q, k, extra)
+        chunks = self._sources(name_layer(kind, number, index), q, k, extra)
         if before is None:
             partitions = self._find_partitions(q, extra)
             return attend_apart(attend, q, k, v, heads, chunks, partitions)
@@ -141,7 +141,7 @@ def attach_joint_attention(
         before = {**ours.before, **before}
     names = [name for one in applications for name in one.names]
     if regions:
-        names += self_attention_layers(config)
+        names += list_self_attention_layers(config)
     patch = JointAttention(applications, regions, before)
     for name in dict.fromkeys(names):
         model.set_model_attn1_replace(patch, *parse_layer_name(name))
@@ -155,6 +155,6 @@ def parse_layer_name(name: str) -> tuple[str, int, int]:
     return kind, int(number or 0), int(index)
 
 
-def layer_name(kind: str, number: int, index: int) -> str:
+def name_layer(kind: str, number: int, index: int) -> str:
     """The inverse of `parse_layer_name`."""
     return f"{MIDDLE if kind == MIDDLE else f'{kind}_{number}'}.{index}"

@@ -76,7 +76,7 @@ def score_texts(images: Any, prompts: Sequence[str], encoder: str, repository: s
 
 
 def give_score(title: str, score: ImageScore, against: str) -> io.NodeOutput:
-    """The outputs of `socket_types.score_outputs`, with the report as text on the node."""
+    """The outputs of `socket_types.list_score_outputs`, with the report as text on the node."""
     count = len(score.values)
     error = "" if count > 1 else ", one image, so no standard error"
     lines = [f"{title}: {score.estimate} % ({count} images, {against}{error})"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...retrieval_core.bank.site_bank import SiteBank
 from ...retrieval_core.network.unet import MIDDLE, UNetConfig
 from ...retrieval_core.sampling.applications import COND, Retrieval
-from ...retrieval_core.sampling.attention_map import map_site, measure_shares
+from ...retrieval_core.sampling.attention_map import choose_map_site, measure_shares
 from . import step_context
 from .loading import reserve_memory
 from .picture_region import PictureRegion
@@ -46,7 +46,7 @@ class RetrievalPatch:
         self.reference_count, self.seen = reference_count, seen
         self.region = PictureRegion.of(retrieval)
         self.last = len(config.site_channels()) - 2
-        self.map_site = map_site(config)
+        self.map_site = choose_map_site(config)
         self._device: dict[Any, Any] = {}
 
     def __deepcopy__(self, memo: dict) -> RetrievalPatch:

@@ -26,12 +26,12 @@ from ...retrieval_core.network.controlnet import RetrievalControlNet, build_netw
 from ...retrieval_core.network.fingerprint import fingerprint_weights
 from ...retrieval_core.network.unet import UNetConfig
 from ...retrieval_core.sampling.applications import Retrieval
-from ...retrieval_core.sampling.attention_map import map_site
-from ...retrieval_core.sampling.controls import Controls, site_groups
+from ...retrieval_core.sampling.attention_map import choose_map_site
+from ...retrieval_core.sampling.controls import Controls, group_sites
 from ...retrieval_core.sampling.frozen_site import FrozenSite, freeze_sites
 from .attention import choose_attention
 from .base_model import check_fit, detect_base
-from .conditioning import vector_conditioning
+from .conditioning import make_vector_conditioning
 from .loading import OPERATIONS, choose_types, load_weights, read_weights, wrap_module
 from .skip_patch import RetrievalPatch, attach_patch
 
@@ -97,7 +97,7 @@ class TrainedNetwork:
         """See `ReferenceNetwork`."""
         vector = None
         if self.config.adm_in_channels is not None:
-            vector = vector_conditioning(pooled, size, self.config.adm_in_channels)
+            vector = make_vector_conditioning(pooled, size, self.config.adm_in_channels)
         kind = self.compute_dtype
         needed = latents[0, 0].numel() * management.dtype_size(kind) * 0.01 * (1 << 20)
         management.load_models_gpu([self.encoder], memory_required=needed)
@@ -148,10 +148,10 @@ class TrainedNetwork:
         retrieval = Retrieval(
             references.bank(controls.token_budget),
             sites=self.freeze(),
-            site_strength=controls.site_strengths(site_groups(self.config)),
+            site_strength=controls.site_strengths(group_sites(self.config)),
             **acting,
         )
-        seen = references.site_bank(map_site(self.config), controls.token_budget)
+        seen = references.site_bank(choose_map_site(self.config), controls.token_budget)
         patched = model.clone()
         attach_patch(patched, RetrievalPatch(self.config, retrieval, len(references.encoded), seen))
         self._apply_decoder(patched, share)

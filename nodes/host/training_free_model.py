@@ -22,12 +22,12 @@ from ...retrieval_core.data.prepare import PreparedReference
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.network.unet import UNetConfig
 from ...retrieval_core.sampling.controls import Controls
-from ...retrieval_core.training_free import JointRetrieval, TrainingFree, fixed_noise
-from ...retrieval_core.training_free.training_free_network import LAYERS, LEVELS, site_name
+from ...retrieval_core.training_free import JointRetrieval, TrainingFree, make_fixed_noise
+from ...retrieval_core.training_free.training_free_network import LAYERS, LEVELS, name_site
 from . import step_context
 from .attention import bind_attention
 from .base_model import detect_base, fingerprint_base, identify_model
-from .conditioning import vector_conditioning
+from .conditioning import make_vector_conditioning
 from .joint_application import LAST, JointApplication
 from .loading import reserve_memory
 from .self_attention import ATTN1, attach_joint_attention, parse_layer_name
@@ -92,7 +92,7 @@ class TrainingFreeModel:
         path."""
         more: dict[str, Any] = {} if pooled is None else {"pooled_output": pooled}
         if self.config.adm_in_channels is not None:
-            vector_conditioning(pooled, size, self.config.adm_in_channels)
+            make_vector_conditioning(pooled, size, self.config.adm_in_channels)
             more |= {"width": size, "height": size, "target_width": size, "target_height": size}
         progress = comfy.utils.ProgressBar(len(prepared) * self.network.levels)
         encoded = []
@@ -100,7 +100,7 @@ class TrainingFreeModel:
             sampler = _LayerRecorder(self.network, latent[None], progress)
             guider = comfy.samplers.CFGGuider(sampler.attach(self.model))
             guider.inner_set_conds({"positive": [[context, more]]})
-            noise, nothing = fixed_noise(latent[None].shape), torch.zeros_like(latent[None])
+            noise, nothing = make_fixed_noise(latent[None].shape), torch.zeros_like(latent[None])
             guider.sample(noise, nothing, sampler, torch.ones(2), disable_pbar=True, seed=0)
             encoded += split_features(
                 sampler.recorded, latent.shape[1:], [reference.mask], concepts=[concept]
@@ -225,7 +225,7 @@ class _RecordLayer:
 
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
-        site = site_name(self.name, self.recorder.level)
+        site = name_site(self.name, self.recorder.level)
         # Guidance of other packs may run the layers again, differently: the first pass counts.
         if site not in self.recorder.recorded:
             height, width = extra["activations_shape"][-2:]

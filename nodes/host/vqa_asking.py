@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.metrics import ImageScore, VQADiversity, ask, score_answers
-from ...retrieval_core.metrics.diversity_report import distance_plot, report_text
+from ...retrieval_core.metrics.diversity_report import plot_distances, write_report
 from ...retrieval_core.metrics.word_embedder import WordEmbedder
 from . import model_folders
 from .scoring import (
@@ -164,8 +164,8 @@ def score_diversity(
     name = "the paper-doll judge" if judged else vqa_repository.strip() or vqa_model
     return (
         result.score.mean,
-        f"{report_text(result)}\n\nAnswers by {name}, compared by {compared.name}.",
-        torch.from_numpy(distance_plot(result))[None],
+        f"{write_report(result)}\n\nAnswers by {name}, compared by {compared.name}.",
+        torch.from_numpy(plot_distances(result))[None],
         alike,
         different,
         float("nan") if result.weighted is None else result.weighted.mean,

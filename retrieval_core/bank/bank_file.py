@@ -22,7 +22,7 @@ from ..errors import RetrievalError
 from ..files import read_safetensors, save_safetensors
 from ..network.controlnet import RetrievalControlNet
 from ..network.fingerprint import fingerprint_weights
-from .thumbnails import as_base64_jpeg, draw_thumbnails
+from .thumbnails import draw_thumbnails, encode_base64_jpeg
 from .tokens import EncodedReference, check_weight
 
 FORMAT = "retrieval_references"
@@ -84,7 +84,7 @@ def save_references(
     }
     cover = draw_thumbnails([r.thumbnail for r in references if r.thumbnail is not None])
     if cover is not None:
-        metadata[COVER] = json.dumps([as_base64_jpeg(cover)])
+        metadata[COVER] = json.dumps([encode_base64_jpeg(cover)])
     save_safetensors(path, tensors, metadata)
 
 

@@ -72,7 +72,7 @@ def split_features(
             own = batch[i]
             if mask is not None:
                 if size not in inside:
-                    inside[size] = token_mask(mask, *size).flatten().to(own.device)
+                    inside[size] = select_tokens(mask, *size).flatten().to(own.device)
                 own = own[:, inside[size]]
             tokens[site] = own
         weight = 1.0 if weights is None else weights[i]
@@ -106,7 +106,7 @@ def batch_features(
     return batch_references(tokens, keep, (height, width))
 
 
-def token_mask(mask: np.ndarray | Tensor, height: int, width: int) -> Tensor:
+def select_tokens(mask: np.ndarray | Tensor, height: int, width: int) -> Tensor:
     """Which tokens of a height x width grid over a mask [H, W] are kept: bool [height, width].
 
     A token is left out only if it falls wholly outside the mask; the edges need not divide.

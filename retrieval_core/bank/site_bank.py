@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..network.controlnet import RetrievalControlNet
 from ..network.retrieval_site import RetrievalSite
-from .token_budget import Budget, limit_tokens, site_budgets
+from .token_budget import Budget, choose_budgets, limit_tokens
 from .tokens import SiteTokens, Tokens
 
 
@@ -93,11 +93,11 @@ def make_bank(
         layers: of the sites. None, in the training-free mode: the tokens are keys and values, and
             there is no null token.
         factors: site -> latent pixels that a token spans along an edge.
-        budget: the most tokens at a site, null token aside (`site_budgets`).
+        budget: the most tokens at a site, null token aside (`choose_budgets`).
         device: where to compute; the bank is where the tokens were. None: where the tokens are.
         on_site: called with (sites done, sites in all); may raise to interrupt.
     """
-    budgets, sites = site_budgets(budget, factors, tokens.latent_size), {}
+    budgets, sites = choose_budgets(budget, factors, tokens.latent_size), {}
     for name, given in tokens.sites.items():
         home, most = given.tokens.device, budgets[name]
         over = most is not None and given.tokens.shape[2] > most
@@ -121,7 +121,9 @@ def _project(given: SiteTokens, layer: RetrievalSite, budget: int | None) -> Sit
     given = replace(given, tokens=normed[:, None])
     if budget is not None:
         given = limit_tokens(
-            given, budget, lambda chosen: attention_drawn(layer, features, normed, given, chosen)
+            given,
+            budget,
+            lambda chosen: measure_attention(layer, features, normed, given, chosen),
         )
         normed = given.tokens[:, 0]
     keys, values = layer.to_k(normed), layer.to_v(normed)
@@ -135,7 +137,7 @@ def _project(given: SiteTokens, layer: RetrievalSite, budget: int | None) -> Sit
     )
 
 
-def attention_drawn(
+def measure_attention(
     layer: RetrievalSite, features: Tensor, normed: Tensor, given: SiteTokens, chosen: Tensor
 ) -> Tensor:
     """The share of attention that each token draws, [G, N], when the image shows what the chosen

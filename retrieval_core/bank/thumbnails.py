@@ -42,7 +42,7 @@ def draw_thumbnails(thumbnails: Sequence[Tensor]) -> Tensor | None:
     return canvas
 
 
-def as_base64_jpeg(picture: Tensor) -> str:
+def encode_base64_jpeg(picture: Tensor) -> str:
     """A picture, uint8 [H, W, 3], as base64 text of a JPEG."""
     data = io.BytesIO()
     Image.fromarray(np.asarray(picture.cpu())).save(data, "JPEG", quality=_QUALITY)

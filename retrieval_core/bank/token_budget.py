@@ -45,7 +45,7 @@ def check_budget(budget: Budget) -> None:
         )
 
 
-def site_budgets(
+def choose_budgets(
     budget: Budget, factors: Mapping[str, int], latent_size: tuple[int, int]
 ) -> dict[str, int | None]:
     """site -> the most tokens there, or None for all of them.
@@ -79,14 +79,14 @@ def limit_tokens(
     """
     features, importance = _features(site), site.weights
     if measure is not None:
-        queries, _ = choose(features, importance, min(QUERIES, features.shape[1]))
+        queries, _ = choose_tokens(features, importance, min(QUERIES, features.shape[1]))
         floor = _LEAST_SHARE / features.shape[1]
         importance = measure(queries).clamp_min(floor) * (importance > 0)
-    kept, labels = choose(features, importance, budget)
+    kept, labels = choose_tokens(features, importance, budget)
     return _merge(site, kept, labels, importance)
 
 
-def choose(features: Tensor, importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def choose_tokens(features: Tensor, importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Tokens that stand for all: their indices [G, count], and for each token which of them is
     nearest, [G, N].
 

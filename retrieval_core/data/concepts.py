@@ -8,11 +8,11 @@ from ..errors import RetrievalError
 from .augment import UNCHANGED, View, recolour
 from .placing import (
     Region,
-    box_on_square,
-    mask_on_square,
-    parts_on_square,
-    picture_on_square,
-    place,
+    mask_box,
+    place_mask,
+    place_parts,
+    place_picture,
+    place_region,
 )
 from .sample import NEUTRAL, Box, Colour, Concept, Reference, Sample
 
@@ -22,13 +22,13 @@ from .sample import NEUTRAL, Box, Colour, Concept, Reference, Sample
 LOWEST_HEAD_BORDER = 0.75
 
 
-def figure_region(sample: Sample) -> Region:
+def find_figure_region(sample: Sample) -> Region:
     """The whole picture."""
     height, width = sample.image.shape[:2]
     return Region((0, 0, width, height))
 
 
-def face_region(sample: Sample) -> Region:
+def find_face_region(sample: Sample) -> Region:
     """The head box, its shorter side grown to the longer as far as the picture reaches.
 
     Raises RetrievalError for a sample without a head box.
@@ -41,7 +41,7 @@ def face_region(sample: Sample) -> Region:
     return Region((left, top, right, bottom))
 
 
-def clothes_region(sample: Sample) -> Region:
+def find_clothes_region(sample: Sample) -> Region:
     """The picture below the head box; where that leaves too little, all but the head box.
 
     Raises RetrievalError for a sample without a head box.
@@ -53,10 +53,10 @@ def clothes_region(sample: Sample) -> Region:
     return Region((0, box[3], width, height))
 
 
-_REGIONS = {"figure": figure_region, "face": face_region, "clothes": clothes_region}
+_REGIONS = {"figure": find_figure_region, "face": find_face_region, "clothes": find_clothes_region}
 
 
-def reference(
+def cut_reference(
     sample: Sample,
     concept: Concept,
     size: int,
@@ -80,7 +80,7 @@ def reference(
             f"The concept is {concept!r}; it must be one of {', '.join(_REGIONS)}."
         )
     region = _REGIONS[concept](sample)
-    placement = place(region, size, view)
+    placement = place_region(region, size, view)
     image = recolour(sample.image, colour)
     mask = sample.mask if remove_background else None
     if mask is not None and region.blank is not None:
@@ -91,34 +91,34 @@ def reference(
         image = np.where(mask[..., None], image, np.array(fill, np.uint8))
     elif region.blank is not None:
         image = _blanked(image, region.blank, fill)
-    square = picture_on_square(image, placement, fill)
+    square = place_picture(image, placement, fill)
     if mask is not None:
-        mask = mask_on_square(mask, placement)
+        mask = place_mask(mask, placement)
         if not mask.any():  # thinner than half a pixel, or out of this view
             mask = None
     if mask is None and placement.inside != (0, 0, size, size):
-        mask = box_on_square(placement.mirrored(placement.inside), size)
+        mask = mask_box(placement.mirrored(placement.inside), size)
     parts = sample.parts
     if parts is not None:
         if region.blank is not None:
             parts = _blanked(parts, region.blank, 0)
-        parts = parts_on_square(parts, placement)
+        parts = place_parts(parts, placement)
     return Reference(square, mask, concept, parts)
 
 
 def figure_reference(sample: Sample, size: int, fill: Colour = NEUTRAL, **options) -> Reference:
-    """The whole picture as a reference; options as in `reference`."""
-    return reference(sample, "figure", size, fill, **options)
+    """The whole picture as a reference; options as in `cut_reference`."""
+    return cut_reference(sample, "figure", size, fill, **options)
 
 
 def face_reference(sample: Sample, size: int, fill: Colour = NEUTRAL, **options) -> Reference:
-    """The head box, filling the square; options as in `reference`."""
-    return reference(sample, "face", size, fill, **options)
+    """The head box, filling the square; options as in `cut_reference`."""
+    return cut_reference(sample, "face", size, fill, **options)
 
 
 def clothes_reference(sample: Sample, size: int, fill: Colour = NEUTRAL, **options) -> Reference:
-    """What is below the head, or all but the head; options as in `reference`."""
-    return reference(sample, "clothes", size, fill, **options)
+    """What is below the head, or all but the head; options as in `cut_reference`."""
+    return cut_reference(sample, "clothes", size, fill, **options)
 
 
 def _head_box(sample: Sample) -> Box:

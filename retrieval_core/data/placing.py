@@ -54,7 +54,7 @@ class Placement:
         return self.mirrored((left, top, max(right, left), max(bottom, top)))
 
 
-def place(region: Region, size: int, view: View = UNCHANGED) -> Placement:
+def place_region(region: Region, size: int, view: View = UNCHANGED) -> Placement:
     """Where `region` lies on a square of `size` pixels under `view`.
 
     The view is moved back as far as needed for the centre of the square to stay on the content.
@@ -79,27 +79,27 @@ def place(region: Region, size: int, view: View = UNCHANGED) -> Placement:
     return Placement(size, (origin[0], origin[1]), size / shown, box, region.content, view.flip)
 
 
-def picture_on_square(image: np.ndarray, placement: Placement, fill: Colour) -> np.ndarray:
+def place_picture(image: np.ndarray, placement: Placement, fill: Colour) -> np.ndarray:
     """uint8 [H, W, 3] -> [S, S, 3], Lanczos (area-aware when shrinking), padded with `fill`."""
     square = np.empty((placement.size, placement.size, 3), np.uint8)
     square[:] = fill
     return _put(image, placement, square, Image.Resampling.LANCZOS)
 
 
-def mask_on_square(mask: np.ndarray, placement: Placement) -> np.ndarray:
+def place_mask(mask: np.ndarray, placement: Placement) -> np.ndarray:
     """bool [H, W] -> [S, S]; True where half a pixel or more is; False in the padding."""
     square = np.zeros((placement.size, placement.size), np.uint8)
     levels = mask.view(np.uint8) * np.uint8(255)
     return _put(levels, placement, square, Image.Resampling.BOX) > 127
 
 
-def parts_on_square(parts: np.ndarray, placement: Placement) -> np.ndarray:
+def place_parts(parts: np.ndarray, placement: Placement) -> np.ndarray:
     """uint8 [H, W] -> [S, S]; labels are never blended; 0 in the padding."""
     square = np.zeros((placement.size, placement.size), np.uint8)
     return _put(parts, placement, square, Image.Resampling.NEAREST)
 
 
-def box_on_square(box: Box, size: int) -> np.ndarray:
+def mask_box(box: Box, size: int) -> np.ndarray:
     """bool [S, S], True inside the box."""
     mask = np.zeros((size, size), np.bool_)
     mask[box[1] : box[3], box[0] : box[2]] = True

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..bank.tokens import check_weight
 from ..errors import RetrievalError
-from .placing import Region, picture_on_square, place
+from .placing import Region, place_picture, place_region
 from .sample import NEUTRAL, Box, Colour
 
 # Pillow only warns at this number of pixels, and the host may have switched its check off.
@@ -108,8 +108,8 @@ def pad_to_square(
     if size < 1:
         raise RetrievalError(f"The reference size is {size} pixels; it must be 1 or more.")
     height, width = image.shape[:2]
-    placement = place(Region((0, 0, width, height)), size)
-    square = picture_on_square(image, placement, colour)
+    placement = place_region(Region((0, 0, width, height)), size)
+    square = place_picture(image, placement, colour)
     left, top, right, bottom = placement.inside
     inside = np.zeros((size, size), np.float32)
     if mask is None:

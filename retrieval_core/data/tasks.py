@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import RetrievalError
 from .augment import Augmentation, recolour
-from .concepts import figure_region, reference
-from .placing import box_on_square, picture_on_square, place
+from .concepts import cut_reference, find_figure_region
+from .placing import mask_box, place_picture, place_region
 from .sample import NEUTRAL, Colour, Concept, Reference, Sample
 
 
@@ -57,7 +57,7 @@ class TrainingItem:
     references: list[Reference]
 
 
-def same_character(
+def draw_same_character(
     samples: Sequence[Sample],
     target_index: int,
     rng: np.random.Generator,
@@ -78,7 +78,7 @@ def same_character(
     return _item(samples, target_index, rng, options or TaskOptions(), wanted)
 
 
-def compose(
+def draw_composition(
     samples: Sequence[Sample],
     target_index: int,
     rng: np.random.Generator,
@@ -92,7 +92,7 @@ def compose(
     """Concept composition: `faces` faces and `bodies` bodies, sampled separately (§3.3).
 
     face_indices, body_indices: samples with the target's face and with its clothes, all by
-    default; those without a head box are passed over. Otherwise like `same_character`.
+    default; those without a head box are passed over. Otherwise like `draw_same_character`.
     """
     every = range(len(samples))
     headed = [i for i in every if samples[i].head_box is not None]
@@ -159,19 +159,19 @@ def _target(
     sample: Sample, rng: np.random.Generator, options: TaskOptions
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     view, colour = options.target.view.draw(rng), options.target.colour.draw(rng)
-    placement = place(figure_region(sample), options.size, view)
+    placement = place_region(find_figure_region(sample), options.size, view)
     pixels = recolour(sample.image, colour)
-    image = picture_on_square(pixels, placement, _fill(rng, options))
-    content = box_on_square(placement.mirrored(placement.inside), options.size)
+    image = place_picture(pixels, placement, _fill(rng, options))
+    content = mask_box(placement.mirrored(placement.inside), options.size)
     head = sample.head_box
-    face = box_on_square((0, 0, 0, 0) if head is None else placement.box(head), options.size)
+    face = mask_box((0, 0, 0, 0) if head is None else placement.box(head), options.size)
     return image, content, face
 
 
 def _source(
     sample: Sample, concept: Concept, rng: np.random.Generator, options: TaskOptions
 ) -> Reference:
-    return reference(
+    return cut_reference(
         sample,
         concept,
         options.size,

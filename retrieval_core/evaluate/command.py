@@ -21,7 +21,7 @@ from ..errors import RetrievalError
 from . import summary
 from .characters import Character
 from .comfy import SERVER, Client, ComfyMethod
-from .evaluation import Evaluation, means
+from .evaluation import Evaluation, list_means
 from .methods import Method
 from .protocol import Protocol
 from .scores import Scorer
@@ -155,7 +155,7 @@ def evaluate(
     paths = evaluation.report()
     lines = summary.summarise(evaluation.ledger.rows, evaluation.scorer)
     if options.json:
-        print(json.dumps({"protocol": protocol.to_dict(), "lines": means(lines)}))
+        print(json.dumps({"protocol": protocol.to_dict(), "lines": list_means(lines)}))
         return
     print(paths[1].read_text(encoding="utf-8"))
     for path in paths:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.prepare import load_image
 from ..files import atomic_write, write_text
-from ..sheets import Row, Tile, reference_colour, write_sheet
+from ..sheets import Row, Tile, choose_colour, write_sheet
 from . import summary
 from .characters import Character, digest_references
 from .comfy import encode
@@ -75,7 +75,7 @@ class Evaluation:
         scores, answers = self.scorer.score(run, character, pictures)
         names = []
         for sample, picture in enumerate(pictures):
-            name = picture_name(method.name, weight, run, sample)
+            name = name_picture(method.name, weight, run, sample)
             data = encode(picture)
             atomic_write(self.folder / name, lambda path, data=data: _write(path, data))
             names.append(name)
@@ -96,8 +96,8 @@ class Evaluation:
         """Writes table.csv, table.md, frontier.png and sheet.png from all rows there are."""
         lines = summary.summarise(self.ledger.rows, self.scorer)
         paths = [self.folder / n for n in ("table.csv", "table.md", "frontier.png", "sheet.png")]
-        write_text(paths[0], summary.csv_table(lines))
-        write_text(paths[1], summary.markdown(lines))
+        write_text(paths[0], summary.write_csv(lines))
+        write_text(paths[1], summary.write_markdown(lines))
         write_frontier(paths[2], lines, self.scorer)
         rows = self._sheet_rows()
         subtitle = "Each row: one character and prompt, one seed. The numbers are weights."
@@ -120,12 +120,12 @@ class Evaluation:
                     seed, prompt = self.protocol.seed, self.protocol.prompts[number]
                     run = Run(character.name, f"P{number + 1}", prompt, seed, 1)
                     if (method, weight, *run.key) in found:
-                        picture = _read(self.folder / picture_name(method, weight, run, 0))
+                        picture = _read(self.folder / name_picture(method, weight, run, 0))
                         label = method if weight is None else f"{method} {weight:g}"
                         tiles.append(Tile(picture, label))
                 if tiles:
                     references = [
-                        Tile(r.image, r.concept, reference_colour(j))
+                        Tile(r.image, r.concept, choose_colour(j))
                         for j, r in enumerate(character.references[:4])
                     ]
                     title = f"{domain}: {self.protocol.prompts[number][:110]}"
@@ -133,7 +133,7 @@ class Evaluation:
         return rows
 
 
-def picture_name(method: str, weight: float | None, run: Run, sample: int) -> str:
+def name_picture(method: str, weight: float | None, run: Run, sample: int) -> str:
     """A picture's path in the folder, of characters that every file system takes."""
     kind = method if weight is None else f"{method}_{weight:g}"
     file = f"{run.character}_{run.prompt_name}_{run.seed}_{sample + 1}.png"
@@ -157,7 +157,7 @@ def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def means(lines: Sequence[summary.Line]) -> list[Mapping[str, Any]]:
+def list_means(lines: Sequence[summary.Line]) -> list[Mapping[str, Any]]:
     """The lines as JSON-able dicts of means."""
     return [
         {

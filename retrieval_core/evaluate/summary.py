@@ -103,7 +103,7 @@ def _over_characters(rows: Sequence[Row], values: Callable[[Row], Sequence[float
     return bootstrap([float(np.mean(v)) for v in of.values() if v])
 
 
-def csv_table(lines: Sequence[Line]) -> str:
+def write_csv(lines: Sequence[Line]) -> str:
     """Every mean and standard error in columns of their own."""
     names = list(dict.fromkeys(name for line in lines for name in line.scores))
     prompts = sorted({prompt for line in lines for prompt in line.by_prompt})
@@ -126,7 +126,7 @@ def csv_table(lines: Sequence[Line]) -> str:
     return file.getvalue()
 
 
-def markdown(lines: Sequence[Line]) -> str:
+def write_markdown(lines: Sequence[Line]) -> str:
     """The same to be read: mean ± standard error over characters, in percent."""
     names = list(dict.fromkeys(name for line in lines for name in line.scores))
     prompts = sorted({prompt for line in lines for prompt in line.by_prompt})

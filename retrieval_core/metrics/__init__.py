@@ -14,7 +14,13 @@ In the modules: `vqa_models.load_vqa`, `encoders.load_clip` and `encoders.load_d
 the format of transformers, and `model_folder.find_model` finds or fetches one by name.
 """
 
-from .diversity import Pair, distance_matrix, diversity, extreme_pairs, weighted_diversity
+from .diversity import (
+    Pair,
+    compute_distance_matrix,
+    diversity,
+    find_extreme_pairs,
+    weighted_diversity,
+)
 from .protocols import Answerer, ImageEmbedder, TextEmbedder
 from .similarity import (
     ImageScore,
@@ -45,10 +51,10 @@ __all__ = [
     "VQADiversity",
     "ask",
     "bootstrap",
-    "distance_matrix",
+    "compute_distance_matrix",
     "diversity",
     "embed_images",
-    "extreme_pairs",
+    "find_extreme_pairs",
     "image_similarity",
     "score_answers",
     "similarity",

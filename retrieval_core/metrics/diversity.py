@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RetrievalError
-from .similarity import normalised
+from .similarity import normalise
 from .statistics import CHUNK, RESAMPLES, Estimate, resampling_counts
 
 BLOCK = 1024
@@ -41,7 +41,7 @@ def diversity(embeddings: Any, resamples: int = RESAMPLES, seed: int = 0) -> Est
     itself, whose distance 0 would bias it; nan below three images.
 
     Raises:
-        RetrievalError: fewer than two embeddings, or see `similarity.normalised`.
+        RetrievalError: fewer than two embeddings, or see `similarity.normalise`.
     """
     return _mean_distance(embeddings, None, resamples, seed)
 
@@ -124,7 +124,7 @@ def _mean_distance(
 
 
 def _two_or_more(embeddings: Any) -> np.ndarray:
-    vectors = normalised(embeddings)
+    vectors = normalise(embeddings)
     if len(vectors) < 2:
         raise RetrievalError(
             f"Diversity needs at least two images and there is {len(vectors)}; give a larger batch."
@@ -145,7 +145,7 @@ def _distance_blocks(vectors: np.ndarray, block: int) -> Iterator[tuple[int, np.
         yield start, distances
 
 
-def distance_matrix(embeddings: Any) -> np.ndarray:
+def compute_distance_matrix(embeddings: Any) -> np.ndarray:
     """All pairwise cosine distances in percent, [N, N], to be looked at.
 
     Raises:
@@ -157,7 +157,7 @@ def distance_matrix(embeddings: Any) -> np.ndarray:
     return matrix
 
 
-def extreme_pairs(embeddings: Any, block: int = BLOCK) -> tuple[Pair, Pair]:
+def find_extreme_pairs(embeddings: Any, block: int = BLOCK) -> tuple[Pair, Pair]:
     """The most and the least alike pair; of equal ones the first. `block` rows are held at a time.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .diversity import Pair, distance_matrix
+from .diversity import Pair, compute_distance_matrix
 from .vqa import QuestionResult, VQADiversity
 
 MOST_SHOWN = 256
@@ -20,7 +20,7 @@ COLOURS = (
 )
 
 
-def report_text(result: VQADiversity) -> str:
+def write_report(result: VQADiversity) -> str:
     """Score, most and least alike pair, and every answer, as lines of text."""
     count = result.score.count
     lines = [f"VQA diversity: {result.score} % ({count} images, {len(result.questions)} questions)"]
@@ -44,14 +44,14 @@ def _pair(pair: Pair) -> str:
     return f"images {pair.first + 1} and {pair.second + 1} ({pair.distance:.2f} %)"
 
 
-def distance_plot(result: VQADiversity) -> np.ndarray:
+def plot_distances(result: VQADiversity) -> np.ndarray:
     """The matrix of mean cosine distances as a heat map, float32 [H, W, 3] in 0..1.
 
     The colours run from 0 to the largest distance. Frames: the most alike pair in white, the least
     alike in red. Of more than `MOST_SHOWN` images the first are shown, and the title says so.
     """
     shown = min(result.score.count, MOST_SHOWN)
-    matrix = distance_matrix(result.embeddings[:shown])
+    matrix = compute_distance_matrix(result.embeddings[:shown])
     top = float(matrix.max()) or 1.0
     cell = max(1, PLOT // shown)
     side = cell * shown

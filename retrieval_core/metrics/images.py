@@ -12,7 +12,7 @@ from ..errors import RetrievalError
 Images = Tensor | Sequence[Tensor]
 
 
-def as_batch(images: Images, what: str = "image", least: int = 1) -> Tensor:
+def check_batch(images: Images, what: str = "image", least: int = 1) -> Tensor:
     """Images [N, 3, H, W] of a batch, or of a sequence of [3, H, W] of one size.
 
     Raises:

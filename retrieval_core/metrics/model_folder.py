@@ -220,19 +220,17 @@ def _refusal(name: str, error: Exception) -> RetrievalError:
         return RetrievalError(
             f"There is no room left for '{name}'; make room, or set HF_HOME to a larger disk."
         )
-    reason = (
-        "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else reason_of(error)
-    )
+    reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else explain(error)
     return RetrievalError(
         f"The hub could not be reached for '{name}' ({reason}); check the network, or give the "
         "path of a folder that holds the model."
     )
 
 
-def reason_of(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """The first line of an error or of what it wraps, short and without an end of sentence."""
     wrapped = getattr(error, "reason", None) or (error.args[0] if error.args else None)
     if isinstance(wrapped, BaseException):
-        return reason_of(wrapped)
+        return explain(wrapped)
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"\.(?=\s)", ";", text)[:200].rstrip(".;: ")

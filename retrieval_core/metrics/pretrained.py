@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import RetrievalError
-from .model_folder import check, reason_of
+from .model_folder import check, explain
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 # Attention named owner/kernel is compiled code that transformers would fetch from the hub.
 _KERNEL = re.compile(r'attn_implementation\w*"\s*:\s*"[^"]*/')
 
 
-def transformers_library() -> ModuleType:
+def import_transformers() -> ModuleType:
     """transformers, with one sentence where it is not installed."""
     try:
         import transformers
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RetrievalError(
             f"The config.json in '{folder}' is not that of a transformers model "
-            f"({reason_of(error)}); fetch the model again."
+            f"({explain(error)}); fetch the model again."
         ) from error
     if _KERNEL.search(text):
         raise RetrievalError(
@@ -69,7 +69,7 @@ def load_model(
     Raises:
         RetrievalError: it cannot be read, or weights that the model has are not in the files.
     """
-    transformers = transformers_library()
+    transformers = import_transformers()
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options["dtype" if version >= (4, 56) else "torch_dtype"] = dtype or torch.float32
     try:
@@ -82,7 +82,7 @@ def load_model(
         raise
     except Exception as error:  # a damaged folder raises a dozen classes
         raise RetrievalError(
-            f"The model in '{folder}' cannot be loaded as {kind} ({reason_of(error)}); fetch it "
+            f"The model in '{folder}' cannot be loaded as {kind} ({explain(error)}); fetch it "
             "again, or use another model."
         ) from error
     missing = _missing(model, info["missing_keys"])
@@ -101,7 +101,7 @@ def load_part(kind: str, folder: Path, **options: Any) -> Any:
     Raises:
         RetrievalError: it is not there or cannot be read.
     """
-    transformers = transformers_library()
+    transformers = import_transformers()
     names = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
     what = names.get(kind, "processor")
     try:
@@ -113,7 +113,7 @@ def load_part(kind: str, folder: Path, **options: Any) -> Any:
         return part
     except Exception as error:
         raise RetrievalError(
-            f"The {what} in '{folder}' cannot be loaded ({reason_of(error)}); fetch the model with "
+            f"The {what} in '{folder}' cannot be loaded ({explain(error)}); fetch the model with "
             "all of its files."
         ) from error
 

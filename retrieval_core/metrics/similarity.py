@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RetrievalError
-from .images import Images, as_batch
+from .images import Images, check_batch
 from .protocols import ImageEmbedder
 from .statistics import Estimate, bootstrap
 
@@ -22,7 +22,7 @@ class ImageScore:
     estimate: Estimate
 
 
-def normalised(embeddings: Any) -> np.ndarray:
+def normalise(embeddings: Any) -> np.ndarray:
     """Embeddings [N, D] (tensor or array) at length one, float64.
 
     Raises:
@@ -52,9 +52,9 @@ def similarity(a: Any, b: Any) -> np.ndarray:
     Not clipped: opposite directions are -100.
 
     Raises:
-        RetrievalError: no embedding on one side, different widths, or see `normalised`.
+        RetrievalError: no embedding on one side, different widths, or see `normalise`.
     """
-    a, b = normalised(a), normalised(b)
+    a, b = normalise(a), normalise(b)
     if not len(a) or not len(b):
         raise RetrievalError(
             f"There are {len(a)} images and {len(b)} to compare them with; give at least one each."
@@ -66,7 +66,7 @@ def similarity(a: Any, b: Any) -> np.ndarray:
 
 def paired_similarity(a: Any, b: Any) -> np.ndarray:
     """Cosine similarity of a[i] with b[i], [N, D] each, in percent: [N]."""
-    a, b = normalised(a), normalised(b)
+    a, b = normalise(a), normalise(b)
     if len(a) != len(b):
         raise RetrievalError(
             f"There are {len(a)} images and {len(b)} texts; give one text for all, or one each."
@@ -93,7 +93,7 @@ def image_similarity(images: Images, references: Images, encoder: ImageEmbedder)
     Raises:
         RetrievalError: no image or no reference, or images of different sizes.
     """
-    embedded = encoder.embed_images(as_batch(images))
+    embedded = encoder.embed_images(check_batch(images))
     return _scored(similarity(embedded, embed_images(references, encoder)))
 
 
@@ -105,8 +105,8 @@ def embed_images(references: Images, encoder: ImageEmbedder) -> np.ndarray:
     """
     if not len(references):
         raise RetrievalError("There are no references to compare with; give at least one.")
-    theirs = [encoder.embed_images(as_batch([r], "reference")) for r in references]
-    return np.concatenate([normalised(t) for t in theirs])
+    theirs = [encoder.embed_images(check_batch([r], "reference")) for r in references]
+    return np.concatenate([normalise(t) for t in theirs])
 
 
 def text_similarity(images: Images, prompts: str | Sequence[str], encoder: Any) -> ImageScore:
@@ -120,7 +120,7 @@ def text_similarity(images: Images, prompts: str | Sequence[str], encoder: Any) 
     Raises:
         RetrievalError: no image, an empty prompt, or another number of prompts than of images.
     """
-    images = as_batch(images)
+    images = check_batch(images)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(text.strip() for text in texts):
         raise RetrievalError(
@@ -134,7 +134,7 @@ def text_similarity(images: Images, prompts: str | Sequence[str], encoder: Any) 
             "one each."
         )
     distinct = list(dict.fromkeys(texts))
-    embedded = normalised(encoder.embed_texts(distinct))[[distinct.index(t) for t in texts]]
+    embedded = normalise(encoder.embed_texts(distinct))[[distinct.index(t) for t in texts]]
     return _scored(paired_similarity(encoder.embed_images(images), embedded))
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import RetrievalError
-from .diversity import Pair, diversity, extreme_pairs, weighted_diversity
-from .images import Images, as_batch
+from .diversity import Pair, diversity, find_extreme_pairs, weighted_diversity
+from .images import Images, check_batch
 from .protocols import Answerer, TextEmbedder
-from .similarity import normalised
+from .similarity import normalise
 from .statistics import Estimate
 
 # An overall description, and one question for each aspect that is to stay free (§5.5).
@@ -39,7 +39,7 @@ class QuestionResult:
 
     def extremes(self) -> tuple[Pair, Pair]:
         """The most and the least alike pair of images by this question's answers."""
-        return extreme_pairs(self.embeddings)
+        return find_extreme_pairs(self.embeddings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class VQADiversity:
 
     def extremes(self) -> tuple[Pair, Pair]:
         """The most and the least alike pair of images by the mean distance of their answers."""
-        return extreme_pairs(self.embeddings)
+        return find_extreme_pairs(self.embeddings)
 
 
 def vqa_diversity(
@@ -93,7 +93,7 @@ def ask(
         RetrievalError: fewer than two images, different sizes, no or an empty question, an answer
             that is missing or empty.
     """
-    batch = as_batch(images, least=2)
+    batch = check_batch(images, least=2)
     asked = [questions] if isinstance(questions, str) else list(questions)
     if not asked or not all(question.strip() for question in asked):
         raise RetrievalError(
@@ -123,7 +123,7 @@ def score_answers(
         # Once each: a model's output for one text may differ in the last bits between batches.
         distinct = list(dict.fromkeys(given))
         place = {answer: i for i, answer in enumerate(distinct)}
-        embedded = normalised(embedder.embed_texts(distinct))[[place[a] for a in given]]
+        embedded = normalise(embedder.embed_texts(distinct))[[place[a] for a in given]]
         scores = _scores(embedded, similarity)
         results.append(QuestionResult(question, tuple(given), *scores, embedded))
     joint = np.concatenate([r.embeddings for r in results], 1) / np.sqrt(len(results))

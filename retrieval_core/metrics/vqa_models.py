@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import RetrievalError
 from .pretrained import (
+    import_transformers,
     load_model,
     load_part,
     pictures,
     read_config,
     to_model,
-    transformers_library,
 )
 
 # What CLIP's text encoder reads of an answer: 77 tokens, two of them its own.
@@ -124,7 +124,7 @@ def load_vqa(
 def _model_class(folder: Path, config: dict[str, Any]) -> str:
     """The name of transformers' class for a model that answers questions about images."""
     kind, architectures = config["model_type"], config.get("architectures") or []
-    transformers_library()
+    import_transformers()
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CHAT_KINDS,
     )

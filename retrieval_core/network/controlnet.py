@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from ..errors import RetrievalError
 from ..files import parse_json, read_safetensors, save_safetensors
 from .encoder import RetrievalEncoder
-from .retrieval_site import RetrievalSite, query_pools
+from .retrieval_site import RetrievalSite, choose_query_pools
 from .unet import (
     AttentionFunction,
     UNet,
     UNetConfig,
     attention,
     check_weights,
-    config_from_state_dict,
+    detect_config,
     load_strictly,
 )
 
@@ -93,7 +93,7 @@ class RetrievalControlNet(nn.Module):
         if query_pooling is None:
             query_pooling = QUERY_POOLING[card.base]
         self.query_pooling = query_pooling
-        pools = query_pools(config, query_pooling)
+        pools = choose_query_pools(config, query_pooling)
         self.encoder = RetrievalEncoder(config, operations, attend, **kw)
         self.retrieval = nn.ModuleDict(
             {
@@ -122,7 +122,7 @@ class RetrievalControlNet(nn.Module):
             RetrievalError: the checkpoint is not a U-Net of this family.
         """
         own = {k[len(prefix) :]: v for k, v in base.items() if k.startswith(prefix)}
-        config = kw.pop("config", None) or config_from_state_dict(own)
+        config = kw.pop("config", None) or detect_config(own)
         network = cls(config, Card(name), **kw)
         copied = {k: v for k, v in own.items() if not k.startswith(DECODER_PARTS)}
         load_strictly(network.encoder, copied, "encoder")
@@ -250,7 +250,7 @@ def build_network(
     with torch.device("meta"):
         check_weights(RetrievalControlNet(config, card).state_dict(), rest, f"network '{path}'")
         if decoder:
-            check_weights(decoder_state(UNet(config)), decoder, f"decoder of '{path}'")
+            check_weights(select_decoder(UNet(config)), decoder, f"decoder of '{path}'")
     network = RetrievalControlNet(config, card, query_pooling=pooling, **kw)
     load_weights(network, rest)
     # Copies: what safetensors hands out is a view of the file, which may be overwritten.
@@ -282,13 +282,13 @@ def _recommended(values: dict[str, Any], path: str | os.PathLike[str]) -> dict[s
     return values
 
 
-def decoder_state(unet: UNet) -> dict[str, Tensor]:
+def select_decoder(unet: UNet) -> dict[str, Tensor]:
     """The decoder's weights under the base model's own names."""
     return {k: v for k, v in unet.state_dict().items() if k.startswith(DECODER_PARTS)}
 
 
-def decoder_difference(
+def subtract_decoder(
     trained: Mapping[str, Tensor], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What training changed in a decoder: `decoder_state` of it less that of its base."""
+    """What training changed in a decoder: `select_decoder` of it less that of its base."""
     return {k: v.detach() - base[k].detach().to(v) for k, v in trained.items()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .unet import AttentionFunction, UNetConfig, attention
 
 
-def query_pools(config: UNetConfig, pooling: int) -> dict[str, int]:
+def choose_query_pools(config: UNetConfig, pooling: int) -> dict[str, int]:
     """site -> query pooling factor: `pooling` at full-resolution sites, 1 elsewhere."""
     factors = config.site_downsampling()
     return {site: pooling if factor == 1 else 1 for site, factor in factors.items()}
@@ -29,7 +29,7 @@ def pool_queries(h: Tensor, pool: int, active: Tensor | None = None) -> Tensor:
     """Features [B, C, H, W] as query tokens [B, Q, C], averaged over pool x pool blocks.
 
     Args:
-        active: [Q] indices of the query tokens to return (`regions.active_queries`), None for all.
+        active: [Q] indices of the query tokens to return (`regions.find_active`), None for all.
     """
     if pool > 1:
         h = F.avg_pool2d(h, pool, ceil_mode=True, count_include_pad=False)

@@ -557,7 +557,7 @@ class UNet(UNetEncoder):
         return self.decode(features, emb, context, skip_hook, self_attention)
 
 
-def config_from_state_dict(weights: Mapping[str, Tensor], prefix: str = "") -> UNetConfig:
+def detect_config(weights: Mapping[str, Tensor], prefix: str = "") -> UNetConfig:
     """Reads the configuration off a checkpoint's own shapes (SD 1.x, 2.x, SDXL and their like).
 
     Args:
@@ -641,7 +641,7 @@ def load_unet(
         RetrievalError: keys are missing, left over, or of another shape.
     """
     own = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
-    unet = UNet(config or config_from_state_dict(own), **kw)
+    unet = UNet(config or detect_config(own), **kw)
     load_strictly(unet, own, "U-Net")
     return unet
 

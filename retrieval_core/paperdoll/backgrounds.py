@@ -11,7 +11,7 @@ from .world import BACKGROUNDS, SIZE, Colour
 
 
 @lru_cache(maxsize=1024)
-def background(name: str, seed: int) -> Image.Image:
+def draw_background(name: str, seed: int) -> Image.Image:
     """An RGB image of 64x64 pixels; the same for the same name and seed. Do not draw on it."""
     rng = np.random.default_rng([BACKGROUNDS.index(name), seed])
     picture = Image.new("RGB", (SIZE, SIZE))

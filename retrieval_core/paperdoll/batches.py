@@ -11,9 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Augmentation, RandomView, Sample, TaskOptions, compose, same_character
+from ..data import (
+    Augmentation,
+    RandomView,
+    Sample,
+    TaskOptions,
+    draw_composition,
+    draw_same_character,
+)
 from .draw import EYES, HAIR, LOWER, SKIN, UPPER, Rendering, render
-from .judge import ATTRIBUTES, truth_ids
+from .judge import ATTRIBUTES, index_truth
 from .text import LENGTH, PAD, Tokenizer
 from .world import (
     SIZE,
@@ -32,7 +39,7 @@ REFERENCES = 4
 TARGETS = SAME - REFERENCES
 
 
-def character_figures(seed: int, index: int, held_out: bool) -> list[Figure]:
+def draw_character_figures(seed: int, index: int, held_out: bool) -> list[Figure]:
     """The `EACH` figures of character number `index`, from its own random stream."""
     rng = np.random.default_rng([seed, index, int(held_out)])
     identity, outfit = random_identity(rng, held_out), random_outfit(rng, held_out)
@@ -47,7 +54,7 @@ class Characters:
     """Rendered characters.
 
     images: uint8 [N, EACH, 64, 64, 3]. masks: bool [N, EACH, 64, 64]. parts: uint8 [N, EACH, 64,
-    64]. boxes: int [N, EACH, 4]. truths: int64 [N, EACH, A], see `judge.truth_ids`. tags:
+    64]. boxes: int [N, EACH, 4]. truths: int64 [N, EACH, A], see `judge.index_truth`. tags:
     [N][EACH] lists of tags. figures: of each character the first, for its identity and outfit.
     """
 
@@ -88,14 +95,14 @@ def render_characters(seed: int, count: int, held_out: bool = False) -> Characte
 def _render_range(job: tuple[int, int, int, bool]) -> tuple:
     """The fields of `Characters`, of some of them."""
     seed, start, end, held_out = job
-    figures = [character_figures(seed, index, held_out) for index in range(start, end)]
+    figures = [draw_character_figures(seed, index, held_out) for index in range(start, end)]
     drawn = [[render(figure) for figure in row] for row in figures]
     return (
         np.stack([[d.image for d in row] for row in drawn]),
         np.stack([[d.mask for d in row] for row in drawn]),
         np.stack([[d.parts for d in row] for row in drawn]),
         np.array([[d.head_box for d in row] for row in drawn]),
-        np.array([[truth_ids(figure) for figure in row] for row in figures]),
+        np.array([[index_truth(figure) for figure in row] for row in figures]),
         [[figure.scene.tags() for figure in row] for row in figures],
         [row[0] for row in figures],
     )
@@ -125,7 +132,7 @@ def to_images(pixels: np.ndarray) -> Tensor:
     return flat.movedim(-1, 1).float() / 255
 
 
-def prompt_of(
+def write_prompt(
     tags: Sequence[str], rng: np.random.Generator, tag_drop: float, text_drop: float
 ) -> str:
     """A prompt of tags, each left out with one probability and all of them with another."""
@@ -169,7 +176,7 @@ class BaseBatches:
         return to_images(np.stack(pictures)), torch.tensor(ids)
 
     def _ids(self, tags: Sequence[str], rng: np.random.Generator) -> list[int]:
-        return Tokenizer()(prompt_of(tags, rng, self.tag_drop, self.text_drop))
+        return Tokenizer()(write_prompt(tags, rng, self.tag_drop, self.text_drop))
 
 
 @dataclass(frozen=True)
@@ -304,9 +311,9 @@ class RetrievalBatches:
         faces = [*sources, *range(SAME, SAME + OTHER_CLOTHES)]
         bodies = [*sources, *range(SAME + OTHER_CLOTHES, EACH)]
         if rng.random() < 0.5:
-            item = same_character(samples, targets[0], rng, self.options, indices=sources)
+            item = draw_same_character(samples, targets[0], rng, self.options, indices=sources)
         else:
-            item = compose(
+            item = draw_composition(
                 samples, targets[0], rng, self.options, face_indices=faces, body_indices=bodies
             )
         shown = [samples[target] for target in targets]
@@ -320,7 +327,7 @@ class RetrievalBatches:
         for row, sample in enumerate(shown):
             x0, y0, x1, y1 = sample.head_box or (0, 0, 0, 0)
             head[row, y0:y1, x0:x1] = True
-            prompt = prompt_of(sample.tags, rng, self.tag_drop, self.text_drop)
+            prompt = write_prompt(sample.tags, rng, self.tag_drop, self.text_drop)
             ids.append(tokenizer(prompt))
         everything = np.ones((SIZE, SIZE), bool)
         return (
@@ -359,7 +366,7 @@ __all__ = [
     "CriticBatches",
     "RetrievalBatch",
     "RetrievalBatches",
-    "character_figures",
+    "draw_character_figures",
     "render_any",
     "render_characters",
     "to_images",

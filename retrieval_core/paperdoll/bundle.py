@@ -27,7 +27,7 @@ class Bundle:
     judge: Judge
 
 
-def bundled(name: str, folder: Path | None = None) -> Path:
+def find_bundled(name: str, folder: Path | None = None) -> Path:
     """The path of a bundled file; RetrievalError if the installation lacks it."""
     path = (folder or FOLDER) / name
     if not path.is_file():
@@ -40,9 +40,9 @@ def bundled(name: str, folder: Path | None = None) -> Path:
 
 def load_bundle(folder: Path | None = None) -> Bundle:
     """All three models from `folder` (default: those that come with the pack)."""
-    network = load(bundled(RETRIEVAL_FILE, folder), "paperdoll", dtype=torch.float32)
+    network = load(find_bundled(RETRIEVAL_FILE, folder), "paperdoll", dtype=torch.float32)
     return Bundle(
-        load_base(bundled(BASE_FILE, folder)),
+        load_base(find_bundled(BASE_FILE, folder)),
         network.eval().requires_grad_(False),
-        load_judge(bundled(JUDGE_FILE, folder)),
+        load_judge(find_bundled(JUDGE_FILE, folder)),
     )

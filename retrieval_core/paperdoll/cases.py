@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..data import Sample, reference
+from ..data import Sample, cut_reference
 from ..data.prepare import PreparedReference
 from ..data.sample import Concept
 from .draw import Rendering, render
-from .judge import FACE, GARMENTS, truth
+from .judge import FACE, GARMENTS, list_truth
 from .world import (
     BACKGROUNDS,
     SIZE,
@@ -43,10 +43,12 @@ class Case:
     sources: list[Rendering]
 
 
-def prepared(rendering: Rendering, concept: Concept, masked: bool = False) -> PreparedReference:
+def prepare_rendering(
+    rendering: Rendering, concept: Concept, masked: bool = False
+) -> PreparedReference:
     """A rendered figure as a reference for `concept`, with its background unless `masked`."""
     sample = Sample(rendering.image, rendering.mask, rendering.head_box)
-    cut = reference(sample, concept, SIZE, remove_background=masked)
+    cut = cut_reference(sample, concept, SIZE, remove_background=masked)
     image = torch.from_numpy(cut.image.copy()).movedim(-1, 0).float() / 255
     mask = None if cut.mask is None else torch.from_numpy(cut.mask).float()
     return PreparedReference(image, mask, concept, 1.0)
@@ -59,7 +61,7 @@ def _pictures(
     return [render(Figure(who, clothes, scene)) for scene in scenes]
 
 
-def same_character_case(
+def make_character_case(
     seed: int, index: int, count: int = REFERENCES, masked: bool = False
 ) -> Case:
     """Case `index` of the same-character task: `count` whole figures of one held-out character."""
@@ -68,10 +70,10 @@ def same_character_case(
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     scene = random_scene(rng)
     sources = _pictures(who, clothes, background, count, rng)
-    values = truth(Figure(who, clothes, scene))
+    values = list_truth(Figure(who, clothes, scene))
     return Case(
         ", ".join(scene.tags()),
-        [prepared(source, "figure", masked) for source in sources],
+        [prepare_rendering(source, "figure", masked) for source in sources],
         {name: values[name] for name in (*FACE, *GARMENTS)},
         {name: values[name] for name in ("pose", "expression", "background")},
         background,
@@ -79,7 +81,7 @@ def same_character_case(
     )
 
 
-def composition_case(seed: int, index: int, masked: bool = False) -> Case:
+def make_composition_case(seed: int, index: int, masked: bool = False) -> Case:
     """Case `index` of concept composition: two faces of one character, two bodies of another.
 
     Both are held out of training, and both wear or have something else than what is wanted.
@@ -91,9 +93,9 @@ def composition_case(seed: int, index: int, masked: bool = False) -> Case:
     scene = random_scene(rng)
     faces = _pictures(who, others_clothes, background, 2, rng)
     bodies = _pictures(other, clothes, background, 2, rng)
-    values = truth(Figure(who, clothes, scene))
-    references = [prepared(face, "face", masked) for face in faces]
-    references += [prepared(body, "clothes", masked) for body in bodies]
+    values = list_truth(Figure(who, clothes, scene))
+    references = [prepare_rendering(face, "face", masked) for face in faces]
+    references += [prepare_rendering(body, "clothes", masked) for body in bodies]
     return Case(
         ", ".join(scene.tags()),
         references,
@@ -104,11 +106,11 @@ def composition_case(seed: int, index: int, masked: bool = False) -> Case:
     )
 
 
-def unsaid(case: Case) -> Case:
+def drop_prompt(case: Case) -> Case:
     """The same conditioning with an empty prompt."""
     return replace(case, prompt="", said={})
 
 
-def groups(cases: Sequence[Case]) -> list[list[PreparedReference]]:
+def list_references(cases: Sequence[Case]) -> list[list[PreparedReference]]:
     """The references of each case, as `generate.encode_groups` takes them."""
     return [case.references for case in cases]

@@ -14,19 +14,19 @@ from tqdm import tqdm
 
 from ..data.prepare import PreparedReference, load_image, prepare
 from ..errors import RetrievalError
-from ..sampling.attention_map import overlay
-from ..sheets import Row, Tile, reference_colour, write_sheet
+from ..sampling.attention_map import draw_overlay
+from ..sheets import Row, Tile, choose_colour, write_sheet
 from .bundle import Bundle, load_bundle
-from .cases import Case, composition_case, groups, same_character_case
+from .cases import Case, list_references, make_character_case, make_composition_case
 from .generate import Sampling, apply_bank, encode_group, encode_groups, generate
-from .measure import chance_levels, match_rates
+from .measure import compute_chance_levels, measure_matches
 from .text import CONCEPTS
 from .world import SIZE
 
 SHOWN = 6
 
 
-def own_reference(text: str) -> PreparedReference:
+def read_reference(text: str) -> PreparedReference:
     """A reference from the command line: `file.png`, `file.png:face` or `file.png:face:0.8`.
 
     Raises:
@@ -57,21 +57,21 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def noise_for(bundle: Bundle, seed: int, count: int) -> Tensor:
+def draw_noise(bundle: Bundle, seed: int, count: int) -> Tensor:
     return bundle.base.noise(count, torch.Generator().manual_seed(seed))
 
 
-def pictures_of(
+def draw_pictures(
     bundle: Bundle, cases: Sequence[Case], seed: int, how: Sampling
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Without retrieval, with it, and the map over the latter, from the same prompts and noise."""
-    prompts, noise = [case.prompt for case in cases], noise_for(bundle, seed, len(cases))
+    prompts, noise = [case.prompt for case in cases], draw_noise(bundle, seed, len(cases))
     plain = generate(bundle, prompts, noise, None, how)
-    tokens = encode_groups(bundle.base, bundle.network, groups(cases))
+    tokens = encode_groups(bundle.base, bundle.network, list_references(cases))
     retrieval = apply_bank(bundle.network, tokens, how)
     found = generate(bundle, prompts, noise, retrieval, how)
-    colours = [reference_colour(i) for i in range(len(cases[0].references))]
-    return plain, found, overlay(found, retrieval.shares.mean(), colours)
+    colours = [choose_colour(i) for i in range(len(cases[0].references))]
+    return plain, found, draw_overlay(found, retrieval.shares.mean(), colours)
 
 
 def show_task(
@@ -79,14 +79,14 @@ def show_task(
 ) -> Path:
     """One task: writes its sheet and prints its match rates."""
     parts = [
-        pictures_of(bundle, cases[start : start + SHOWN * 2], seed + start, how)
+        draw_pictures(bundle, cases[start : start + SHOWN * 2], seed + start, how)
         for start in tqdm(range(0, len(cases), SHOWN * 2), desc=name, disable=None, leave=False)
     ]
     plain, found, maps = (torch.cat(column) for column in zip(*parts))
     rows = []
     for i, case in enumerate(cases[:SHOWN]):
         references = [
-            Tile(r.image, r.concept, reference_colour(j)) for j, r in enumerate(case.references)
+            Tile(r.image, r.concept, choose_colour(j)) for j, r in enumerate(case.references)
         ]
         results = [
             Tile(plain[i], "without retrieval"),
@@ -97,9 +97,9 @@ def show_task(
     path = out / f"{name}.png"
     subtitle = "Each row: one prompt and one seed; the characters were never seen in training."
     write_sheet(path, title, subtitle, rows)
-    with_rates = match_rates(cases, bundle.judge.read(found))
-    without = match_rates(cases, bundle.judge.read(plain))
-    levels = chance_levels()
+    with_rates = measure_matches(cases, bundle.judge.read(found))
+    without = measure_matches(cases, bundle.judge.read(plain))
+    levels = compute_chance_levels()
     print(f"\n{title}: attributes of the references found in {len(cases)} pictures")
     print(f"  {'':16}{'with':>8}{'without':>10}{'chance':>9}")
     for line in with_rates:
@@ -111,17 +111,17 @@ def show_own(
     bundle: Bundle, references: list[str], prompt: str, out: Path, seed: int, how: Sampling
 ) -> Path:
     """The user's own reference files: four seeds without and with retrieval, and the maps."""
-    prepared = [own_reference(reference) for reference in references]
+    prepared = [read_reference(reference) for reference in references]
     tokens = encode_group(bundle.base, bundle.network, prepared)
     count = 4
-    noise = noise_for(bundle, seed, count)
+    noise = draw_noise(bundle, seed, count)
     plain = generate(bundle, [prompt] * count, noise, None, how)
     retrieval = apply_bank(bundle.network, tokens, how)
     found = generate(bundle, [prompt] * count, noise, retrieval, how)
-    colours = [reference_colour(i) for i in range(len(prepared))]
-    maps = overlay(found, retrieval.shares.mean(), colours)
+    colours = [choose_colour(i) for i in range(len(prepared))]
+    maps = draw_overlay(found, retrieval.shares.mean(), colours)
     tiles = [
-        Tile(r.image, f"{r.concept}, weight {r.weight:g}", reference_colour(i))
+        Tile(r.image, f"{r.concept}, weight {r.weight:g}", choose_colour(i))
         for i, r in enumerate(prepared)
     ]
     rows = [
@@ -164,8 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
             ]
         else:
             tasks = (
-                ("same_character", "Same character", same_character_case),
-                ("composition", "Face of one, clothes of another", composition_case),
+                ("same_character", "Same character", make_character_case),
+                ("composition", "Face of one, clothes of another", make_composition_case),
             )
             paths = [
                 show_task(

@@ -8,9 +8,9 @@ import numpy as np
 
 from ..evaluate.characters import FOLDERS, Character
 from ..evaluate.protocol import HELD_OUT, IN_DOMAIN, Protocol
-from .cases import prepared
+from .cases import prepare_rendering
 from .draw import render
-from .judge import FACE, GARMENTS, truth
+from .judge import FACE, GARMENTS, list_truth
 from .world import BACKGROUNDS, Figure, random_identity, random_outfit, random_scene
 
 # As in Table 2, no prompt says everything, so there is something left to be diverse in.
@@ -36,10 +36,10 @@ def _draw(protocol: Protocol, domain: str, index: int) -> Character:
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     scenes = [replace(random_scene(rng), background=background) for _ in range(protocol.references)]
     pictures = [render(Figure(who, clothes, scene)) for scene in scenes]
-    known = truth(Figure(who, clothes, scenes[0]))
+    known = list_truth(Figure(who, clothes, scenes[0]))
     return Character(
         f"{FOLDERS[domain]}_{index + 1}",
         domain,
-        [prepared(picture, "figure", protocol.masked) for picture in pictures],
+        [prepare_rendering(picture, "figure", protocol.masked) for picture in pictures],
         {name: known[name] for name in (*FACE, *GARMENTS, "background")},
     )

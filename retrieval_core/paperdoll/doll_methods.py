@@ -18,7 +18,7 @@ from ..network.fingerprint import fingerprint_weights
 from ..network.unet import UNet
 from ..sampling.applications import Application, Retrieval
 from ..sampling.frozen_site import freeze_sites
-from ..sampling.sampler import guided_denoiser, sample
+from ..sampling.sampler import make_guided_denoiser, sample
 from ..training_free import JointRetrieval, TrainingFree, name_layers
 from .bundle import Bundle
 from .generate import Sampling, encode_groups
@@ -66,7 +66,7 @@ class PaperdollMethod(ABC):
                 unet, applied = self.unet(), [self.apply(groups, weight)]
             cond, uncond = text.encode(prompts), text.encode([""] * len(prompts))
             schedule, how = self.base.schedule, self.how
-            denoise = guided_denoiser(unet, schedule, cond, uncond, how.cfg, applied)
+            denoise = make_guided_denoiser(unet, schedule, cond, uncond, how.cfg, applied)
             latents = sample(denoise, noise, schedule, how.steps, how.sampler)
             pictures = self.base.vae.decode(latents)
         return list(pictures.split([run.samples for run in runs]))

@@ -14,7 +14,7 @@ from ..metrics import DEFAULT_QUESTIONS, VQADiversity, score_answers
 from ..metrics.word_embedder import WordEmbedder
 from ..network.fingerprint import fingerprint_weights
 from .judge import FACE, GARMENTS, Judge
-from .judge_scores import attribute_match, describe
+from .judge_scores import describe, match_attributes
 from .world import BACKGROUNDS, EXPRESSIONS, POSES, SIZE
 
 _SAID = {"pose": POSES, "expression": EXPRESSIONS, "background": BACKGROUNDS}
@@ -40,10 +40,10 @@ class PaperdollScorer:
                 f"{SIZE} x {SIZE}; save them unscaled, or evaluate a folder of characters."
             )
         readings = self.judge.read(pictures)
-        said = said_by(run.prompt)
+        said = parse_prompt(run.prompt)
         wanted = {name: character.truth[name] for name in (*FACE, *GARMENTS)}
         scores = {
-            self.similarity: attribute_match(readings, [wanted]).values.tolist(),
+            self.similarity: match_attributes(readings, [wanted]).values.tolist(),
             "reference background": [
                 100.0 * (r["background"] == character.truth["background"]) for r in readings
             ],
@@ -62,7 +62,7 @@ class PaperdollScorer:
         return score_answers(answers, self._embedder, similarity)
 
 
-def said_by(prompt: str) -> dict[str, str]:
+def parse_prompt(prompt: str) -> dict[str, str]:
     """The attributes that a paper-doll prompt names."""
     tags = [" ".join(tag.lower().replace("_", " ").split()) for tag in prompt.split(",")]
     return {name: tag for name, values in _SAID.items() for tag in tags if tag in values}

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .backgrounds import background
+from .backgrounds import draw_background
 from .world import (
     EYE_COLOURS,
     GARMENT_COLOURS,
@@ -114,7 +114,7 @@ def render(figure: Figure) -> Rendering:
     sketch = Sketch()
     _draw_figure(sketch, figure, stance)
     scaled = _placed(sketch, figure, stance)
-    picture = background(scene.background, scene.background_seed)
+    picture = draw_background(scene.background, scene.background_seed)
     picture = picture.resize((SIZE * SCALE, SIZE * SCALE), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(picture)
     cover = Image.new("L", picture.size)

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..evaluate.command import add_arguments, evaluate, make_workflow_methods, read_protocol, run
 from ..evaluate.methods import Method
 from ..network.controlnet import GUIDANCES
-from .bundle import JUDGE_FILE, bundled, load_bundle
+from .bundle import JUDGE_FILE, find_bundled, load_bundle
 from .doll_characters import PROMPTS, draw_characters
 from .doll_methods import TrainedMethod, TrainingFreeMethod
 from .doll_scorer import PaperdollScorer
@@ -61,7 +61,7 @@ def main(given: Sequence[str] | None = None) -> int:
     def work() -> None:
         protocol = read_protocol(options, PRESETS, options.masked)
         methods = [] if options.report else make_methods(options)
-        scorer = PaperdollScorer(load_judge(bundled(JUDGE_FILE, options.weights)))
+        scorer = PaperdollScorer(load_judge(find_bundled(JUDGE_FILE, options.weights)))
         evaluate(options, protocol, methods, draw_characters(protocol), scorer)
 
     return run(work)

@@ -15,9 +15,9 @@ from ..bank.tokens import Tokens, join_references
 from ..data.prepare import PreparedReference
 from ..network.controlnet import Guidance, RetrievalControlNet
 from ..sampling.applications import Application
-from ..sampling.attention_map import RecordedRetrieval, map_site
+from ..sampling.attention_map import RecordedRetrieval, choose_map_site
 from ..sampling.frozen_site import freeze_sites
-from ..sampling.sampler import Sampler, guided_denoiser, sample
+from ..sampling.sampler import Sampler, make_guided_denoiser, sample
 from .bundle import Bundle
 from .model import PaperdollModel
 
@@ -28,7 +28,7 @@ class Sampling:
 
     Attributes:
         strength, guidance: None for what the network's file recommends.
-        token_budget: see `token_budget.site_budgets`.
+        token_budget: see `token_budget.choose_budgets`.
         end: the part of sampling after which references no longer act; below 1, pose follows the
             text a little better for the same attribute match.
     """
@@ -86,12 +86,12 @@ def stack_masks(references: Sequence[PreparedReference]) -> Tensor:
 def apply_bank(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> RecordedRetrieval:
     """The tokens' bank applied, with the recommended settings where `how` gives none.
 
-    It records where the picture looked, at the site `map_site`, for the retrieval map.
+    It records where the picture looked, at the site `choose_map_site`, for the retrieval map.
     """
     recommended = network.card.recommended
     strength = how.strength if how.strength is not None else float(recommended["strength"])
     guidance = how.guidance or recommended["guidance"]
-    site = map_site(network.config)
+    site = choose_map_site(network.config)
     with torch.inference_mode():
         bank, seen = make_network_bank(network, tokens, how.token_budget), None
         if how.token_budget is not None and tokens.sites:
@@ -131,6 +131,6 @@ def generate(
     with torch.inference_mode():
         cond, uncond = base.text.encode(prompts), base.text.encode([""] * len(prompts))
         applied = [] if retrieval is None else [retrieval]
-        denoise = guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, applied)
+        denoise = make_guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, applied)
         latents = sample(denoise, noise, base.schedule, how.steps, how.sampler, on_step)
         return base.vae.decode(latents)

@@ -56,7 +56,7 @@ GARMENTS = ("upper", "upper colour", "lower", "lower colour")
 SCENE = ("pose", "expression", "background")
 
 
-def truth(figure: Figure) -> dict[str, str]:
+def list_truth(figure: Figure) -> dict[str, str]:
     """The attributes of a figure, as the judge names them."""
     who, clothes, scene = figure.identity, figure.outfit, figure.scene
     return {
@@ -76,9 +76,9 @@ def truth(figure: Figure) -> dict[str, str]:
     }
 
 
-def truth_ids(figure: Figure) -> list[int]:
-    """`truth` as the index of each value, in the order of `ATTRIBUTES`."""
-    values = truth(figure)
+def index_truth(figure: Figure) -> list[int]:
+    """`list_truth` as the index of each value, in the order of `ATTRIBUTES`."""
+    values = list_truth(figure)
     return [names.index(values[attribute]) for attribute, names in ATTRIBUTES.items()]
 
 
@@ -104,7 +104,7 @@ class Judge(nn.Module):
     def loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Mean cross-entropy over the attributes on (images, ids [B, A]), images disturbed."""
         images, ids = batch
-        logits = self(disturbed(images, generator))
+        logits = self(disturb(images, generator))
         losses = [F.cross_entropy(logit, ids[:, i]) for i, logit in enumerate(logits)]
         return {"loss": torch.stack(losses).mean()}
 
@@ -125,7 +125,7 @@ class Judge(nn.Module):
         save_safetensors(path, tensors, {"format": FORMAT})
 
 
-def disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
+def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images as a generator might make them: some blurred, all noisy, brightness off a little."""
     count = images.shape[0]
     kernel = torch.tensor([0.25, 0.5, 0.25])
@@ -152,7 +152,7 @@ def load_judge(path: str | os.PathLike[str]) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def chance(attribute: str) -> float:
+def compute_chance(attribute: str) -> float:
     """The share of right answers that guessing gets."""
     return 1 / len(ATTRIBUTES[attribute])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import RetrievalError
 from ..metrics.similarity import ImageScore
 from ..metrics.statistics import bootstrap
-from .judge import FACE, GARMENTS, Judge, matches, truth
+from .judge import FACE, GARMENTS, Judge, list_truth, matches
 from .world import Figure
 
 # A question with one of these words is about that alone; any other asks for a description.
@@ -37,7 +37,7 @@ class TruthAnswerer:
     """An `Answerer` that knows the figures which the images show, in their order."""
 
     def __init__(self, figures: Sequence[Figure]) -> None:
-        self.readings = [truth(figure) for figure in figures]
+        self.readings = [list_truth(figure) for figure in figures]
 
     def answer(self, images: Tensor, question: str) -> list[str]:
         if len(images) != len(self.readings):
@@ -58,7 +58,7 @@ class JudgeAnswerer:
         return [describe(reading, question) for reading in self.judge.read(images)]
 
 
-def attribute_match(
+def match_attributes(
     read: Sequence[Mapping[str, str]],
     wanted: Sequence[Mapping[str, str]],
     attributes: tuple[str, ...] = (*FACE, *GARMENTS),

@@ -25,9 +25,15 @@ from ..network.controlnet import RetrievalControlNet
 from ..sampling.applications import Retrieval
 from .batches import render_any, to_images
 from .bundle import Bundle, load_bundle
-from .cases import Case, composition_case, groups, same_character_case, unsaid
+from .cases import (
+    Case,
+    drop_prompt,
+    list_references,
+    make_character_case,
+    make_composition_case,
+)
 from .generate import Sampling, apply_bank, encode_group, encode_groups, generate
-from .judge import ATTRIBUTES, SCENE, chance, truth
+from .judge import ATTRIBUTES, SCENE, compute_chance, list_truth
 
 BATCH = 40
 SEEDS_EACH = 10
@@ -61,7 +67,7 @@ class Measurement:
 
     def _retrieval(self, cases: Sequence[Case]) -> Retrieval:
         network = self.bundle.network
-        tokens = encode_groups(self.bundle.base, network, groups(cases))
+        tokens = encode_groups(self.bundle.base, network, list_references(cases))
         return apply_bank(network, tokens, self.how)
 
     def read(self, cases: Sequence[Case], retrieve: bool, title: str) -> list[Reading]:
@@ -79,64 +85,68 @@ class Measurement:
         return readings
 
 
-def percent(hits: Sequence[bool]) -> float:
+def to_percent(hits: Sequence[bool]) -> float:
     return round(100 * float(np.mean(hits)), 2) if hits else float("nan")
 
 
-def match_rates(cases: Sequence[Case], readings: Sequence[Reading]) -> dict[str, float]:
+def measure_matches(cases: Sequence[Case], readings: Sequence[Reading]) -> dict[str, float]:
     """Share of figures whose attributes are the references', by line, and their mean."""
     rates = {
         line: mean(
-            percent([r[name] == c.wanted[name] for c, r in zip(cases, readings)]) for name in names
+            to_percent([r[name] == c.wanted[name] for c, r in zip(cases, readings)])
+            for name in names
         )
         for line, names in LINES.items()
     }
     return {"mean": round(mean(rates.values()), 2), **{k: round(v, 2) for k, v in rates.items()}}
 
 
-def follow_rates(cases: Sequence[Case], readings: Sequence[Reading]) -> dict[str, float]:
+def measure_following(cases: Sequence[Case], readings: Sequence[Reading]) -> dict[str, float]:
     """Share of figures whose pose, expression and background are what the prompt says."""
     return {
-        name: percent([r[name] == c.said[name] for c, r in zip(cases, readings)]) for name in SCENE
+        name: to_percent([r[name] == c.said[name] for c, r in zip(cases, readings)])
+        for name in SCENE
     }
 
 
-def leak_rate(cases: Sequence[Case], readings: Sequence[Reading]) -> float:
+def measure_leak(cases: Sequence[Case], readings: Sequence[Reading]) -> float:
     """Share of figures that stand before the references' background."""
     pairs = zip(cases, readings)
-    return percent([r["background"] == c.reference_background for c, r in pairs])
+    return to_percent([r["background"] == c.reference_background for c, r in pairs])
 
 
-def diversity(readings: Sequence[Reading], each: int) -> dict[str, float]:
+def measure_diversity(readings: Sequence[Reading], each: int) -> dict[str, float]:
     """Share of pairs of one conditioning's figures (runs of `each`) that differ, by attribute."""
     runs = [readings[i : i + each] for i in range(0, len(readings), each)]
     return {
-        name: percent([a[name] != b[name] for run in runs for a, b in combinations(run, 2)])
+        name: to_percent([a[name] != b[name] for run in runs for a, b in combinations(run, 2)])
         for name in FREE
     }
 
 
-def chance_levels() -> dict[str, float]:
-    rates = {line: 100 * mean(chance(n) for n in names) for line, names in LINES.items()}
+def compute_chance_levels() -> dict[str, float]:
+    rates = {line: 100 * mean(compute_chance(n) for n in names) for line, names in LINES.items()}
     return {"mean": round(mean(rates.values()), 2), **{k: round(v, 2) for k, v in rates.items()}}
 
 
-def judge_accuracy(bundle: Bundle, seed: int, count: int) -> dict[str, float]:
+def measure_judge(bundle: Bundle, seed: int, count: int) -> dict[str, float]:
     """The judge's accuracy on rendered figures of known truth, as the VAE gives them back."""
     drawn = render_any(seed + 90_000, count)
     images = to_images(np.stack([d.image for d in drawn]))
     with torch.inference_mode():
         read = bundle.judge.read(bundle.base.vae.decode(bundle.base.vae.encode(images)))
-    known = [truth(d.figure) for d in drawn]
-    return {name: percent([a[name] == b[name] for a, b in zip(read, known)]) for name in ATTRIBUTES}
+    known = [list_truth(d.figure) for d in drawn]
+    return {
+        name: to_percent([a[name] == b[name] for a, b in zip(read, known)]) for name in ATTRIBUTES
+    }
 
 
-def exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
+def check_exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
     """Whether what must be the base model's output is that bit for bit (two figures each)."""
     base, network = bundle.base, bundle.network
     prompts, noise = ["waving, smile, beach", ""], base.noise(2, torch.Generator().manual_seed(0))
     plain = generate(bundle, prompts, noise, None, how)
-    case = same_character_case(0, 0)
+    case = make_character_case(0, 0)
     fresh = RetrievalControlNet.from_base(
         base.unet.state_dict(), "paperdoll", config=base.unet.config
     ).eval()
@@ -166,9 +176,9 @@ def measure(bundle: Bundle, count: int, seed: int, how: Sampling | None = None) 
         raise RetrievalError(f"Measuring {count} figures is not possible; give 1 or more.")
     how = how or Sampling()
     run = Measurement(bundle, how, seed)
-    same = [same_character_case(seed, i) for i in range(count)]
-    composed = [composition_case(seed, i) for i in range(count)]
-    open_ended = [unsaid(same[i // SEEDS_EACH]) for i in range(count)]
+    same = [make_character_case(seed, i) for i in range(count)]
+    composed = [make_composition_case(seed, i) for i in range(count)]
+    open_ended = [drop_prompt(same[i // SEEDS_EACH]) for i in range(count)]
     plain = run.read(same, False, "without retrieval")
     with_four = run.read(same, True, "four references")
     with_parts = run.read(composed, True, "composition")
@@ -176,10 +186,10 @@ def measure(bundle: Bundle, count: int, seed: int, how: Sampling | None = None) 
     open_plain = run.read(open_ended, False, "empty prompt, without")
     open_four = run.read(open_ended, True, "empty prompt")
     followed = {
-        "base": follow_rates(same, plain),
-        "four references": follow_rates(same, with_four),
-        "base, composition's prompts": follow_rates(composed, plain_parts),
-        "composition": follow_rates(composed, with_parts),
+        "base": measure_following(same, plain),
+        "four references": measure_following(same, with_four),
+        "base, composition's prompts": measure_following(composed, plain_parts),
+        "composition": measure_following(composed, with_parts),
     }
     pairs = (("four references", "base"), ("composition", "base, composition's prompts"))
     for ours, base in pairs:
@@ -190,32 +200,32 @@ def measure(bundle: Bundle, count: int, seed: int, how: Sampling | None = None) 
         "figures": count,
         "seed": seed,
         "attribute match with four references": {
-            "with retrieval": match_rates(same, with_four),
-            "without retrieval": match_rates(same, plain),
-            "chance": chance_levels(),
+            "with retrieval": measure_matches(same, with_four),
+            "without retrieval": measure_matches(same, plain),
+            "chance": compute_chance_levels(),
         },
         "concept composition": {
-            "with retrieval": match_rates(composed, with_parts),
-            "without retrieval": match_rates(composed, plain_parts),
-            "chance": chance_levels(),
+            "with retrieval": measure_matches(composed, with_parts),
+            "without retrieval": measure_matches(composed, plain_parts),
+            "chance": compute_chance_levels(),
         },
         "pose, expression and background follow the text": followed,
         "reference background appears": {
-            "chance": round(100 * chance("background"), 2),
-            "four references": leak_rate(same, with_four),
-            "composition": leak_rate(composed, with_parts),
-            "four references, empty prompt": leak_rate(open_ended, open_four),
-            "base, same prompts": leak_rate(same, plain),
-            "base, empty prompt": leak_rate(open_ended, open_plain),
+            "chance": round(100 * compute_chance("background"), 2),
+            "four references": measure_leak(same, with_four),
+            "composition": measure_leak(composed, with_parts),
+            "four references, empty prompt": measure_leak(open_ended, open_four),
+            "base, same prompts": measure_leak(same, plain),
+            "base, empty prompt": measure_leak(open_ended, open_plain),
             "standard error": round(100 * float(np.sqrt(0.125 * 0.875 / count)), 2),
         },
         "diversity, pairs of seeds that differ": {
-            "with retrieval": diversity(open_four, SEEDS_EACH),
-            "base": diversity(open_plain, SEEDS_EACH),
-            "world": {name: round(100 * (1 - chance(name)), 2) for name in FREE},
+            "with retrieval": measure_diversity(open_four, SEEDS_EACH),
+            "base": measure_diversity(open_plain, SEEDS_EACH),
+            "world": {name: round(100 * (1 - compute_chance(name)), 2) for name in FREE},
         },
-        "bit for bit the base model": exactness(bundle, how),
-        "judge on known truth": judge_accuracy(bundle, seed, count),
+        "bit for bit the base model": check_exactness(bundle, how),
+        "judge on known truth": measure_judge(bundle, seed, count),
     }
 
 

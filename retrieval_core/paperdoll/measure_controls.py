@@ -21,40 +21,47 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..bank.token_budget import AUTOMATIC, Budget, site_budgets
+from ..bank.token_budget import AUTOMATIC, Budget, choose_budgets
 from ..errors import RetrievalError
-from ..network.retrieval_site import RetrievalSite, query_pools
+from ..network.retrieval_site import RetrievalSite, choose_query_pools
 from ..network.unet import SD15, SDXL, UNetConfig
 from ..sampling.applications import Application
-from ..sampling.sampler import Denoise, guided_denoiser, sample
+from ..sampling.sampler import Denoise, make_guided_denoiser, sample
 from .bundle import Bundle, load_bundle
-from .cases import REFERENCES, Case, composition_case, groups, same_character_case, unsaid
+from .cases import (
+    REFERENCES,
+    Case,
+    drop_prompt,
+    list_references,
+    make_character_case,
+    make_composition_case,
+)
 from .generate import Sampling, apply_bank, encode_groups
-from .judge import chance
+from .judge import compute_chance
 from .measure import (
     BATCH,
     Measurement,
     Reading,
-    chance_levels,
-    follow_rates,
-    leak_rate,
-    match_rates,
+    compute_chance_levels,
+    measure_following,
+    measure_leak,
+    measure_matches,
 )
 from .world import SIZE
 
 # Name -> U-Net and edge of the latent at the base's own picture size.
 LARGER_BASES = {"SD 1.5": (SD15, 64), "SDXL": (SDXL, 128)}
-TASKS = {"four references": same_character_case, "composition": composition_case}
+TASKS = {"four references": make_character_case, "composition": make_composition_case}
 
 
-def merging_ratios(config: UNetConfig, edge: int) -> dict[int, float]:
+def compute_merging_ratios(config: UNetConfig, edge: int) -> dict[int, float]:
     """Latent pixels that a token spans -> how many tokens the automatic budget makes one of.
 
     Args:
         edge: of the latents of `REFERENCES` unmasked references.
     """
     factors = config.site_downsampling()
-    budgets = site_budgets(AUTOMATIC, factors, (edge, edge))
+    budgets = choose_budgets(AUTOMATIC, factors, (edge, edge))
     tokens = {site: REFERENCES * (-(-edge // factor)) ** 2 for site, factor in factors.items()}
     return {f: max(1.0, tokens[site] / (budgets[site] or 1)) for site, f in factors.items()}
 
@@ -68,12 +75,12 @@ def imitate_ratios(ratios: Mapping[int, float], bundle: Bundle) -> dict[str, int
     }
 
 
-def budget_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
+def measure_budgets(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
     """Attribute match with all tokens and with automatic budgets: the paper dolls' own, where
     little merges, and at the merging ratios of larger bases."""
     budgets: dict[str, Budget] = {"all tokens": None, "automatic": AUTOMATIC}
     for name, (config, edge) in LARGER_BASES.items():
-        ratios = merging_ratios(config, edge)
+        ratios = compute_merging_ratios(config, edge)
         merged = ", ".join(f"{ratio:g}x" for ratio in ratios.values())
         budgets[f"ratios of {name} ({merged})"] = imitate_ratios(ratios, bundle)
     runs = {
@@ -83,12 +90,12 @@ def budget_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[s
     return _compare(runs, count, seed)
 
 
-def pooling_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
+def measure_pooling(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
     """Attribute match with queries pooled two by two at the sites of the finest level, as networks
     of the larger bases have them. This one was not trained for it.
     """
     pooled = replace(bundle, network=copy.deepcopy(bundle.network))
-    for site, pool in query_pools(pooled.network.config, 2).items():
+    for site, pool in choose_query_pools(pooled.network.config, 2).items():
         layer = pooled.network.retrieval[site]
         assert isinstance(layer, RetrievalSite)
         layer.pool = pool
@@ -102,7 +109,7 @@ def _compare(runs: Mapping[str, Measurement], count: int, seed: int) -> dict[str
     for task, make in TASKS.items():
         cases = [make(seed, i) for i in range(count)]
         rates = {
-            name: match_rates(cases, run.read(cases, True, f"{task}, {name}"))
+            name: measure_matches(cases, run.read(cases, True, f"{task}, {name}"))
             for name, run in runs.items()
         }
         first = next(iter(rates.values()))["mean"]
@@ -111,30 +118,30 @@ def _compare(runs: Mapping[str, Measurement], count: int, seed: int) -> dict[str
     return lines
 
 
-def mask_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
+def measure_masks(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
     """How often figures stand before the references' background, with masks and without."""
     run = Measurement(bundle, how, seed)
-    lines: dict[str, Any] = {"chance": round(100 * chance("background"), 2)}
+    lines: dict[str, Any] = {"chance": round(100 * compute_chance("background"), 2)}
     for masked in (True, False):
-        cases = [same_character_case(seed, i, masked=masked) for i in range(count)]
-        silent = [unsaid(case) for case in cases]
+        cases = [make_character_case(seed, i, masked=masked) for i in range(count)]
+        silent = [drop_prompt(case) for case in cases]
         name = "masked" if masked else "not masked"
         lines[name] = {
-            "background named by the prompt": leak_rate(cases, run.read(cases, True, name)),
-            "empty prompt": leak_rate(silent, run.read(silent, True, f"{name}, empty prompt")),
+            "background named by the prompt": measure_leak(cases, run.read(cases, True, name)),
+            "empty prompt": measure_leak(silent, run.read(silent, True, f"{name}, empty prompt")),
         }
     return lines
 
 
-def region_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
+def measure_regions(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
     """Two characters in one picture, each of them given a half of it as its region.
 
     The base's own self-attention spans both halves and mixes them a little; "prompts by area"
     leaves it no chance, as a host's area conditioning does: each half is denoised on its own.
     """
-    lefts = [same_character_case(seed, 2 * i) for i in range(count)]
-    rights = [same_character_case(seed, 2 * i + 1) for i in range(count)]
-    lines: dict[str, Any] = {"chance": chance_levels()}
+    lefts = [make_character_case(seed, 2 * i) for i in range(count)]
+    rights = [make_character_case(seed, 2 * i + 1) for i in range(count)]
+    lines: dict[str, Any] = {"chance": compute_chance_levels()}
     settings: dict[str, dict[str, Any]] = {
         "two regions": {},
         "two regions, kept apart": {"apart": 1.0},
@@ -145,11 +152,11 @@ def region_lines(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[s
     for name, given in settings.items():
         left, right = read_halves(bundle, lefts, rights, seed, how, **given)
         lines[name] = {
-            "left": match_rates(lefts, left),
-            "right": match_rates(rights, right),
-            "left is the right one's": match_rates(rights, left)["mean"],
-            "right is the left one's": match_rates(lefts, right)["mean"],
-            "text followed on the left": follow_rates(lefts, left),
+            "left": measure_matches(lefts, left),
+            "right": measure_matches(rights, right),
+            "left is the right one's": measure_matches(rights, left)["mean"],
+            "right is the left one's": measure_matches(lefts, right)["mean"],
+            "text followed on the left": measure_following(lefts, left),
         }
     return lines
 
@@ -165,21 +172,21 @@ def read_halves(
     """What the judge reads off the two halves of pictures twice as wide, one a pair of cases.
 
     Args:
-        given: `retrieve`, `by_area` and `apart`, see `pairs`.
+        given: `retrieve`, `by_area` and `apart`, see `generate_pairs`.
     """
     readings: tuple[list[Reading], list[Reading]] = ([], [])
     with tqdm(total=len(lefts), desc="two regions", disable=None, leave=False) as bar:
         for start in range(0, len(lefts), BATCH):
             part = slice(start, start + BATCH)
             noise = _wide_noise(bundle, seed, start, len(lefts[part]))
-            pictures = pairs(bundle, lefts[part], rights[part], noise, how, **given)
+            pictures = generate_pairs(bundle, lefts[part], rights[part], noise, how, **given)
             for found, half in zip(readings, pictures.split(SIZE, -1), strict=True):
                 found += bundle.judge.read(half)
             bar.update(len(pictures))
     return readings
 
 
-def pairs(
+def generate_pairs(
     bundle: Bundle,
     lefts: Sequence[Case],
     rights: Sequence[Case],
@@ -199,7 +206,7 @@ def pairs(
     base, applied = bundle.base, []
     if retrieve:
         for cases, place in ((lefts, 0), (rights, 1)):
-            tokens = encode_groups(base, bundle.network, groups(cases))
+            tokens = encode_groups(base, bundle.network, list_references(cases))
             one = replace(apply_bank(bundle.network, tokens, how), apart=apart)
             applied.append(_in_half(one, place))
     unet = bundle.network.apply_decoder(base.unet) if retrieve else base.unet
@@ -208,7 +215,7 @@ def pairs(
         uncond = base.text.encode([""] * len(lefts))
 
         def denoiser(active: Sequence[Application]) -> Denoise:
-            return guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, active)
+            return make_guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, active)
 
         denoise = denoiser(applied)
         if by_area:
@@ -241,10 +248,10 @@ def _wide_noise(bundle: Bundle, seed: int, start: int, count: int) -> Tensor:
 
 
 LINES = {
-    "token budget": budget_lines,
-    "query pooling": pooling_lines,
-    "masks": mask_lines,
-    "regions": region_lines,
+    "token budget": measure_budgets,
+    "query pooling": measure_pooling,
+    "masks": measure_masks,
+    "regions": measure_regions,
 }
 
 

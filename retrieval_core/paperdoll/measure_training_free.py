@@ -21,20 +21,20 @@ from ..bank.site_bank import Bank, make_bank
 from ..data.prepare import PreparedReference
 from ..errors import RetrievalError
 from ..network.controlnet import GUIDANCES
-from ..sampling.sampler import guided_denoiser, sample
+from ..sampling.sampler import make_guided_denoiser, sample
 from ..training_free.attention_layers import name_layers
 from ..training_free.joint_retrieval import JointRetrieval
 from ..training_free.recording import record
 from ..training_free.training_free_network import LAYERS, LEVELS, TrainingFree
-from .bundle import BASE_FILE, JUDGE_FILE, bundled
-from .cases import Case, composition_case, groups, same_character_case
+from .bundle import BASE_FILE, JUDGE_FILE, find_bundled
+from .cases import Case, list_references, make_character_case, make_composition_case
 from .generate import stack_masks
 from .judge import Judge, load_judge
-from .measure import chance_levels, follow_rates, leak_rate, match_rates
+from .measure import compute_chance_levels, measure_following, measure_leak, measure_matches
 from .model import PaperdollModel, load_base
 
 BATCH = 20
-TASKS = {"same character": same_character_case, "composition": composition_case}
+TASKS = {"same character": make_character_case, "composition": make_composition_case}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def make_banks(
     return make_bank(tokens, None, network.site_downsampling())
 
 
-def pictures(
+def generate_pictures(
     base: PaperdollModel, cases: Sequence[Case], noise: Tensor, setting: Setting
 ) -> Tensor:
     """One picture a case, [B, 3, 64, 64] in 0..1, from unit noise."""
@@ -86,7 +86,7 @@ def pictures(
                 base.unet.config, "paperdoll", "", setting.layers, setting.levels, setting.adain
             )
             one = JointRetrieval(
-                make_banks(base, network, groups(cases)),
+                make_banks(base, network, list_references(cases)),
                 setting.strength,
                 guidance=setting.guidance,  # type: ignore[arg-type]
                 names=name_layers(base.unet),
@@ -96,7 +96,7 @@ def pictures(
             applied.append(one)
         cond, uncond = (base.text.encode([c.prompt for c in cases]), base.text.encode([""]))
         uncond = uncond.expand(len(cases), -1, -1)
-        denoise = guided_denoiser(base.unet, base.schedule, cond, uncond, setting.cfg, applied)
+        denoise = make_guided_denoiser(base.unet, base.schedule, cond, uncond, setting.cfg, applied)
         latents = sample(denoise, noise, base.schedule, setting.steps)
         return base.vae.decode(latents)
 
@@ -125,11 +125,11 @@ def measure(
             part = cases[start : start + BATCH]
             seeds = (seed * 1_000_003 + start + i for i in range(len(part)))
             noise = [base.noise(1, torch.Generator().manual_seed(each)) for each in seeds]
-            readings += judge.read(pictures(base, part, torch.cat(noise), setting))
+            readings += judge.read(generate_pictures(base, part, torch.cat(noise), setting))
         results[setting.name] = {
-            "attribute match": match_rates(cases, readings),
-            "text followed": follow_rates(cases, readings),
-            "reference background": leak_rate(cases, readings),
+            "attribute match": measure_matches(cases, readings),
+            "text followed": measure_following(cases, readings),
+            "reference background": measure_leak(cases, readings),
         }
     return results
 
@@ -161,8 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
         for guidance in options.guidance
     ]
     try:
-        base = load_base(bundled(BASE_FILE, options.weights))
-        judge = load_judge(bundled(JUDGE_FILE, options.weights))
+        base = load_base(find_bundled(BASE_FILE, options.weights))
+        judge = load_judge(find_bundled(JUDGE_FILE, options.weights))
         lines = measure(
             base, judge, settings, options.count, options.seed, options.task, not options.unmasked
         )
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seed": options.seed,
         "task": options.task,
         "references masked": not options.unmasked,
-        "chance": chance_levels(),
+        "chance": compute_chance_levels(),
         **lines,
     }
     print(json.dumps(result, indent=None if options.json else 2))

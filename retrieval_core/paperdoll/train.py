@@ -34,7 +34,7 @@ from .batches import (
     to_images,
 )
 from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
-from .judge import Judge, load_judge, truth_ids
+from .judge import Judge, index_truth, load_judge
 from .model import PaperdollModel, load_base
 from .trainees import (
     BACKGROUND,
@@ -47,8 +47,8 @@ from .trainees import (
     CriticTraining,
     PaperdollRetrieval,
     RetrievalOptions,
-    contiguous_norms,
-    new_critic,
+    make_critic,
+    make_norms_contiguous,
 )
 from .vae import PatchVAE
 
@@ -78,7 +78,7 @@ def train_base(
         model = load_base(start / BASE_FILE)
         model.unet.requires_grad_(True)
         model.text.requires_grad_(True)
-    owner = contiguous_norms(BaseTraining(model))
+    owner = make_norms_contiguous(BaseTraining(model))
     trainer = Trainer(
         owner,
         owner.loss,
@@ -117,8 +117,8 @@ def train_retrieval(
     torch.manual_seed(settings.seed)
     critic = None
     if options.drawing:
-        critic = contiguous_norms(load_critic((start or out) / CRITIC_FILE, base))
-    owner = contiguous_norms(PaperdollRetrieval(base, network, options, critic))
+        critic = make_norms_contiguous(load_critic((start or out) / CRITIC_FILE, base))
+    owner = make_norms_contiguous(PaperdollRetrieval(base, network, options, critic))
     owner.unet.load_state_dict(network.apply_decoder(base.unet).state_dict())
     description = {
         "stage": "retrieval",
@@ -193,7 +193,7 @@ def load_critic(path: Path, base: PaperdollModel) -> Critic:
             f"'{path}' has format {metadata.get('format')!r}, not {CRITIC_FORMAT!r}; run the stage "
             "'critic' first."
         )
-    critic = new_critic(base)
+    critic = make_critic(base)
     load_strictly(critic, tensors, f"critic '{path}'")
     return critic.eval().requires_grad_(False)
 
@@ -221,7 +221,7 @@ def train_judge(out: Path, settings: TrainingSettings, figures: int, vae: PatchV
     """Trains and saves the judge on figures of the whole world, held-out ones included."""
     drawn = render_any(settings.seed, figures)
     images = torch.from_numpy(np.stack([d.image for d in drawn])).movedim(-1, 1)
-    ids = torch.tensor([truth_ids(d.figure) for d in drawn])
+    ids = torch.tensor([index_truth(d.figure) for d in drawn])
     torch.manual_seed(settings.seed)
     judge = Judge()
     trainer = Trainer(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..network.controlnet import RetrievalControlNet
-from ..training.attributes import AttributeReader, deeper_sites
-from ..training.critic import Critic, undecided
+from ..training.attributes import AttributeReader, choose_deeper_sites
+from ..training.critic import Critic, blur_undecided
 from ..training.objective import retrieval_loss
 from ..training.retrieval_training import TrainableRetrieval
 from ..training.settings import Lock
@@ -57,16 +57,16 @@ class BaseTraining(nn.Module):
         eps = torch.randn(latents.shape, generator=generator)
         prediction = self.unet(self.schedule.noised(latents, eps, steps), steps, self.text(ids))
         target = self.schedule.target(latents, eps, steps)
-        return retrieval_loss(prediction, target, channel_weights=channel_weights(self.vae))
+        return retrieval_loss(prediction, target, channel_weights=weigh_channels(self.vae))
 
 
-def channel_weights(vae: PatchVAE) -> Tensor:
+def weigh_channels(vae: PatchVAE) -> Tensor:
     """[C]: an error counts by what it changes in pixels, tempered, as details count too."""
     weights = 1 / vae.scale
     return weights / weights.mean()
 
 
-def contiguous_norms(owner: Module) -> Module:
+def make_norms_contiguous(owner: Module) -> Module:
     """The module, its group norms fed contiguous maps: on CPUs they are up to 20 times as fast
     in bfloat16 as on the channels-last maps that convolutions leave.
     """
@@ -89,7 +89,7 @@ class PaperdollRetrieval(TrainableRetrieval):
         reader = None
         if options.reading:
             widths = network.config.site_channels()
-            widths = {site: widths[site] for site in deeper_sites(list(widths))}
+            widths = {site: widths[site] for site in choose_deeper_sites(list(widths))}
             reader = AttributeReader(widths, READ_SIZES)
         super().__init__(
             network,
@@ -98,7 +98,7 @@ class PaperdollRetrieval(TrainableRetrieval):
             options.lock,
             options.face_weight,
             options.correspondence,
-            channel_weights(base.vae),
+            weigh_channels(base.vae),
             NOISE_POWER,
             reader,
             options.reading,
@@ -129,11 +129,11 @@ class PaperdollRetrieval(TrainableRetrieval):
 
 
 class CriticTraining(nn.Module):
-    """The critic's loss on latents as they look at high noise (`undecided`)."""
+    """The critic's loss on latents as they look at high noise (`blur_undecided`)."""
 
     def __init__(self, base: PaperdollModel) -> None:
         super().__init__()
-        self.critic = new_critic(base)
+        self.critic = make_critic(base)
         self.vae = base.vae.eval()
 
     def batch_loss(
@@ -141,8 +141,8 @@ class CriticTraining(nn.Module):
     ) -> dict[str, Tensor]:
         images, others, values = batch
         one, other = self.vae.encode(images), self.vae.encode(others)
-        return {"loss": self.critic.loss(undecided(one, other, generator), values, generator)}
+        return {"loss": self.critic.loss(blur_undecided(one, other, generator), values, generator)}
 
 
-def new_critic(base: PaperdollModel) -> Critic:
+def make_critic(base: PaperdollModel) -> Critic:
     return Critic(base.unet.config.in_channels, base.latent_size, READ_SIZES)

@@ -18,7 +18,7 @@ from .controls import CONSTANT, StrengthCurve
 from .frozen_site import FrozenSite, SiteRegion
 from .isolation import Partition, attend_apart, check_apart, partition
 from .joint_attention import Source
-from .regions import active_queries, region_at
+from .regions import find_active, resize_region
 
 COND = 0
 
@@ -150,8 +150,8 @@ class Retrieval(Application):
             return None
         key = (site, h.device, h.dtype, h.shape[2:])
         if key not in self._regions:
-            mask = region_at(self.region, h)
-            self._regions[key] = SiteRegion(mask, active_queries(mask, self.sites[site].pool))
+            mask = resize_region(self.region, h)
+            self._regions[key] = SiteRegion(mask, find_active(mask, self.sites[site].pool))
         return self._regions[key]
 
 

@@ -15,12 +15,12 @@ from ..bank.site_bank import SiteBank
 from ..network.retrieval_site import unpool_queries
 from ..network.unet import MIDDLE, UNetConfig
 from .applications import COND, Retrieval
-from .regions import region_at
+from .regions import resize_region
 
 _LOGITS = 1 << 24  # held at once where shares are measured
 
 
-def map_site(config: UNetConfig) -> str:
+def choose_map_site(config: UNetConfig) -> str:
     """The site that a map is read from: the last one that a transformer block leads to.
 
     It knows what a position shows, and is coarse enough for its attention to cost next to nothing.
@@ -123,7 +123,7 @@ def measure_shares(
     shares = unpool_queries(shares, h.shape[2:], layer.pool)
     if retrieval.region is None:
         return shares
-    retrieved = shares[:, 1:] * region_at(retrieval.region, h).to(shares)
+    retrieved = shares[:, 1:] * resize_region(retrieval.region, h).to(shares)
     return torch.cat([1 - retrieved.sum(1, keepdim=True), retrieved], 1)
 
 
@@ -159,7 +159,7 @@ class RecordedRetrieval(Retrieval):
         return super().add_retrieved(site, h, cond_or_uncond, strength)
 
 
-def strongest_reference(shares: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def find_strongest_reference(shares: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The reference most looked at in each pixel, and how much was retrieved there.
 
     Args:
@@ -173,14 +173,14 @@ def strongest_reference(shares: Tensor, height: int, width: int) -> tuple[Tensor
     return index, best.clamp(0, 1)
 
 
-def overlay(pictures: Tensor, shares: Tensor, colours: Sequence[Sequence[float]]) -> Tensor:
+def draw_overlay(pictures: Tensor, shares: Tensor, colours: Sequence[Sequence[float]]) -> Tensor:
     """Pictures [B, 3, H, W] in grey, tinted with the colour of the reference retrieved from.
 
     Args:
-        shares: see `strongest_reference`.
+        shares: see `find_strongest_reference`.
         colours: one (r, g, b) in 0..1 a reference.
     """
-    index, confidence = strongest_reference(shares, *pictures.shape[-2:])
+    index, confidence = find_strongest_reference(shares, *pictures.shape[-2:])
     palette = torch.tensor(colours, dtype=pictures.dtype, device=pictures.device)
     tint = palette[index].movedim(-1, 1)
     grey = pictures.mean(1, keepdim=True).expand_as(pictures)
@@ -188,11 +188,11 @@ def overlay(pictures: Tensor, shares: Tensor, colours: Sequence[Sequence[float]]
     return torch.lerp(grey, tint, strength[:, None])
 
 
-def reference_masks(shares: Tensor, height: int, width: int, hard: bool) -> Tensor:
+def make_reference_masks(shares: Tensor, height: int, width: int, hard: bool) -> Tensor:
     """A mask of each reference, [B, references, H, W] in 0..1.
 
     Args:
-        shares: see `strongest_reference`.
+        shares: see `find_strongest_reference`.
         hard: 1 at each position for the one reference most looked at, and for none where the null
             token had more than all references together; otherwise the shares themselves.
     """

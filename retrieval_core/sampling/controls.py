@@ -94,15 +94,15 @@ def _names() -> str:
     return "one of " + ", ".join(f"'{name}'" for name in CURVES)
 
 
-def site_groups(config: UNetConfig) -> dict[str, str]:
+def group_sites(config: UNetConfig) -> dict[str, str]:
     """site -> its group: the middle block and the coarsest sites make the composition, the finest
     the detail, and those between are the middle.
     """
     factors = config.site_downsampling()
-    return {site: group_at(factors[site], factors.values(), site == MIDDLE) for site in factors}
+    return {site: choose_group(factors[site], factors.values(), site == MIDDLE) for site in factors}
 
 
-def group_at(factor: int, factors: object, middle: bool = False) -> str:
+def choose_group(factor: int, factors: object, middle: bool = False) -> str:
     """The group of a place in a U-Net that works at 1 / `factor` of the latent's resolution.
 
     Args:
@@ -122,7 +122,7 @@ class Controls:
         curve: of the strength over the active part of sampling.
         groups: factors of the strength at the sites of composition, middle and detail.
         region_blur: see `regions.soften`.
-        token_budget: the most tokens of the bank at a site, see `token_budget.site_budgets`.
+        token_budget: the most tokens of the bank at a site, see `token_budget.choose_budgets`.
         apart: until which part of sampling the region is kept apart from others, see `isolation`.
 
     Raises:
@@ -146,7 +146,7 @@ class Controls:
         check_apart(self.apart)
 
     def site_strengths(self, groups: Mapping[str, str]) -> dict[str, float]:
-        """site -> factor of the strength, by the sites' groups (`site_groups`).
+        """site -> factor of the strength, by the sites' groups (`group_sites`).
 
         Raises:
             RetrievalError: factors above 0 were given only to groups that have no site.

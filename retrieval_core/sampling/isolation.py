@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import RetrievalError
 from ..network.unet import AttentionFunction
 from .joint_attention import Source, attend_chunks
-from .regions import region_at
+from .regions import resize_region
 
 SHARED = -1
 _OWNED = 0.5  # a position belongs to a region that fills more of it than this
@@ -36,7 +36,7 @@ def check_apart(apart: float) -> float:
     return apart
 
 
-def owners(regions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def assign_owners(regions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """[H * W]: the index of the region that each position belongs to, `SHARED` for none.
 
     Where regions overlap the stronger one has the position, and neither where they are equal.
@@ -45,7 +45,7 @@ def owners(regions: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         regions: of 0..1 over the picture, [h, w] each of any size. size: (H, W) of the layer.
     """
     like = regions[0].new_empty(1, 1, *size, dtype=torch.float32)
-    shares = torch.stack([region_at(region, like).flatten() for region in regions])
+    shares = torch.stack([resize_region(region, like).flatten() for region in regions])
     most, owner = shares.max(0)
     tied = (shares == most).sum(0) > 1
     return owner.masked_fill((most <= _OWNED) | tied, SHARED)
@@ -55,7 +55,7 @@ def partition(regions: Sequence[Tensor], size: tuple[int, int]) -> Partition | N
     """What each position of a layer may attend to; None where fewer than two regions have one."""
     if len(regions) < 2:
         return None
-    owner = owners(regions, size)
+    owner = assign_owners(regions, size)
     present = owner.unique().tolist()
     if len(present) - (SHARED in present) < 2:
         return None

@@ -11,13 +11,13 @@ from torch import Tensor
 from ..errors import RetrievalError
 
 
-def region_at(region: Tensor, h: Tensor) -> Tensor:
+def resize_region(region: Tensor, h: Tensor) -> Tensor:
     """A region [H, W] at the features' resolution [1, 1, h, w], edges kept soft."""
     region = region.to(h.device, torch.float32)[None, None]  # halves have no antialiasing on CPUs
     return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True).to(h)
 
 
-def active_queries(region: Tensor, pool: int = 1) -> Tensor | None:
+def find_active(region: Tensor, pool: int = 1) -> Tensor | None:
     """[Q]: which of a site's queries count within a region [1, 1, h, w]; None for all of them.
 
     Args:

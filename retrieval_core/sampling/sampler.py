@@ -18,7 +18,7 @@ Sampler = Literal["dpmpp_2m", "ddim"]
 Denoise = Callable[[Tensor, int], Tensor]
 
 
-def guided_denoiser(
+def make_guided_denoiser(
     unet: UNet,
     schedule: NoiseSchedule,
     cond: Tensor,

@@ -1,6 +1,6 @@
 """Training: settings, the loop, checkpoints that survive being killed."""
 
-from .randomness import step_generator, step_rng, step_seed
+from .randomness import derive_step_seed, seed_generator, step_rng
 from .settings import (
     ABLATIONS,
     LOCKS,
@@ -9,7 +9,7 @@ from .settings import (
     Task,
     TrainingSettings,
     ablation,
-    trained_parts,
+    choose_trained_parts,
 )
 from .trainer import Batches, Trainer, TrainingResult
 
@@ -24,8 +24,8 @@ __all__ = [
     "TrainingResult",
     "TrainingSettings",
     "ablation",
-    "step_generator",
+    "choose_trained_parts",
+    "derive_step_seed",
+    "seed_generator",
     "step_rng",
-    "step_seed",
-    "trained_parts",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..bank.site_bank import Bank, SiteBank
 from ..network.retrieval_site import RetrievalSite, cross_attention, unpool_queries
-from .correspondence import part_shares, parts_found
+from .correspondence import find_parts, measure_part_shares
 
 
 class AttributeReader(nn.Module):
@@ -54,10 +54,10 @@ class AttributeReader(nn.Module):
         for name, head in self.heads.items():
             h, bank_here = features[name], bank.sites[name]
             size = h.shape[-2:]
-            found = parts_found(reference_parts, parts, size, bank_here)
+            found = find_parts(reference_parts, parts, size, bank_here)
             found = found.repeat_interleave(len(h) // len(found), 0)
-            places = part_shares(target_parts, parts, size)  # [B, N, P]
-            retrieved = attended_values(sites[name], h, bank_here)  # [B, N, C]
+            places = measure_part_shares(target_parts, parts, size)  # [B, N, P]
+            retrieved = attend_values(sites[name], h, bank_here)  # [B, N, C]
             means = torch.einsum("bnp,bnc->bpc", places.to(retrieved), retrieved)
             filled = places.sum(1)
             means = means / filled.clamp_min(1e-3)[..., None]
@@ -74,7 +74,7 @@ class AttributeReader(nn.Module):
         return torch.stack(losses).mean()
 
 
-def attended_values(site: RetrievalSite, h: Tensor, bank: SiteBank) -> Tensor:
+def attend_values(site: RetrievalSite, h: Tensor, bank: SiteBank) -> Tensor:
     """softmax(q K^T / sqrt(d) + log w) V at every position of the features h: [B, H * W, C]."""
     found = cross_attention(
         site.query(h), bank.keys, bank.values, bank.bias, site.heads, site.attend
@@ -82,6 +82,6 @@ def attended_values(site: RetrievalSite, h: Tensor, bank: SiteBank) -> Tensor:
     return unpool_queries(found.transpose(1, 2), h.shape[2:], site.pool).flatten(2).transpose(1, 2)
 
 
-def deeper_sites(names: Sequence[str]) -> list[str]:
+def choose_deeper_sites(names: Sequence[str]) -> list[str]:
     """All sites but the first two, whose features are bare convolutions that see too little."""
     return list(names)[2:]

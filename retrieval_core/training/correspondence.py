@@ -46,8 +46,8 @@ def correspondence_loss(
     for (name, layer), h in zip(sites.items(), features, strict=True):
         site = bank.sites[name]
         groups, size = site.keys.shape[0], h.shape[-2:]
-        shown = part_shares(reference_parts, parts, size).reshape(groups, -1, parts)
-        wanted = part_shares(target_parts, parts, size).reshape(groups, -1, parts)
+        shown = measure_part_shares(reference_parts, parts, size).reshape(groups, -1, parts)
+        wanted = measure_part_shares(target_parts, parts, size).reshape(groups, -1, parts)
         picked = torch.randperm(wanted.shape[1], generator=generator, device=generator.device)
         picked = picked[:QUERIES].to(h.device)
         attention = attend_from(layer, h, site, picked)
@@ -87,9 +87,9 @@ def _cross_entropy(attention: Tensor, shown: Tensor, wanted: Tensor, site: SiteB
     return -(wanted * (given + _LEAST).log()).sum(-1).mean()
 
 
-def parts_found(labels: Tensor, parts: int, size: Sequence[int], site: SiteBank) -> Tensor:
+def find_parts(labels: Tensor, parts: int, size: Sequence[int], site: SiteBank) -> Tensor:
     """bool [G, P]: which parts the references' labels [G * R, h, w] show among a bank's tokens."""
-    shown = part_shares(labels, parts, size).reshape(len(site.keys), -1, parts)
+    shown = measure_part_shares(labels, parts, size).reshape(len(site.keys), -1, parts)
     return _found(shown, site)
 
 
@@ -101,7 +101,7 @@ def _found(shown: Tensor, site: SiteBank) -> Tensor:
     return found
 
 
-def part_shares(labels: Tensor, parts: int, size: Sequence[int]) -> Tensor:
+def measure_part_shares(labels: Tensor, parts: int, size: Sequence[int]) -> Tensor:
     """uint8 [B, h, w] -> [B, H * W, P]: how much of each place each part fills."""
     values = torch.arange(parts, dtype=labels.dtype, device=labels.device)
     one_hot = (labels[:, None] == values[:, None, None]).float()

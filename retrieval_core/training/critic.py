@@ -70,7 +70,7 @@ class Critic(nn.Module):
         return torch.stack(losses).mean()
 
 
-def undecided(latents: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+def blur_undecided(latents: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     """Latents [B, C, H, W] as predictions at high noise are: means over what is not yet decided.
 
     Half of them are blended with `others`, of the same attributes but drawn in other scenes; all

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def masked_mean(squares: Tensor, mask: Tensor) -> Tensor:
+def average_masked(squares: Tensor, mask: Tensor) -> Tensor:
     """Per-row mean of squares [B, C, H, W] where mask [B, 1, H, W] (0..1) is; 0 for empty rows."""
     weight = mask.expand_as(squares)
     total = (squares * weight).flatten(1).sum(1)
     return total / weight.flatten(1).sum(1).clamp_min(1e-8)
 
 
-def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """A pixel mask [B, H, W] as the share of each latent pixel that it covers, [B, 1, h, w]."""
     return F.adaptive_avg_pool2d(mask[:, None].float(), (height, width))
 
@@ -46,10 +46,10 @@ def retrieval_loss(
     squares = (prediction - target).square()
     if channel_weights is not None:
         squares = squares * channel_weights.to(squares).view(1, -1, 1, 1)
-    whole = squares.mean() if content is None else masked_mean(squares, content).mean()
+    whole = squares.mean() if content is None else average_masked(squares, content).mean()
     if face is None or face_weight == 0:
         return {"loss": whole, "content": whole.detach()}
-    part = masked_mean(squares, face).mean()
+    part = average_masked(squares, face).mean()
     return {
         "loss": whole + face_weight * part,
         "content": whole.detach(),

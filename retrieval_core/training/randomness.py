@@ -16,7 +16,7 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def step_seed(seed: int, step: int) -> int:
+def derive_step_seed(seed: int, step: int) -> int:
     """A 32-bit seed for one training step.
 
     torch's CPU generator keeps only 32 bits of its seed; the mix is therefore a bijection of
@@ -29,9 +29,9 @@ def step_seed(seed: int, step: int) -> int:
     return (value ^ (value >> 16)) ^ (mixed_seed & _MASK32)
 
 
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+def seed_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The torch generator of one training step."""
-    return torch.Generator(device=device).manual_seed(step_seed(seed, step))
+    return torch.Generator(device=device).manual_seed(derive_step_seed(seed, step))
 
 
 def step_rng(seed: int, step: int, stream: int = 0) -> np.random.Generator:

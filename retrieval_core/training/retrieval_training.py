@@ -14,17 +14,17 @@ from ..errors import RetrievalError
 from ..network.controlnet import (
     DECODER_PARTS,
     RetrievalControlNet,
-    decoder_difference,
-    decoder_state,
+    select_decoder,
+    subtract_decoder,
 )
 from ..network.unet import SkipHook, UNet
 from ..sampling.noise_schedule import NoiseSchedule
 from .attributes import AttributeReader
-from .correspondence import correspondence_loss, parts_found
+from .correspondence import correspondence_loss, find_parts
 from .critic import Critic
-from .objective import latent_mask, retrieval_loss
+from .objective import resize_mask, retrieval_loss
 from .pairs import copy_left_to_right, hook_halves, join_halves, split_halves, take_left
-from .settings import Lock, trained_parts
+from .settings import Lock, choose_trained_parts
 
 
 class TrainableRetrieval(nn.Module):
@@ -66,9 +66,9 @@ class TrainableRetrieval(nn.Module):
         drawing: float = 0.0,
     ) -> None:
         super().__init__()
-        parts = trained_parts(lock)
+        parts = choose_trained_parts(lock)
         self.network, self.unet = network, copy.deepcopy(unet)
-        self.base_decoder = {k: v.clone() for k, v in decoder_state(unet).items()}
+        self.base_decoder = {k: v.clone() for k, v in select_decoder(unet).items()}
         self.schedule, self.face_weight = schedule, face_weight
         self.correspondence, self.noise_power = correspondence, noise_power
         self.channel_weights = channel_weights
@@ -154,7 +154,7 @@ class TrainableRetrieval(nn.Module):
             prediction, *features = (split_halves(t, groups) for t in (prediction, *features))
         else:
             prediction, features = self._run(noised, at, context, y, hook)
-        masks = [None if m is None else latent_mask(m, height, width) for m in (content, face)]
+        masks = [None if m is None else resize_mask(m, height, width) for m in (content, face)]
         losses = retrieval_loss(
             prediction, target, masks[0], masks[1], self.face_weight, self.channel_weights
         )
@@ -170,7 +170,7 @@ class TrainableRetrieval(nn.Module):
             losses["attributes"] = loss.detach()
         if parts is not None and attributes is not None and self.critic is not None:
             site = next(iter(bank.sites.values()))
-            found = parts_found(*parts[1:], features[0].shape[-2:], site)
+            found = find_parts(*parts[1:], features[0].shape[-2:], site)
             found = found.repeat_interleave(batch // groups, 0)
             clean = self.schedule.clean(prediction, noised, steps)
             loss = self.critic.loss(clean, attributes, generator, found)
@@ -213,6 +213,6 @@ class TrainableRetrieval(nn.Module):
                     if name.startswith(prefix):
                         own[name[len(prefix) :]].copy_(value)
         if self.trains_decoder:
-            network.decoder = decoder_difference(decoder_state(unet), self.base_decoder)
+            network.decoder = subtract_decoder(select_decoder(unet), self.base_decoder)
             network.decoder_is_difference = True
         return network.eval().requires_grad_(False)

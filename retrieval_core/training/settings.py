@@ -107,7 +107,7 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def trained_parts(lock: str) -> frozenset[str]:
+def choose_trained_parts(lock: str) -> frozenset[str]:
     """Which of "retrieval", "encoder", "decoder" a lock setting trains (§4.2, §5.4).
 
     The retrieval layers are trained in every setting. Raises RetrievalError on another name.

@@ -20,7 +20,7 @@ from .interruption import Interruption
 from .loss_plot import write_losses
 from .prefetch import Prefetcher
 from .progress import Progress
-from .randomness import step_generator, step_seed
+from .randomness import derive_step_seed, seed_generator
 from .settings import TrainingSettings
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -196,8 +196,8 @@ class Trainer:
         if self.buffers:  # a forward pass may change them, as batch norm does
             self._consistent = False
         self.optimizer.zero_grad(set_to_none=True)  # a step broken off may have left some
-        torch.manual_seed(step_seed(settings.seed, self.step))
-        generator = step_generator(settings.seed, self.step, self.device)
+        torch.manual_seed(derive_step_seed(settings.seed, self.step))
+        generator = seed_generator(settings.seed, self.step, self.device)
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
         ):

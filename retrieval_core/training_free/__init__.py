@@ -6,9 +6,9 @@ to the bank of the nearest level. The idea is known as reference-only control an
 self-attention (MasaCtrl, arXiv 2304.08465; StyleAligned, arXiv 2312.02133).
 """
 
-from .attention_layers import LAYER_CHOICES, choose_layers, name_layers, self_attention_layers
+from .attention_layers import LAYER_CHOICES, choose_layers, list_self_attention_layers, name_layers
 from .joint_retrieval import JointRetrieval
-from .recording import encode_by_base, fixed_noise, record
+from .recording import encode_by_base, make_fixed_noise, record
 from .training_free_network import TrainingFree
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "TrainingFree",
     "choose_layers",
     "encode_by_base",
-    "fixed_noise",
+    "list_self_attention_layers",
+    "make_fixed_noise",
     "name_layers",
     "record",
-    "self_attention_layers",
 ]

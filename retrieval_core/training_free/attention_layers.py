@@ -20,7 +20,7 @@ class Layer:
     downsampling: int
 
 
-def self_attention_layers(config: UNetConfig) -> dict[str, Layer]:
+def list_self_attention_layers(config: UNetConfig) -> dict[str, Layer]:
     """All self-attention layers of a U-Net in the order in which they run."""
     factors = list(config.site_downsampling().values())
     layers: dict[str, Layer] = {}
@@ -65,7 +65,7 @@ def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
     Raises:
         RetrievalError: an unknown name, or a choice that this U-Net has no layer for.
     """
-    layers = self_attention_layers(config)
+    layers = list_self_attention_layers(config)
     finest = min((layer.downsampling for layer in layers.values()), default=1)
     rule = _CHOICES.get(choice.strip())
     if rule is not None:
@@ -90,7 +90,7 @@ def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
 
 
 def name_layers(unet: UNet) -> dict[Attention, str]:
-    """The modules of `self_attention_layers`, and the name of each."""
+    """The modules of `list_self_attention_layers`, and the name of each."""
     blocks = {f"input_{i}": block for i, block in enumerate(unet.input_blocks)}
     blocks[MIDDLE] = unet.middle_block
     blocks |= {f"output_{i}": block for i, block in enumerate(unet.output_blocks)}

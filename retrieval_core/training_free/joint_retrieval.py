@@ -13,8 +13,8 @@ from ..errors import RetrievalError
 from ..network.unet import Attention
 from ..sampling.applications import Application
 from ..sampling.joint_attention import Source
-from ..sampling.regions import region_at
-from .training_free_network import nearest, site_name
+from ..sampling.regions import resize_region
+from .training_free_network import find_nearest, name_site
 
 
 def make_source(
@@ -37,7 +37,7 @@ def make_source(
         bias = bank.keys.new_zeros(bank.keys.shape[:2]) if bias is None else bias
         bias = bias + math.log(strength)
     if region is not None:
-        region = region_at(region, q.new_empty(1, 1, *size)).flatten()
+        region = resize_region(region, q.new_empty(1, 1, *size)).flatten()
     return Source(bank.keys, bank.values, bias, region, adain)
 
 
@@ -46,7 +46,7 @@ class JointRetrieval(Application):
     """An application of the training-free mode, in self-attention.
 
     Attributes:
-        bank: with a site for each layer and noise level (`network.site_name`).
+        bank: with a site for each layer and noise level (`network.name_site`).
         strength: the bank's tokens count this many times in the softmax; 0 switches retrieval off,
             1 is plain attention over own tokens and bank.
         names: the U-Net's self-attention layers -> their names (`name_layers`).
@@ -75,8 +75,8 @@ class JointRetrieval(Application):
     ) -> Source | None:
         """See `Application`."""
         name = self.names.get(layer, "")
-        level = nearest(self.timesteps, (1 - progress) * (self.steps - 1))
-        bank = self.bank.sites.get(site_name(name, level))
+        level = find_nearest(self.timesteps, (1 - progress) * (self.steps - 1))
+        bank = self.bank.sites.get(name_site(name, level))
         strength *= self.site_strength.get(name, 1.0)
         if bank is None or strength <= 0:
             return None

@@ -13,7 +13,7 @@ from .attention_layers import Layer
 _LOGITS = 1 << 24  # held at once
 
 
-def map_layer(layers: Mapping[str, Layer], chosen: Sequence[str]) -> str:
+def choose_map_layer(layers: Mapping[str, Layer], chosen: Sequence[str]) -> str:
     """The layer that a map is read from: the last of the coarsest ones outside the middle block,
     where a place is a part of a figure and attention costs least.
     """
@@ -22,7 +22,7 @@ def map_layer(layers: Mapping[str, Layer], chosen: Sequence[str]) -> str:
     return [name for name in outside if layers[name].downsampling == coarsest][-1]
 
 
-def joint_shares(
+def measure_joint_shares(
     q: Tensor, k: Tensor, heads: int, source: Source, owner: Tensor, references: int
 ) -> Tensor:
     """[B, N, 1 + references]: shares of the layer's own tokens, then of each reference's.

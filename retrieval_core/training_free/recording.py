@@ -12,10 +12,10 @@ from ..bank.tokens import EncodedReference
 from ..network.unet import Attention, UNet
 from ..sampling.noise_schedule import NoiseSchedule
 from .attention_layers import name_layers
-from .training_free_network import TrainingFree, site_name
+from .training_free_network import TrainingFree, name_site
 
 
-def fixed_noise(shape: Sequence[int]) -> Tensor:
+def make_fixed_noise(shape: Sequence[int]) -> Tensor:
     """Unit noise for references' latents [R, C, H, W], float32 on the CPU, of no seed to choose.
 
     Every reference gets the same, so that equal references give equal tokens.
@@ -40,7 +40,7 @@ def record(
         context: [R, L, D] text context of each reference. y: [R, A] where the base has one.
     """
     wanted = {layer: name for layer, name in name_layers(unet).items() if name in network.names}
-    noise = fixed_noise(latents.shape).to(latents)
+    noise = make_fixed_noise(latents.shape).to(latents)
     recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
     for timestep in network.timesteps(schedule.steps):
         steps = torch.full((len(latents),), timestep, device=latents.device)
@@ -49,7 +49,7 @@ def record(
             layer: Attention, size: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, heads: int
         ) -> Tensor:
             if layer in wanted:
-                site = site_name(wanted[layer], timestep)  # noqa: B023
+                site = name_site(wanted[layer], timestep)  # noqa: B023
                 recorded[site] = torch.stack([k, v], 1), size
             return layer.attend(q, k, v, heads)
 

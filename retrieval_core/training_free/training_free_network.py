@@ -13,15 +13,15 @@ from ..errors import RetrievalError
 from ..network.controlnet import Card
 from ..network.fingerprint import fingerprint_weights
 from ..network.unet import MIDDLE, UNet, UNetConfig
-from ..sampling.controls import group_at
-from .attention_layers import choose_layers, self_attention_layers
+from ..sampling.controls import choose_group
+from .attention_layers import choose_layers, list_self_attention_layers
 
 LAYERS = "all"
 LEVELS = 1
 MOST_LEVELS = 50
 
 
-def site_name(layer: str, timestep: int) -> str:
+def name_site(layer: str, timestep: int) -> str:
     """A layer's tokens at a noise level as a site of a bank: `output_4.0@500`."""
     return f"{layer}@{timestep}"
 
@@ -76,21 +76,21 @@ class TrainingFree:
 
     def site_channels(self) -> dict[str, int]:
         """The sites of a bank and their widths: every chosen layer at every noise level."""
-        layers = self_attention_layers(self.config)
-        return {site_name(n, t): layers[n].width for t in self.timesteps() for n in self.names}
+        layers = list_self_attention_layers(self.config)
+        return {name_site(n, t): layers[n].width for t in self.timesteps() for n in self.names}
 
     def site_downsampling(self) -> dict[str, int]:
         """How many latent pixels one token of each site of a bank spans along an edge."""
-        layers = self_attention_layers(self.config)
-        return {site_name(n, t): layers[n].downsampling
+        layers = list_self_attention_layers(self.config)
+        return {name_site(n, t): layers[n].downsampling
                 for t in self.timesteps() for n in self.names}  # fmt: skip
 
     def groups(self) -> dict[str, str]:
-        """layer -> composition, middle or detail, as `controls.site_groups` has them."""
-        layers = self_attention_layers(self.config)
+        """layer -> composition, middle or detail, as `controls.group_sites` has them."""
+        layers = list_self_attention_layers(self.config)
         factors = self.config.site_downsampling().values()
         return {
-            name: group_at(layers[name].downsampling, factors, name.startswith(MIDDLE))
+            name: choose_group(layers[name].downsampling, factors, name.startswith(MIDDLE))
             for name in self.names
         }
 
@@ -106,7 +106,7 @@ class TrainingFree:
         return Maker(self.base, self.fingerprint, self.site_channels(), KEYS_AND_VALUES)
 
 
-def nearest(timesteps: Sequence[int], timestep: float) -> int:
+def find_nearest(timesteps: Sequence[int], timestep: float) -> int:
     """The noise level nearest to a timestep, the cleaner one of two."""
     timestep = round(timestep, 2)  # a schedule inverted in float32 is no nearer to the truth
     return min(timesteps, key=lambda level: (abs(level - timestep), level))

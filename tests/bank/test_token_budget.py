@@ -10,14 +10,14 @@ import torch
 from refusal import sentence
 
 from retrieval_core.bank import site_bank, token_budget
-from retrieval_core.bank.site_bank import Bank, SiteBank, attention_drawn, make_bank
+from retrieval_core.bank.site_bank import Bank, SiteBank, make_bank, measure_attention
 from retrieval_core.bank.token_budget import (
     AUTOMATIC,
     LEAST_AUTOMATIC,
     check_budget,
-    choose,
+    choose_budgets,
+    choose_tokens,
     limit_tokens,
-    site_budgets,
 )
 from retrieval_core.bank.tokens import (
     EncodedReference,
@@ -92,16 +92,16 @@ def test_the_automatic_budget_scales_with_the_sites_resolution_and_the_latents_s
 ):
     """A token for each position; at half the latent's resolution at most, and 512 at least."""
     factors = config.site_downsampling()
-    found = site_budgets(AUTOMATIC, factors, latent_size)
+    found = choose_budgets(AUTOMATIC, factors, latent_size)
     assert found == {name: expected[factor] for name, factor in factors.items()}
     assert LEAST_AUTOMATIC == 512
 
 
 def test_a_budget_is_one_number_for_all_sites_or_numbers_by_site_or_all_tokens():
     factors = {"a": 1, "b": 4}
-    assert site_budgets(7, factors, (64, 64)) == {"a": 7, "b": 7}
-    assert site_budgets(None, factors, (64, 64)) == {"a": None, "b": None}
-    assert site_budgets({"b": 3}, factors, (64, 64)) == {"a": None, "b": 3}
+    assert choose_budgets(7, factors, (64, 64)) == {"a": 7, "b": 7}
+    assert choose_budgets(None, factors, (64, 64)) == {"a": None, "b": None}
+    assert choose_budgets({"b": 3}, factors, (64, 64)) == {"a": None, "b": 3}
 
 
 def test_the_automatic_budget_is_that_of_the_largest_references_latent():
@@ -197,7 +197,7 @@ def test_a_merged_token_is_the_mean_by_importance_of_the_tokens_nearest_to_one_k
 def test_of_tokens_equally_far_apart_the_most_important_are_kept():
     corners = torch.eye(DIM)
     importance = torch.rand(1, DIM, generator=torch.Generator().manual_seed(0)) + 0.5
-    kept, _ = choose(corners[None], importance, 6)
+    kept, _ = choose_tokens(corners[None], importance, 6)
     assert sorted(kept[0].tolist()) == sorted(importance[0].topk(6).indices.tolist())
 
 
@@ -205,7 +205,7 @@ def test_of_tokens_equally_important_those_far_from_all_kept_are_kept():
     """Tight clusters of unequal sizes: none is left without a token."""
     cluster = torch.arange(64).repeat_interleave(torch.tensor([4, 1, 2, 3]).repeat(16))
     features = 3 * rand(64, DIM)[cluster] + 1e-3 * rand(160, DIM, seed=1)
-    kept, labels = choose(features[None], torch.ones(1, 160), 64)
+    kept, labels = choose_tokens(features[None], torch.ones(1, 160), 64)
     assert sorted(cluster[kept[0]].tolist()) == list(range(64))
     assert torch.equal(cluster[kept[0]][labels[0]], cluster)
 
@@ -214,7 +214,7 @@ def test_of_tokens_equally_important_those_far_from_all_kept_are_kept():
 def test_every_token_goes_to_the_nearest_of_those_kept(monkeypatch, chunk):
     monkeypatch.setattr(token_budget, "_CHUNK", chunk)
     features, importance = rand(2, 90, DIM), rand(2, 90, seed=1).sigmoid()
-    kept, labels = choose(features, importance, 13)
+    kept, labels = choose_tokens(features, importance, 13)
     for group in range(2):
         distance = torch.cdist(features[group].double(), features[group, kept[group]].double())
         assert torch.equal(labels[group], distance.argmin(1))
@@ -228,7 +228,7 @@ def test_importance_is_the_attention_that_the_references_own_content_draws():
     normed = layer.norm_reference(features)
     given = SiteTokens(normed[:, None], weights.log(), torch.arange(9))
     chosen = torch.tensor([[0, 3, 5], [2, 1, 0]])
-    found = attention_drawn(layer, features, normed, given, chosen)
+    found = measure_attention(layer, features, normed, given, chosen)
     w = {name: value.double() for name, value in layer.state_dict().items()}
     null, half = w["null_key.weight"][0], DIM // 2
     for group in range(2):
@@ -308,7 +308,7 @@ def test_features_merge_before_they_are_projected():
     given = SiteTokens(normed[:, None], None, torch.zeros(200, dtype=torch.long))
 
     def measure(chosen):
-        return attention_drawn(layer, features[None], normed, given, chosen)
+        return measure_attention(layer, features[None], normed, given, chosen)
 
     kept = limit_tokens(given, 30, measure)
     torch.testing.assert_close(means, kept.tokens[:, 0])

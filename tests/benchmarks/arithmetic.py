@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrieval_core.network.retrieval_site import query_pools
+from retrieval_core.network.retrieval_site import choose_query_pools
 from retrieval_core.network.unet import UNet, UNetConfig, UNetEncoder
 
 TEXT_TOKENS = 77
@@ -50,7 +50,7 @@ def positions(
     config: UNetConfig, height: int, width: int, query_pooling: int = 1
 ) -> dict[str, int]:
     """site -> number of positions, or of pooled queries, of a latent of height x width."""
-    factors, pools = config.site_downsampling(), query_pools(config, query_pooling)
+    factors, pools = config.site_downsampling(), choose_query_pools(config, query_pooling)
     edges = {site: factor * pools[site] for site, factor in factors.items()}
     return {site: -(-height // edge) * -(-width // edge) for site, edge in edges.items()}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from retrieval_core.bank.token_budget import AUTOMATIC, Budget, site_budgets
+from retrieval_core.bank.token_budget import AUTOMATIC, Budget, choose_budgets
 from retrieval_core.network.unet import SD15, UNetConfig
 from tests.conftest import no_host_line
 
@@ -165,7 +165,7 @@ def preparing(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
     def projected(budget: Budget) -> float:
         grid = arithmetic.positions(config, bench.latent, bench.latent)
         size = (bench.latent, bench.latent)
-        budgets = site_budgets(budget, config.site_downsampling(), size)
+        budgets = choose_budgets(budget, config.site_downsampling(), size)
         left = {s: min(BANK_OF * n, budgets[s] or BANK_OF * n) for s, n in grid.items()}
         return arithmetic.projection_operations(config, left) / encoder
 

@@ -18,7 +18,7 @@ import torch
 from retrieval_core.network.unet import SD15
 from retrieval_core.paperdoll.bundle import load_bundle
 from retrieval_core.paperdoll.generate import Sampling
-from retrieval_core.paperdoll.measure_controls import budget_lines
+from retrieval_core.paperdoll.measure_controls import measure_budgets
 
 from . import hosting, step_cost
 from .timing import keep_heap
@@ -30,7 +30,7 @@ SIZES = {512: "SD 1.5", 1024: "SDXL"}
 def measure(count: int, seed: int, rounds: int) -> dict[str, Any]:
     """Matches by task and budget, and costs by picture size, as one JSON-able object."""
     with torch.inference_mode():
-        match = budget_lines(load_bundle(), count, seed, Sampling())
+        match = measure_budgets(load_bundle(), count, seed, Sampling())
     costs = {}
     for size in SIZES:
         given = ["--size", str(size), "--rounds", str(rounds), "--only", "trained-4-budget-both"]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrieval_core.bank.encoding import token_mask
+from retrieval_core.bank.encoding import select_tokens
 from retrieval_core.network.unet import UNetConfig
-from retrieval_core.training_free.attention_layers import self_attention_layers
-from retrieval_core.training_free.training_free_network import site_name
+from retrieval_core.training_free.attention_layers import list_self_attention_layers
+from retrieval_core.training_free.training_free_network import name_site
 
 from . import arithmetic, external
 from .hosting import randomise
@@ -127,7 +127,7 @@ class Workbench:
         kept = {}
         for site, (width, factor) in sites.items():
             edge = -(-self.latent // factor)
-            tokens = int(token_mask(self.mask(), edge, edge).sum()) if masked else edge**2
+            tokens = int(select_tokens(self.mask(), edge, edge).sum()) if masked else edge**2
             kept[site] = torch.randn(kinds, tokens, width, generator=generator)
         reference = EncodedReference(kept, latent_size=(self.latent, self.latent))
         return References(network, (reference,) * count)
@@ -174,7 +174,7 @@ class Workbench:
         """Self-attention layer -> its places and its width."""
         return {
             name: ((-(-self.latent // layer.downsampling)) ** 2, layer.width)
-            for name, layer in self_attention_layers(self.config).items()
+            for name, layer in list_self_attention_layers(self.config).items()
         }
 
     def references(self, count: int, masked: bool = False) -> Any:
@@ -201,10 +201,10 @@ class Workbench:
         """The training-free mode, as `trained`; all self-attention layers."""
         from retrieval_pack.nodes.host.apply import apply_references
 
-        network, layers = self.training_free(), self_attention_layers(self.config)
+        network, layers = self.training_free(), list_self_attention_layers(self.config)
         (level,), names = network.network.timesteps(), network.network.names
         sites = {
-            site_name(name, level): (layers[name].width, layers[name].downsampling)
+            name_site(name, level): (layers[name].width, layers[name].downsampling)
             for name in names
         }
         masked = what == MASKED
@@ -217,7 +217,7 @@ class Workbench:
         bank = references.bank(controls.token_budget)
         shapes, places = {}, self._layers()
         for name in names:
-            tokens = bank.sites[site_name(name, level)].keys.shape[1]
+            tokens = bank.sites[name_site(name, level)].keys.shape[1]
             shapes[name] = (*places[name], tokens)
         added = arithmetic.self_attention_operations(shapes, ROWS[rows])
         return Run(model, self.positive, self.negative, added, bank.nbytes())

@@ -8,12 +8,12 @@ from retrieval_core.data import (
     Sample,
     View,
     clothes_reference,
+    cut_reference,
     face_reference,
     figure_reference,
-    reference,
 )
-from retrieval_core.data.concepts import LOWEST_HEAD_BORDER, face_region
-from retrieval_core.data.placing import Region, mask_on_square, picture_on_square, place
+from retrieval_core.data.concepts import LOWEST_HEAD_BORDER, find_face_region
+from retrieval_core.data.placing import Region, place_mask, place_picture, place_region
 from retrieval_core.data.prepare import prepare
 from retrieval_core.errors import RetrievalError
 
@@ -97,7 +97,7 @@ def test_a_face_fills_the_square():
 
 def test_an_oblong_head_box_grows_to_a_square_around_it():
     sample = figure(head=(20, 10, 30, 30))
-    region = face_region(sample)
+    region = find_face_region(sample)
     assert region.content == (15, 10, 35, 30)
     taken = face_reference(sample, 40, FILL).image
     columns = np.flatnonzero((taken[..., 0] > 130).all(0))
@@ -115,12 +115,12 @@ def test_an_oblong_head_box_grows_to_a_square_around_it():
     ],
 )
 def test_faces_at_the_border_are_pushed_back_inside(head, content):
-    assert face_region(figure(head=head)).content == content
+    assert find_face_region(figure(head=head)).content == content
 
 
 def test_a_face_wider_than_the_picture_is_high_is_padded():
     sample = figure(height=20, width=64, head=(10, 2, 50, 18), body=(0, 18, 64, 20))
-    assert face_region(sample).content == (10, 0, 50, 20)
+    assert find_face_region(sample).content == (10, 0, 50, 20)
     taken = face_reference(sample, 40, FILL).image
     assert where(taken, FILL)[:10].all() and where(taken, FILL)[30:].all()
     assert not where(taken, FILL)[10:30].any()
@@ -188,10 +188,10 @@ def test_extreme_sizes(height, width, size):
     image = np.full((height, width, 3), 90, np.uint8)
     sample = Sample(image, np.ones((height, width), bool), (0, 0, width, height))
     for concept in ("figure", "face", "clothes"):
-        taken = reference(sample, concept, size, FILL)
+        taken = cut_reference(sample, concept, size, FILL)
         assert taken.image.shape == (size, size, 3)
         assert colours(taken.image) <= {(90, 90, 90), FILL}
-    assert (90, 90, 90) in colours(reference(sample, "figure", size, FILL).image)
+    assert (90, 90, 90) in colours(cut_reference(sample, "figure", size, FILL).image)
 
 
 def test_a_view_moves_mirrors_and_zooms_picture_and_mask_alike():
@@ -213,18 +213,18 @@ def test_zooming_out_of_a_face_shows_padding_not_the_body():
 
 def test_boxes_follow_the_view():
     for flip in (False, True):
-        placement = place(Region((0, 0, 40, 80)), 40, View(0.5, (0.1, 0.2), flip))
+        placement = place_region(Region((0, 0, 40, 80)), 40, View(0.5, (0.1, 0.2), flip))
         # Side 40 around (20 + 8, 40 + 16): pixels (8..48, 36..76), of which 8..40 are picture.
         assert placement.inside == (0, 0, 32, 40)
         box = (10, 40, 20, 50)
         image = np.zeros((80, 40, 3), np.uint8)
         image[40:50, 10:20] = 255
-        square = picture_on_square(image, placement, (0, 0, 0))
+        square = place_picture(image, placement, (0, 0, 0))
         x0, y0, x1, y1 = placement.box(box)
         expected = np.zeros((40, 40), bool)
         expected[y0:y1, x0:x1] = True
         assert np.array_equal(square[..., 0] == 255, expected)
-        assert np.array_equal(mask_on_square(image[..., 0] > 0, placement), expected)
+        assert np.array_equal(place_mask(image[..., 0] > 0, placement), expected)
 
 
 def test_what_is_wrong_is_said():
@@ -234,7 +234,7 @@ def test_what_is_wrong_is_said():
     with pytest.raises(RetrievalError, match="needs the head box"):
         clothes_reference(Sample(image), 8)
     with pytest.raises(RetrievalError, match="concept is 'hat'; .* figure, face, clothes"):
-        reference(Sample(image), "hat", 8)
+        cut_reference(Sample(image), "hat", 8)
     with pytest.raises(RetrievalError, match=r"uint8 \[height, width, 3\]"):
         Sample(image.astype(np.float32))
     with pytest.raises(RetrievalError, match="at least one pixel"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from refusal import sentence
 
-from retrieval_core.bank.encoding import token_mask
+from retrieval_core.bank.encoding import select_tokens
 from retrieval_core.data.prepare import (
     check_reference_weights,
     fill_background,
@@ -311,7 +311,7 @@ def test_mask_with_nan_or_wrong_shape():
 def test_token_is_left_out_only_if_wholly_outside(rows, columns, height, width, data):
     bits = data.draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
     mask = np.array(bits).reshape(rows, columns)
-    kept = token_mask(torch.from_numpy(mask), height, width)
+    kept = select_tokens(torch.from_numpy(mask), height, width)
     assert kept.dtype == torch.bool and kept.shape == (height, width)
     for i in range(height):
         for j in range(width):
@@ -325,7 +325,7 @@ def test_token_is_left_out_only_if_wholly_outside(rows, columns, height, width, 
 def test_token_mask_of_soft_values():
     mask = torch.zeros(8, 8)
     mask[0, 0] = 0.01
-    assert token_mask(mask, 2, 2).tolist() == [[True, False], [False, False]]
+    assert select_tokens(mask, 2, 2).tolist() == [[True, False], [False, False]]
 
 
 # Weights

@@ -13,8 +13,8 @@ from retrieval_core.data import (
     RandomView,
     Sample,
     TaskOptions,
-    compose,
-    same_character,
+    draw_composition,
+    draw_same_character,
 )
 from retrieval_core.data.augment import recolour
 from retrieval_core.errors import RetrievalError
@@ -41,7 +41,7 @@ def source_of(reference):
 
 def test_the_target_is_never_among_its_references():
     rng = np.random.default_rng(0)
-    for task in (same_character, compose):
+    for task in (draw_same_character, draw_composition):
         seen = Counter()
         for _ in range(200):
             item = task(samples(6), 2, rng, PLAIN)
@@ -57,7 +57,7 @@ def test_the_target_is_never_among_its_references():
 def test_same_character_draws_different_whole_figures():
     rng = np.random.default_rng(1)
     for _ in range(50):
-        references = same_character(samples(6), 0, rng, PLAIN).references
+        references = draw_same_character(samples(6), 0, rng, PLAIN).references
         assert len({source_of(r) for r in references}) == 4
         assert {r.concept for r in references} == {"figure"}
 
@@ -66,7 +66,7 @@ def test_composition_draws_two_faces_and_two_bodies_separately():
     rng = np.random.default_rng(2)
     alike = 0
     for _ in range(300):
-        references = compose(samples(6), 0, rng, PLAIN).references
+        references = draw_composition(samples(6), 0, rng, PLAIN).references
         assert [r.concept for r in references] == ["face", "face", "clothes", "clothes"]
         faces, bodies = ([source_of(r) for r in references[a:b]] for a, b in ((0, 2), (2, 4)))
         assert len(set(faces)) == len(set(bodies)) == 2
@@ -81,33 +81,35 @@ def test_composition_draws_two_faces_and_two_bodies_separately():
 def test_pools_say_where_faces_and_bodies_may_come_from():
     rng = np.random.default_rng(3)
     for _ in range(50):
-        item = compose(samples(6), 0, rng, PLAIN, face_indices=[0, 1, 2], body_indices=[0, 4, 5])
+        item = draw_composition(
+            samples(6), 0, rng, PLAIN, face_indices=[0, 1, 2], body_indices=[0, 4, 5]
+        )
         indices = [source_of(r) for r in item.references]
         assert set(indices[:2]) == {1, 2} and set(indices[2:]) == {4, 5}
-        item = same_character(samples(6), 0, rng, PLAIN, indices=[0, 3], count=3)
+        item = draw_same_character(samples(6), 0, rng, PLAIN, indices=[0, 3], count=3)
         assert [source_of(r) for r in item.references] == [3, 3, 3]
 
 
 def test_too_few_others_are_drawn_again_and_none_is_an_error():
     rng = np.random.default_rng(4)
-    for task in (same_character, compose):
+    for task in (draw_same_character, draw_composition):
         assert [source_of(r) for r in task(samples(2), 1, rng, PLAIN).references] == [0] * 4
         with pytest.raises(RetrievalError, match="Sample 0 has no other sample to take a"):
             task(samples(1), 0, rng, PLAIN)
         with pytest.raises(RetrievalError, match="index is 5, and there are 2"):
             task(samples(2), 5, rng, PLAIN)
     with pytest.raises(RetrievalError, match="a face reference"):
-        compose(samples(3, head=False), 0, rng, PLAIN)
+        draw_composition(samples(3, head=False), 0, rng, PLAIN)
     some = samples(4)
     some[1] = Sample(some[1].image)  # no head box: passed over
     for _ in range(20):
-        assert 1 not in [source_of(r) for r in compose(some, 0, rng, PLAIN).references]
+        assert 1 not in [source_of(r) for r in draw_composition(some, 0, rng, PLAIN).references]
 
 
 def test_dropping_has_the_asked_rates():
     rng = np.random.default_rng(5)
     options = TaskOptions(size=SIZE, reference_drop=0.2, remove_background=0.7)
-    items = [same_character(samples(3), 0, rng, options) for _ in range(1500)]
+    items = [draw_same_character(samples(3), 0, rng, options) for _ in range(1500)]
     assert np.mean([not item.tags for item in items]) == pytest.approx(0.5, abs=0.05)
     assert np.mean([not item.references for item in items]) == pytest.approx(0.2, abs=0.04)
     both = np.mean([not item.tags and not item.references for item in items])
@@ -119,20 +121,24 @@ def test_dropping_has_the_asked_rates():
 def test_the_number_of_references_can_vary():
     rng = np.random.default_rng(6)
     options = TaskOptions(size=SIZE, reference_drop=0, vary_count=True)
-    counts = Counter(len(same_character(samples(6), 0, rng, options).references)
+    counts = Counter(len(draw_same_character(samples(6), 0, rng, options).references)
                      for _ in range(400))  # fmt: skip
     assert set(counts) == {1, 2, 3, 4} and min(counts.values()) > 60
     for _ in range(50):
-        concepts = Counter(r.concept for r in compose(samples(6), 0, rng, options).references)
+        concepts = Counter(
+            r.concept for r in draw_composition(samples(6), 0, rng, options).references
+        )
         assert concepts["face"] in (1, 2) and concepts["clothes"] in (1, 2)
-    assert not compose(samples(6), 0, rng, PLAIN, faces=0, bodies=0).references
+    assert not draw_composition(samples(6), 0, rng, PLAIN, faces=0, bodies=0).references
 
 
 def test_the_same_generator_state_gives_the_same_item():
     options = TaskOptions(
         size=SIZE, source=Augmentation(RandomView((0.7, 1.2), 0.2, 0.5), ColourJitter(0.2))
     )
-    first, second = (compose(samples(6), 0, np.random.default_rng(7), options) for _ in range(2))
+    first, second = (
+        draw_composition(samples(6), 0, np.random.default_rng(7), options) for _ in range(2)
+    )
     assert np.array_equal(first.target, second.target) and first.tags == second.tags
     for a, b in zip(first.references, second.references):
         assert np.array_equal(a.image, b.image)
@@ -151,7 +157,7 @@ def test_source_and_target_are_varied_independently():
                           target=varied)  # fmt: skip
     flips = []
     for _ in range(400):
-        item = same_character(gradient_samples(), 0, rng, options, count=2)
+        item = draw_same_character(gradient_samples(), 0, rng, options, count=2)
         images = [item.target, *(r.image for r in item.references)]
         flips.append([bool(image[0, 0, 0] > 0) for image in images])
     shares = Counter(tuple(row) for row in flips)
@@ -161,9 +167,9 @@ def test_source_and_target_are_varied_independently():
     only_source = TaskOptions(size=SIZE, reference_drop=0, source=varied)
     only_target = TaskOptions(size=SIZE, reference_drop=0, remove_background=0, target=varied)
     for _ in range(30):
-        item = same_character(gradient_samples(), 0, rng, only_source)
+        item = draw_same_character(gradient_samples(), 0, rng, only_source)
         assert np.array_equal(item.target, gradient_samples()[0].image)
-        item = same_character(gradient_samples(), 0, rng, only_target)
+        item = draw_same_character(gradient_samples(), 0, rng, only_target)
         for r in item.references:
             assert np.array_equal(r.image, gradient_samples()[0].image)
 
@@ -178,7 +184,7 @@ def test_the_targets_masks_follow_its_geometry():
     rng = np.random.default_rng(9)
     padded = 0
     for _ in range(300):
-        item = same_character([sample, sample], 0, rng, options)
+        item = draw_same_character([sample, sample], 0, rng, options)
         fill = item.target[~item.content]
         if len(fill):
             padded += 1
@@ -194,19 +200,19 @@ def test_the_targets_masks_follow_its_geometry():
 
 
 def test_a_square_target_without_padding_is_all_content():
-    item = same_character(samples(2, head=False), 0, np.random.default_rng(0), PLAIN)
+    item = draw_same_character(samples(2, head=False), 0, np.random.default_rng(0), PLAIN)
     assert item.content.all() and not item.face.any()
 
 
 def test_padding_colours_are_random_or_neutral():
     rng = np.random.default_rng(10)
     tall = samples(3, height=2 * SIZE)
-    items = [same_character(tall, 0, rng, PLAIN) for _ in range(20)]
+    items = [draw_same_character(tall, 0, rng, PLAIN) for _ in range(20)]
     colours = {tuple(image[0, 0].tolist()) for item in items
                for image in (item.target, *(r.image for r in item.references))}  # fmt: skip
     assert len(colours) == 100
     options = TaskOptions(size=SIZE, random_fill=False, reference_drop=0)
-    item = same_character(tall, 0, rng, options)
+    item = draw_same_character(tall, 0, rng, options)
     for image in (item.target, *(r.image for r in item.references)):
         assert tuple(image[0, 0].tolist()) == NEUTRAL
 

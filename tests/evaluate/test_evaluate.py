@@ -16,7 +16,7 @@ from refusal import sentence
 from retrieval_core.data.prepare import PreparedReference
 from retrieval_core.evaluate import summary
 from retrieval_core.evaluate.characters import Character, read_characters
-from retrieval_core.evaluate.evaluation import Evaluation, picture_name
+from retrieval_core.evaluate.evaluation import Evaluation, name_picture
 from retrieval_core.evaluate.frontier import _axis, plot
 from retrieval_core.evaluate.ledger import Ledger
 from retrieval_core.evaluate.protocol import RETRIBOORU, Protocol
@@ -174,10 +174,12 @@ def test_the_table_is_the_arithmetic_of_the_rows(tmp_path):
     # Answers 1, 1, 1, 2 over the two seeds of a conditioning: three of six pairs differ.
     assert line.scores["diversity"].mean == pytest.approx(50)
     assert line.by_prompt == {"P1": pytest.approx(50)}
-    (read,) = csv.DictReader(io.StringIO(summary.csv_table([line])))
+    (read,) = csv.DictReader(io.StringIO(summary.write_csv([line])))
     assert float(read["red"]) == pytest.approx(by_character.mean(), abs=1e-4)
     assert read["diversity P1"] == "50.0000" and read["characters"] == "held-out"
-    assert "60.00" in summary.markdown([line]) and "held-out" in summary.markdown([line])
+    assert "60.00" in summary.write_markdown([line]) and "held-out" in summary.write_markdown(
+        [line]
+    )
 
 
 def test_the_frontier_puts_methods_where_their_scores_are():
@@ -202,7 +204,7 @@ def test_the_frontier_puts_methods_where_their_scores_are():
 
 def test_pictures_of_different_methods_do_not_fall_together():
     (run, *_) = SMALL.runs(["a"])
-    names = {picture_name(name, 1.0, run, 0) for name in ("a b", "a-b", "a/b", "../a")}
+    names = {name_picture(name, 1.0, run, 0) for name in ("a b", "a-b", "a/b", "../a")}
     assert len(names) == 4 and all(".." not in name for name in names)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from retrieval_core.errors import RetrievalError
-from retrieval_core.training import Trainer, TrainingSettings, step_generator
+from retrieval_core.training import Trainer, TrainingSettings, seed_generator
 
 
 class Owner(nn.Module):
@@ -29,7 +29,7 @@ class Owner(nn.Module):
 
 class TinyBatches:
     def batch(self, step):
-        return torch.randn(8, 4, generator=step_generator(99, step))
+        return torch.randn(8, 4, generator=seed_generator(99, step))
 
 
 def settings(**changes):

@@ -16,7 +16,7 @@ from retrieval_pack.nodes.host.reference_network import ReferenceNetwork
 from retrieval_pack.retrieval_core.network.controlnet import (
     Card,
     RetrievalControlNet,
-    decoder_state,
+    select_decoder,
 )
 from retrieval_pack.retrieval_core.network.unet import UNet, UNetConfig
 from retrieval_pack.retrieval_core.paperdoll import bundle
@@ -68,7 +68,7 @@ def core_network(
     made = randomised(RetrievalControlNet(config, Card(base)), seed)
     if decoder:
         made.decoder = {
-            k: v.clone() for k, v in decoder_state(randomised(UNet(config), seed + 50)).items()
+            k: v.clone() for k, v in select_decoder(randomised(UNet(config), seed + 50)).items()
         }
     return made
 

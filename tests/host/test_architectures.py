@@ -30,7 +30,7 @@ from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.retrieval_core.network.controlnet import (
     Card,
     RetrievalControlNet,
-    decoder_state,
+    select_decoder,
 )
 from retrieval_pack.retrieval_core.network.unet import UNet, UNetConfig
 
@@ -95,7 +95,7 @@ def network_of(base: Base, model, folder):
     unmade(made, 1)
     if base.decoder:
         trained = unmade(UNet(base.config, device="meta", dtype=base.dtype), 2)
-        made.decoder = decoder_state(trained)
+        made.decoder = select_decoder(trained)
     path = folder / "network.safetensors"
     made.save(path)
     del made

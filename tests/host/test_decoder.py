@@ -22,8 +22,8 @@ from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.retrieval_core.network.controlnet import (
     DECODER_PARTS,
-    decoder_difference,
-    decoder_state,
+    select_decoder,
+    subtract_decoder,
 )
 from retrieval_pack.retrieval_core.network.unet import UNet
 
@@ -90,7 +90,7 @@ def test_on_the_training_base_it_is_the_trained_decoder(tmp_path):
     trained = {k: v + 0.1 * noise(*v.shape, seed=i) for i, (k, v) in enumerate(own.items())}
     network = core_network(SD15, "sd15")
     decoder = {k: v for k, v in trained.items() if k.startswith(DECODER_PARTS)}
-    network.decoder = decoder_difference(decoder, own)
+    network.decoder = subtract_decoder(decoder, own)
     network.save(tmp_path / "net.safetensors")
     model = model_from(weights)
     net = load_network(tmp_path / "net.safetensors", model)
@@ -121,7 +121,7 @@ def test_two_trained_decoders_are_refused(model, net, tmp_path):
 
 def test_a_file_of_version_1_replaces_the_decoder_and_says_so(model, tmp_path, caplog):
     network = core_network(SD15, "sd15")
-    network.decoder = {k: v.clone() for k, v in decoder_state(UNet(SD15)).items()}
+    network.decoder = {k: v.clone() for k, v in select_decoder(UNet(SD15)).items()}
     network.decoder_is_difference = False
     network.save(tmp_path / "old.safetensors")
     net = load_network(tmp_path / "old.safetensors", model)

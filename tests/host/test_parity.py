@@ -9,7 +9,7 @@ import torch
 from making import noise, paperdoll_base, randomised
 from retrieval_pack.nodes.host import encoded_references as references
 from retrieval_pack.nodes.host.apply import apply_references
-from retrieval_pack.nodes.host.loading import patcher_class
+from retrieval_pack.nodes.host.loading import find_patcher_class
 from retrieval_pack.nodes.host.paperdoll_host import make_clip, make_model, make_vae
 from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.retrieval_core.bank.encoding import encode_references
@@ -19,15 +19,15 @@ from retrieval_pack.retrieval_core.data.prepare import prepare
 from retrieval_pack.retrieval_core.network.controlnet import (
     Card,
     RetrievalControlNet,
-    decoder_state,
     load,
+    select_decoder,
 )
 from retrieval_pack.retrieval_core.network.unet import UNet
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
 from retrieval_pack.retrieval_core.sampling.applications import Retrieval
-from retrieval_pack.retrieval_core.sampling.controls import Controls, parse_curve, site_groups
+from retrieval_pack.retrieval_core.sampling.controls import Controls, group_sites, parse_curve
 from retrieval_pack.retrieval_core.sampling.frozen_site import freeze_sites
-from retrieval_pack.retrieval_core.sampling.sampler import guided_denoiser, sample
+from retrieval_pack.retrieval_core.sampling.sampler import make_guided_denoiser, sample
 
 STEPS, CFG = 4, 2.0
 CONTROLS = Controls(parse_curve("0.5, 1, 0.2"), (0.5, 1.0, 1.5), token_budget=None)
@@ -62,7 +62,7 @@ def network_file(base, folder, decoder: bool, pooling: int):
     card = Card("paperdoll")
     made = randomised(RetrievalControlNet(base.unet.config, card, query_pooling=pooling), 1)
     if decoder:
-        changed = decoder_state(randomised(UNet(base.unet.config), 2))
+        changed = select_decoder(randomised(UNet(base.unet.config), 2))
         made.decoder = {key: 0.1 * value for key, value in changed.items()}
     path = folder / "network.safetensors"
     made.save(path)
@@ -97,7 +97,7 @@ def in_the_core(base, path, count, masks, weights, decoder, sampler, strength=1.
         return make_network_bank(net, join_references(references))
 
     if kw.pop("controls", False):
-        strengths = CONTROLS.site_strengths(site_groups(base.unet.config))
+        strengths = CONTROLS.site_strengths(group_sites(base.unet.config))
         kw |= {"curve": CONTROLS.curve, "site_strength": strengths}
     apart = kw.pop("apart", 0.0)
     if apart:
@@ -108,7 +108,7 @@ def in_the_core(base, path, count, masks, weights, decoder, sampler, strength=1.
     else:
         applied = [Retrieval(bank(encoded), strength, sites=sites, **kw)]
     cond, uncond = base.text.encode(["standing, smile"] * 2), base.text.encode([""] * 2)
-    denoise = guided_denoiser(
+    denoise = make_guided_denoiser(
         net.apply_decoder(base.unet), base.schedule, cond, uncond, CFG, applied
     )
     latents = sample(denoise, noise(2, 24, 16, 16), base.schedule, STEPS, sampler)
@@ -116,7 +116,7 @@ def in_the_core(base, path, count, masks, weights, decoder, sampler, strength=1.
 
 
 def in_the_host(base, path, count, masks, weights, decoder, sampler, **kw):
-    model, clip, vae = make_model(base, patcher_class()), make_clip(base), make_vae(base)
+    model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), make_vae(base)
     net = load_network(path, model)
     images, drawn = pictures(count)
     refs = references.References(net)

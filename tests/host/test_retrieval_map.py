@@ -12,7 +12,7 @@ from retrieval_pack.nodes.record_retrieval_map import RetrievalRecordMap
 from retrieval_pack.nodes.retrieval_map import SHARES, STRONGEST, RetrievalMap
 from retrieval_pack.retrieval_core.paperdoll.model import CONFIG as PAPERDOLL
 from retrieval_pack.retrieval_core.sampling.applications import Retrieval
-from retrieval_pack.retrieval_core.sampling.attention_map import map_site
+from retrieval_pack.retrieval_core.sampling.attention_map import choose_map_site
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_shares_are_the_attention_of_each_row_to_each_reference(dolls, refs,
     original = Retrieval.add_retrieved
 
     def spy(self, site, h, rows, strength):
-        if site == map_site(PAPERDOLL):
+        if site == choose_map_site(PAPERDOLL):
             layer, bank = self.sites[site], self.bank.sites[site]
             part = h.chunk(len(rows))[rows.index(0)]
             tokens = part.flatten(2).transpose(1, 2)

@@ -136,7 +136,10 @@ def test_attributes_match_as_in_the_core(server, whole, characters, batch):
         encode_group,
         generate,
     )
-    from retrieval_pack.retrieval_core.paperdoll.measure import chance_levels, match_rates
+    from retrieval_pack.retrieval_core.paperdoll.measure import (
+        compute_chance_levels,
+        measure_matches,
+    )
 
     bundle = load_bundle()
     prompt = with_inputs(whole, the_node(whole, "RetrievalPaperdollModel"), batch_size=batch)
@@ -166,11 +169,11 @@ def test_attributes_match_as_in_the_core(server, whole, characters, batch):
         in_host += bundle.judge.read(ours)
         in_core += bundle.judge.read(theirs)
         cases += [character_case(character)] * batch
-    host, core = match_rates(cases, in_host), match_rates(cases, in_core)
+    host, core = measure_matches(cases, in_host), measure_matches(cases, in_core)
     print(f"\n{len(cases)} figures; mean difference of pixels {np.mean(differences):.5f}")
     print(f"attribute match in the host: {host}\nattribute match in the core: {core}")
     assert abs(host["mean"] - core["mean"]) <= 2
-    assert core["mean"] > chance_levels()["mean"] + 10
+    assert core["mean"] > compute_chance_levels()["mean"] + 10
 
 
 def prompts(character: int) -> str:
@@ -183,10 +186,10 @@ def character_case(character: int):
     """The truth of a character of the node Paper-Doll Reference."""
     from retrieval_pack.nodes.host.paperdoll_host import draw_character
     from retrieval_pack.retrieval_core.paperdoll.cases import Case
-    from retrieval_pack.retrieval_core.paperdoll.judge import FACE, GARMENTS, truth
+    from retrieval_pack.retrieval_core.paperdoll.judge import FACE, GARMENTS, list_truth
     from retrieval_pack.retrieval_core.paperdoll.world import Figure, random_scene
 
     rng = np.random.default_rng([character, 30])
     who, clothes = draw_character(rng)
-    values = truth(Figure(who, clothes, random_scene(rng)))
+    values = list_truth(Figure(who, clothes, random_scene(rng)))
     return Case("", [], {name: values[name] for name in (*FACE, *GARMENTS)}, {}, "", [])

@@ -31,9 +31,9 @@ from retrieval_pack.nodes.host import base_model, step_context
 from retrieval_pack.nodes.host import encoded_references as references
 from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.host.attention import attend
-from retrieval_pack.nodes.host.conditioning import vector_conditioning
-from retrieval_pack.nodes.host.loading import patcher_class
-from retrieval_pack.nodes.host.paperdoll_host import make_clip, make_model, make_vae, unet_arguments
+from retrieval_pack.nodes.host.conditioning import make_vector_conditioning
+from retrieval_pack.nodes.host.loading import find_patcher_class
+from retrieval_pack.nodes.host.paperdoll_host import convert_config, make_clip, make_model, make_vae
 from retrieval_pack.nodes.host.self_attention import JointAttention
 from retrieval_pack.nodes.host.training_free_model import use_training_free
 from retrieval_pack.nodes.load_retrieval_controlnet import TRAINING_FREE, RetrievalLoadControlNet
@@ -46,7 +46,7 @@ from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.network.unet import UNet, UNetConfig
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
 from retrieval_pack.retrieval_core.sampling.controls import Controls, StrengthCurve
-from retrieval_pack.retrieval_core.sampling.sampler import guided_denoiser
+from retrieval_pack.retrieval_core.sampling.sampler import make_guided_denoiser
 from retrieval_pack.retrieval_core.sampling.sampler import sample as core_sample
 
 STEPS, CFG = 4, 2.0
@@ -370,7 +370,7 @@ def test_sdxl_with_a_vector_conditioning():
         320, (1,), (1,), (1,), 1, 2048, num_head_channels=64, use_linear_in_transformer=True,
         adm_in_channels=2816,
     )  # fmt: skip
-    arguments = {"num_classes": "sequential", **unet_arguments(config)}
+    arguments = {"num_classes": "sequential", **convert_config(config)}
     settings = comfy.supported_models.SDXL(arguments)
     settings.set_inference_dtype(torch.float32, None)
     built = comfy.model_base.SDXL(settings, device=torch.device("cpu"))
@@ -388,7 +388,7 @@ def test_sdxl_with_a_vector_conditioning():
     (y,) = seen
     _, pooled = clip.encode_from_tokens("figure", return_pooled=True)
     assert torch.equal(y[:, :1280], pooled)
-    sizes = vector_conditioning(pooled, 64, 2816)
+    sizes = make_vector_conditioning(pooled, 64, 2816)
     close(y, sizes, 1e-5)
     positive, negative = (
         [[noise(1, 7, 2048, seed=s), {"pooled_output": noise(1, 1280, seed=s)}]] for s in (1, 2)
@@ -449,13 +449,13 @@ def in_the_core(base, count, masks, weights, adain, strength, **kw):
         **kw,
     )
     cond, uncond = base.text.encode(["standing, smile"] * 2), base.text.encode([""] * 2)
-    denoise = guided_denoiser(base.unet, base.schedule, cond, uncond, CFG, [retrieval])
+    denoise = make_guided_denoiser(base.unet, base.schedule, cond, uncond, CFG, [retrieval])
     latents = core_sample(denoise, noise(2, 24, 16, 16), base.schedule, STEPS, "ddim")
     return network, made, base.vae.decode(latents).movedim(1, -1)
 
 
 def in_the_host(base, count, masks, weights, adain, strength, start=0.0, end=1.0, **kw):
-    model, clip, vae = make_model(base, patcher_class()), make_clip(base), make_vae(base)
+    model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), make_vae(base)
     net = use_training_free(model, "all", 2, adain)
     drawn, selected = pictures(count)
     refs = references.References(net)

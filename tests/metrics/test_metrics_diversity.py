@@ -16,9 +16,9 @@ from refusal import sentence
 from retrieval_core.metrics import (
     Estimate,
     bootstrap,
-    distance_matrix,
+    compute_distance_matrix,
     diversity,
-    extreme_pairs,
+    find_extreme_pairs,
     weighted_diversity,
 )
 
@@ -87,7 +87,7 @@ def test_equal_answers_score_exactly_nothing(count, width, seed):
     same = row.repeat(count, 0)
     assert diversity(same, resamples=3).mean == 0
     assert weighted_diversity(same, [50] * count, resamples=3).mean == 0
-    assert all(pair.distance == 0 for pair in extreme_pairs(same))
+    assert all(pair.distance == 0 for pair in find_extreme_pairs(same))
 
 
 @given(st.permutations(range(12)))
@@ -109,7 +109,7 @@ def test_ten_thousand_images_need_less_than_a_gigabyte():
     try:
         found = diversity(vectors)
         weighted_diversity(vectors, similarity)
-        extreme_pairs(vectors)
+        find_extreme_pairs(vectors)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -120,13 +120,13 @@ def test_ten_thousand_images_need_less_than_a_gigabyte():
 
 def test_matrix_and_extreme_pairs():
     vectors = embeddings(9, mean=0.3)
-    matrix = distance_matrix(vectors)
+    matrix = compute_distance_matrix(vectors)
     plain = [[distance(u, v) for v in vectors.tolist()] for u in vectors.tolist()]
     np.testing.assert_allclose(matrix, plain, atol=1e-6)
     assert (np.diagonal(matrix) == 0).all()
     pairs = {(i, j): plain[i][j] for i, j in itertools.combinations(range(9), 2)}
     for block in (1, 2, 4, 100):
-        most, least = extreme_pairs(vectors, block)
+        most, least = find_extreme_pairs(vectors, block)
         assert (most.first, most.second) == min(pairs, key=pairs.get)
         assert (least.first, least.second) == max(pairs, key=pairs.get)
         assert most.distance == pytest.approx(min(pairs.values()), abs=1e-6)
@@ -136,7 +136,7 @@ def test_matrix_and_extreme_pairs():
 def test_the_standard_error_is_that_of_drawing_images_again():
     """Against draws written out, with pairs of one image with itself left out."""
     vectors, random = embeddings(12, 4, mean=0.4), np.random.default_rng(5)
-    matrix, means = distance_matrix(vectors), []
+    matrix, means = compute_distance_matrix(vectors), []
     for _ in range(3000):
         drawn = random.integers(0, 12, 12)
         pairs = [(i, j) for i, j in itertools.combinations(drawn, 2) if i != j]
@@ -171,7 +171,7 @@ def test_the_bootstrap_of_a_mean_is_its_standard_error():
 
 
 def test_bad_input():
-    for call in (diversity, distance_matrix, extreme_pairs):
+    for call in (diversity, compute_distance_matrix, find_extreme_pairs):
         assert "at least two images and there is 1" in sentence(call, embeddings(1))
         assert "at least two images and there is 0" in sentence(call, np.zeros((0, 4)))
         assert "shape (4,)" in sentence(call, np.ones(4))

@@ -79,11 +79,11 @@ def test_cosines_agree_with_torchmetrics():
     np.testing.assert_allclose(similarity(a, b), theirs.mean(1), atol=1e-6)
     paired = 100 * functional.cosine_similarity(a[:5], b, reduction="none")
     np.testing.assert_allclose(paired_similarity(a[:5], b), paired, atol=1e-6)
-    from retrieval_core.metrics import distance_matrix, diversity
+    from retrieval_core.metrics import compute_distance_matrix, diversity
 
     distances = 100 - 100 * functional.pairwise_cosine_similarity(a)  # its diagonal is set to 0
     distances.fill_diagonal_(0)
-    np.testing.assert_allclose(distance_matrix(a), distances, atol=1e-6)
+    np.testing.assert_allclose(compute_distance_matrix(a), distances, atol=1e-6)
     assert diversity(a).mean == pytest.approx(float(distances.sum()) / (8 * 7), abs=1e-6)
 
 

@@ -10,7 +10,7 @@ import torch
 from refusal import sentence
 
 from retrieval_core.metrics import DEFAULT_QUESTIONS, ask, bootstrap, score_answers, vqa_diversity
-from retrieval_core.metrics.diversity_report import MOST_SHOWN, distance_plot, report_text
+from retrieval_core.metrics.diversity_report import MOST_SHOWN, plot_distances, write_report
 
 ANSWERS = {
     "pose?": ["she sits", "she sits", "he waves", "she jumps"],
@@ -133,7 +133,7 @@ def test_bad_input():
 
 def test_the_report_says_it_all():
     result = vqa_diversity(images(), list(ANSWERS), Scripted(), Letters(), [90, 80, 70, 60])
-    text = report_text(result)
+    text = write_report(result)
     assert str(result.score) in text and str(result.weighted) in text
     for question, answers in ANSWERS.items():
         assert question in text
@@ -144,7 +144,7 @@ def test_the_report_says_it_all():
 
 def test_the_plot_shows_the_distances():
     result = vqa_diversity(images(), list(ANSWERS), Scripted(), Letters())
-    plot = distance_plot(result)
+    plot = plot_distances(result)
     assert plot.dtype == np.float32 and plot.ndim == 3 and plot.shape[2] == 3
     assert 0 <= plot.min() and plot.max() <= 1
     dark, light = np.array((68, 1, 84)) / 255, np.array((253, 231, 37)) / 255
@@ -164,5 +164,5 @@ def test_the_plot_shows_the_distances():
 
 def test_a_plot_of_very_many_shows_the_first():
     answers = {"q": [f"{'ab'[i % 2]} {'x' * (i % 7)}" for i in range(MOST_SHOWN + 50)]}
-    plot = distance_plot(score_answers(answers, Letters()))
+    plot = plot_distances(score_answers(answers, Letters()))
     assert plot.shape[0] <= 1024 and np.isfinite(plot).all()

@@ -18,9 +18,9 @@ from retrieval_core.network.controlnet import (
     FORMAT_VERSION,
     Card,
     RetrievalControlNet,
-    decoder_difference,
-    decoder_state,
     load,
+    select_decoder,
+    subtract_decoder,
 )
 from retrieval_core.network.unet import UNet, UNetConfig
 
@@ -42,7 +42,7 @@ def network(decoder=True, seed=0):
         RetrievalControlNet(CONFIG, Card("paperdoll", dict(RECOMMENDED), dict(TRAINING))), seed
     )
     if decoder:
-        made.decoder = decoder_state(randomised(UNet(CONFIG), seed + 1))
+        made.decoder = select_decoder(randomised(UNet(CONFIG), seed + 1))
     return made
 
 
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_something_else_is_refused():
 
 
 def decoder_of(unet):
-    return {k: v.double() for k, v in decoder_state(unet).items()}
+    return {k: v.double() for k, v in select_decoder(unet).items()}
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_a_file_holds_the_decoders_difference_and_strength_scales_it_up_to_1(
     """Of a base that was trained, put on a fine-tuned one."""
     trained, fine_tuned = randomised(UNet(CONFIG), 4), randomised(UNet(CONFIG), 5)
     made = network(decoder=False)
-    made.decoder = decoder_difference(decoder_state(trained), decoder_state(base))
+    made.decoder = subtract_decoder(select_decoder(trained), select_decoder(base))
     made.save(tmp_path / "net.safetensors")
     assert read_metadata(tmp_path / "net.safetensors")["format_version"] == "2"
     wanted, start, own = decoder_of(trained), decoder_of(base), decoder_of(fine_tuned)

@@ -17,7 +17,7 @@ from retrieval_core.bank.tokens import (
     check_weight,
     join_references,
 )
-from retrieval_core.network.controlnet import Card, RetrievalControlNet, decoder_state
+from retrieval_core.network.controlnet import Card, RetrievalControlNet, select_decoder
 from retrieval_core.network.unet import UNet, UNetConfig, attention
 from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.attention_map import measure_shares
@@ -433,7 +433,7 @@ def test_padding_does_not_count():
 
 def test_apply_decoder_leaves_the_base_alone(unet, network):
     before = {k: v.clone() for k, v in unet.state_dict().items()}
-    network.decoder = {k: v + 1 for k, v in decoder_state(unet).items()}
+    network.decoder = {k: v + 1 for k, v in select_decoder(unet).items()}
     patched = network.apply_decoder(unet)
     assert not torch.equal(run(patched), run(unet))
     assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())

@@ -16,7 +16,7 @@ from retrieval_core.network.unet import (
     UNet,
     UNetConfig,
     attention,
-    config_from_state_dict,
+    detect_config,
     load_unet,
     timestep_embedding,
 )
@@ -142,9 +142,9 @@ def test_presets_have_the_published_models_size_and_are_read_off_their_own_shape
     weights = shapes(config)
     assert len(weights) == tensors
     assert sum(tensor.numel() for tensor in weights.values()) == parameters
-    assert config_from_state_dict(weights) == config
+    assert detect_config(weights) == config
     prefixed = {f"model.diffusion_model.{key}": value for key, value in weights.items()}
-    assert config_from_state_dict(prefixed, "model.diffusion_model.") == config
+    assert detect_config(prefixed, "model.diffusion_model.") == config
     assert len(config.site_channels()) == sites
     assert UNetConfig.from_dict(config.to_dict()) == config
 
@@ -163,7 +163,7 @@ def test_sdxl_has_no_attention_on_its_first_level():
 
 def test_inpainting_models_are_of_the_family_too():
     config = replace(SD15, in_channels=9)
-    assert config_from_state_dict(shapes(config)) == config
+    assert detect_config(shapes(config)) == config
 
 
 def test_sites_of_sd15_are_twelve_skips_and_the_middle():
@@ -337,11 +337,11 @@ def test_a_refused_file_changes_nothing():
 
 
 def test_weights_of_something_else_are_refused():
-    assert "no 'input_blocks.0.0.weight'" in sentence(config_from_state_dict, {})
+    assert "no 'input_blocks.0.0.weight'" in sentence(detect_config, {})
     flux = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(3, 3)}
     assert "SD 1.x, SD 2.x or SDXL" in sentence(load_unet, flux)
     unconditional = {k: v for k, v in shapes(SD15).items() if "transformer_blocks" not in k}
-    assert "no cross-attention" in sentence(config_from_state_dict, unconditional)
+    assert "no cross-attention" in sentence(detect_config, unconditional)
 
 
 def test_a_vector_conditioning_must_be_given():

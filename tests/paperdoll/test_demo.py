@@ -9,14 +9,14 @@ from PIL import Image
 
 from retrieval_core.errors import RetrievalError
 from retrieval_core.paperdoll import demo
-from retrieval_core.paperdoll.cases import composition_case
+from retrieval_core.paperdoll.cases import make_composition_case
 from retrieval_core.sheets import Row, Tile, write_sheet
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
-    case = composition_case(5, 0)
+    case = make_composition_case(5, 0)
     for index, name in ((0, "face"), (2, "outfit")):
         pixels = (case.references[index].image.movedim(0, -1) * 255).byte().numpy()
         Image.fromarray(pixels).save(folder / f"{name}.png")
@@ -87,7 +87,7 @@ def test_a_file_name_with_a_colon_works(tmp_path, text):
     folder = tmp_path / "with:colon"
     folder.mkdir()
     Image.new("RGB", (8, 8), "red").save(folder / "a.png")
-    reference = demo.own_reference(f"{folder}/{text}")
+    reference = demo.read_reference(f"{folder}/{text}")
     assert reference.image.shape == (3, 64, 64)
 
 

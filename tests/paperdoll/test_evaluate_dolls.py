@@ -16,7 +16,7 @@ from retrieval_core.paperdoll import bundle as bundles
 from retrieval_core.paperdoll import evaluate_dolls as command
 from retrieval_core.paperdoll.doll_characters import PROMPTS, draw_characters
 from retrieval_core.paperdoll.doll_methods import TrainedMethod, TrainingFreeMethod
-from retrieval_core.paperdoll.doll_scorer import PaperdollScorer, said_by
+from retrieval_core.paperdoll.doll_scorer import PaperdollScorer, parse_prompt
 from retrieval_core.paperdoll.generate import Sampling, apply_bank, encode_group, generate
 from retrieval_core.paperdoll.judge import Judge
 from retrieval_core.paperdoll.model import PaperdollModel
@@ -47,7 +47,7 @@ def untrained(tmp_path_factory):
 def test_the_tokenizer_knows_the_prompts():
     for prompt in PROMPTS:
         Tokenizer()(prompt)
-        assert said_by(prompt)
+        assert parse_prompt(prompt)
 
 
 def test_paper_dolls_are_apart_and_reproducible():

@@ -12,10 +12,10 @@ from retrieval_core.bank.site_bank import make_network_bank
 from retrieval_core.network.unet import SD15, SDXL
 from retrieval_core.paperdoll import measure_controls as m
 from retrieval_core.paperdoll.bundle import load_bundle
-from retrieval_core.paperdoll.cases import same_character_case
+from retrieval_core.paperdoll.cases import make_character_case
 from retrieval_core.paperdoll.generate import Sampling, apply_bank, encode_group
 from retrieval_core.sampling.applications import Applications
-from retrieval_core.sampling.regions import region_at
+from retrieval_core.sampling.regions import resize_region
 
 QUICK = Sampling(steps=2)
 
@@ -26,7 +26,7 @@ def bundle():
 
 
 def retrieval(bundle, index, **changes):
-    tokens = encode_group(bundle.base, bundle.network, same_character_case(1, index).references)
+    tokens = encode_group(bundle.base, bundle.network, make_character_case(1, index).references)
     return apply_bank(bundle.network, tokens, Sampling(steps=2, **changes))
 
 
@@ -40,7 +40,7 @@ def test_applications_add_one_after_another_each_in_its_region(bundle):
     def added_to(features, one):
         bank = one.bank.sites["input_0"]
         r = one.strength * site(features, bank.keys.double(), bank.values.double())
-        return r if one.region is None else r * region_at(one.region, features)
+        return r if one.region is None else r * resize_region(one.region, features)
 
     with torch.inference_mode():
         found = Applications([left, everywhere]).hooks([0, 1], 0.5)["skip_hook"]("input_0", h)
@@ -63,12 +63,13 @@ def test_applications_without_anything_to_do_leave_the_model_alone(bundle):
 
 def test_the_other_half_keeps_its_own_character(bundle, monkeypatch):
     """Changing the right one's references changes the right half; without regions, both alike."""
-    cases = [same_character_case(1, i) for i in range(12)]
+    cases = [make_character_case(1, i) for i in range(12)]
     lefts, noise = cases[:4], m._wide_noise(bundle, 1, 0, 4)
 
     def share_on_the_right():
         first, other = (
-            m.pairs(bundle, lefts, rights, noise, QUICK) for rights in (cases[4:8], cases[8:])
+            m.generate_pairs(bundle, lefts, rights, noise, QUICK)
+            for rights in (cases[4:8], cases[8:])
         )
         change = (first - other).abs().mean((0, 1, 2))
         assert change.shape == (128,)
@@ -76,7 +77,8 @@ def test_the_other_half_keeps_its_own_character(bundle, monkeypatch):
 
     assert share_on_the_right() > 0.67
     changed = [
-        m.pairs(bundle, lefts, r, noise, QUICK, by_area=True) for r in (cases[4:8], cases[8:])
+        m.generate_pairs(bundle, lefts, r, noise, QUICK, by_area=True)
+        for r in (cases[4:8], cases[8:])
     ]
     left, right = (changed[0] - changed[1]).split(64, -1)
     assert not left.any() and right.abs().mean() > 0.01
@@ -126,7 +128,7 @@ def test_pooling_is_measured_on_a_copy(bundle, monkeypatch):
             return super().read(cases, retrieve, name)
 
     monkeypatch.setattr(m, "Measurement", Measured)
-    m.pooling_lines(bundle, 1, 3, QUICK)
+    m.measure_pooling(bundle, 1, 3, QUICK)
     factors = bundle.network.config.site_downsampling()
     pooled = {site: 2 if factor == 1 else 1 for site, factor in factors.items()}
     assert seen == [dict.fromkeys(factors, 1), pooled] * 2
@@ -144,7 +146,7 @@ def test_pooling_is_measured_on_a_copy(bundle, monkeypatch):
     ],
 )
 def test_merging_ratios_are_tokens_of_four_references_by_automatic_budget(config, edge, ratios):
-    assert m.merging_ratios(config, edge) == pytest.approx(ratios)
+    assert m.compute_merging_ratios(config, edge) == pytest.approx(ratios)
 
 
 def test_imitated_ratios_leave_paper_dolls_the_same_share_of_tokens(bundle):
@@ -154,7 +156,7 @@ def test_imitated_ratios_leave_paper_dolls_the_same_share_of_tokens(bundle):
         "input_0": 64, "input_1": 64, "input_2": 86, "input_3": 86,
         "input_4": 64, "input_5": 64, "middle": 64,
     }  # fmt: skip
-    tokens = encode_group(bundle.base, bundle.network, same_character_case(1, 0).references)
+    tokens = encode_group(bundle.base, bundle.network, make_character_case(1, 0).references)
     with torch.inference_mode():
         sites = make_network_bank(bundle.network, tokens, budgets).sites
     kept = {site: made.keys.shape[1] - 1 for site, made in sites.items()}  # less the null token

@@ -11,12 +11,12 @@ from refusal import sentence
 
 from retrieval_core.metrics import DEFAULT_QUESTIONS, vqa_diversity
 from retrieval_core.metrics.word_embedder import WordEmbedder
-from retrieval_core.paperdoll.judge import truth
+from retrieval_core.paperdoll.judge import list_truth
 from retrieval_core.paperdoll.judge_scores import (
     JudgeAnswerer,
     TruthAnswerer,
-    attribute_match,
     describe,
+    match_attributes,
 )
 from retrieval_core.paperdoll.world import (
     BACKGROUNDS,
@@ -51,7 +51,7 @@ def of(result, word):
 def following(figures, **said) -> list[float]:
     """How well figures follow what a prompt said, in percent: the text match of the protocol."""
     return [
-        100 * float(np.mean([truth(f)[name] == value for name, value in said.items()]))
+        100 * float(np.mean([list_truth(f)[name] == value for name, value in said.items()]))
         for f in figures
     ]
 
@@ -100,7 +100,7 @@ def test_a_leak_that_looks_diverse_shows_in_the_weighted_score():
 
 
 def test_answers_name_what_was_asked_for():
-    reading = truth(drawn(background="night")[0])
+    reading = list_truth(drawn(background="night")[0])
     assert describe(reading, "Describe the background of the image.") == "the background is night"
     assert describe(reading, "Which pose?") == f"the pose is {reading['pose']}"
     both = describe(reading, "pose and eyes")
@@ -113,7 +113,7 @@ def test_answers_name_what_was_asked_for():
 def test_the_judge_answers_as_the_truth_where_it_reads_it():
     class Reader:
         def read(self, images):
-            return [truth(figure) for figure in figures]
+            return [list_truth(figure) for figure in figures]
 
     figures = drawn()
     images = torch.zeros(COUNT, 3, 64, 64)
@@ -122,25 +122,25 @@ def test_the_judge_answers_as_the_truth_where_it_reads_it():
 
 
 def test_words_in_common_are_the_similarity():
-    from retrieval_core.metrics import distance_matrix
+    from retrieval_core.metrics import compute_distance_matrix
 
     texts = ["the pose is standing", "the pose is waving", "The pose, is STANDING!", "a b c d"]
-    matrix = distance_matrix(WordEmbedder().embed_texts(texts))
+    matrix = compute_distance_matrix(WordEmbedder().embed_texts(texts))
     assert matrix[0, 1] == pytest.approx(25) and matrix[0, 2] == 0
     assert matrix[0, 3] == pytest.approx(100)
     assert WordEmbedder().embed_texts(["...", "?"]).norm(dim=1).min() > 0
 
 
 def test_attribute_match_is_the_share_of_attributes():
-    a, b = truth(drawn(0)[0]), truth(drawn(5)[0])
+    a, b = list_truth(drawn(0)[0]), list_truth(drawn(5)[0])
     names = ("hair style", "hair colour", "eye colour", "upper", "upper colour", "lower",
              "lower colour")  # fmt: skip
     same = 100 * np.mean([a[name] == b[name] for name in names])
-    found = attribute_match([a, b], [a])
+    found = match_attributes([a, b], [a])
     assert found.values.tolist() == pytest.approx([100, same])
     assert found.estimate.mean == pytest.approx((100 + same) / 2) and found.estimate.count == 2
-    assert "2 figures and the wanted attributes of 3" in sentence(attribute_match, [a, b], [a] * 3)
-    assert "0 figures" in sentence(attribute_match, [], [a])
+    assert "2 figures and the wanted attributes of 3" in sentence(match_attributes, [a, b], [a] * 3)
+    assert "0 figures" in sentence(match_attributes, [], [a])
 
 
 def test_the_truth_of_other_images_is_refused():

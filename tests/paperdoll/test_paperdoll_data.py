@@ -15,7 +15,7 @@ from retrieval_core.paperdoll.batches import (
     TARGETS,
     BaseBatches,
     RetrievalBatches,
-    character_figures,
+    draw_character_figures,
     render_characters,
     to_images,
 )
@@ -36,7 +36,7 @@ def characters():
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_characters_figures_keep_to_their_side_of_the_split(held_out):
     for index in range(20):
-        figures = character_figures(3, index, held_out)
+        figures = draw_character_figures(3, index, held_out)
         assert len(figures) == EACH
         own, others_clothes = figures[:SAME], figures[SAME : SAME + OTHER_CLOTHES]
         people = figures[SAME + OTHER_CLOTHES :]
@@ -51,7 +51,7 @@ def test_a_characters_figures_keep_to_their_side_of_the_split(held_out):
 
 def test_rendering_on_all_processors_is_rendering_one_by_one(characters):
     for index in range(COUNT):
-        for i, figure in enumerate(character_figures(3, index, False)):
+        for i, figure in enumerate(draw_character_figures(3, index, False)):
             drawn = render(figure)
             assert np.array_equal(characters.images[index, i], drawn.image)
             assert np.array_equal(characters.masks[index, i], drawn.mask)

@@ -13,8 +13,8 @@ import torch
 from retrieval_core.errors import RetrievalError
 from retrieval_core.paperdoll import measure as m
 from retrieval_core.paperdoll.batches import to_images
-from retrieval_core.paperdoll.bundle import Bundle, bundled, load_bundle
-from retrieval_core.paperdoll.cases import composition_case, same_character_case
+from retrieval_core.paperdoll.bundle import Bundle, find_bundled, load_bundle
+from retrieval_core.paperdoll.cases import make_character_case, make_composition_case
 from retrieval_core.paperdoll.draw import render
 from retrieval_core.paperdoll.generate import (
     Sampling,
@@ -23,7 +23,7 @@ from retrieval_core.paperdoll.generate import (
     encode_groups,
     generate,
 )
-from retrieval_core.paperdoll.judge import ATTRIBUTES, truth, truth_ids
+from retrieval_core.paperdoll.judge import ATTRIBUTES, index_truth, list_truth
 from retrieval_core.paperdoll.world import (
     EYE_COLOURS,
     Figure,
@@ -65,7 +65,7 @@ def test_the_judge_is_right_on_known_truth(bundle, through_vae):
     measured = [name for name in ATTRIBUTES if name != "upper pattern"]
     assert {name for names in m.LINES.values() for name in names} | set(m.FREE) <= set(measured)
     rates = [
-        np.mean([r[name] == truth(f)[name] for r, f in zip(read, drawn, strict=True)])
+        np.mean([r[name] == list_truth(f)[name] for r, f in zip(read, drawn, strict=True)])
         for name in measured
     ]
     assert min(rates) >= 0.975 and np.mean(rates) >= 0.99, dict(zip(measured, rates))
@@ -86,23 +86,23 @@ def test_the_judge_sees_each_change_of_one_attribute(bundle):
 
 def test_truth_ids_index_the_truth():
     for figure in figures(20, 1):
-        values = truth(figure)
-        for index, (name, names) in zip(truth_ids(figure), ATTRIBUTES.items(), strict=True):
+        values = list_truth(figure)
+        for index, (name, names) in zip(index_truth(figure), ATTRIBUTES.items(), strict=True):
             assert names[index] == values[name]
 
 
 def test_cases_are_held_out_and_references_show_what_is_wanted():
     for index in range(10):
-        case = same_character_case(1, index)
+        case = make_character_case(1, index)
         assert len(case.references) == 4
         for source in case.sources:
             assert is_held_out_identity(source.figure.identity)
             assert is_held_out_outfit(source.figure.outfit)
-            shown = truth(source.figure)
+            shown = list_truth(source.figure)
             assert all(shown[name] == value for name, value in case.wanted.items())
             assert shown["background"] == case.reference_background
-        parts = composition_case(1, index)
-        face, body = truth(parts.sources[0].figure), truth(parts.sources[2].figure)
+        parts = make_composition_case(1, index)
+        face, body = list_truth(parts.sources[0].figure), list_truth(parts.sources[2].figure)
         assert [r.concept for r in parts.references] == ["face", "face", "clothes", "clothes"]
         assert face["hair colour"] == parts.wanted["hair colour"]
         assert body["upper colour"] == parts.wanted["upper colour"]
@@ -111,46 +111,46 @@ def test_cases_are_held_out_and_references_show_what_is_wanted():
 
 
 def test_another_seed_gives_other_characters():
-    first = {same_character_case(1, i).sources[0].figure for i in range(20)}
-    again = {same_character_case(1, i).sources[0].figure for i in range(20)}
-    other = {same_character_case(2, i).sources[0].figure for i in range(20)}
+    first = {make_character_case(1, i).sources[0].figure for i in range(20)}
+    again = {make_character_case(1, i).sources[0].figure for i in range(20)}
+    other = {make_character_case(2, i).sources[0].figure for i in range(20)}
     assert first == again and not first & other
 
 
 def test_rates_are_shares_of_hits():
-    cases = [same_character_case(3, i) for i in range(4)]
+    cases = [make_character_case(3, i) for i in range(4)]
     perfect = [{**case.wanted, **case.said} for case in cases]
-    assert set(m.match_rates(cases, perfect).values()) == {100.0}
-    assert set(m.follow_rates(cases, perfect).values()) == {100.0}
+    assert set(m.measure_matches(cases, perfect).values()) == {100.0}
+    assert set(m.measure_following(cases, perfect).values()) == {100.0}
     wrong = [dict(reading) for reading in perfect]
     wrong[0]["hair style"] = "none"
     wrong[0]["upper"] = wrong[1]["lower"] = "none"
-    rates = m.match_rates(cases, wrong)
+    rates = m.measure_matches(cases, wrong)
     assert rates["hair style"] == 75.0 and rates["garment kind"] == 75.0
     assert rates["mean"] == 90.0
     leaked = [{"background": case.reference_background} for case in cases[:2]]
     leaked += [{"background": "elsewhere"}] * 2
-    assert m.leak_rate(cases, leaked) == 50.0
+    assert m.measure_leak(cases, leaked) == 50.0
 
 
 def test_diversity_counts_pairs_within_a_conditioning():
     same = {name: "a" for name in m.FREE}
     other = {name: "b" for name in m.FREE}
-    assert m.diversity([same] * 4, 2) == {name: 0.0 for name in m.FREE}
-    assert m.diversity([same, other, same, other], 2)["pose"] == 100.0
-    assert m.diversity([same, same, other, other], 2)["pose"] == 0.0
+    assert m.measure_diversity([same] * 4, 2) == {name: 0.0 for name in m.FREE}
+    assert m.measure_diversity([same, other, same, other], 2)["pose"] == 100.0
+    assert m.measure_diversity([same, same, other, other], 2)["pose"] == 0.0
     # Three figures, two alike: 2 of 3 pairs differ.
-    assert m.diversity([same, same, other], 3)["pose"] == pytest.approx(66.67)
+    assert m.measure_diversity([same, same, other], 3)["pose"] == pytest.approx(66.67)
 
 
 def test_chance_levels_are_those_of_the_world():
-    levels = m.chance_levels()
+    levels = m.compute_chance_levels()
     assert levels["hair style"] == 12.5 and levels["eye colour"] == pytest.approx(16.67)
     assert levels["garment kind"] == pytest.approx(100 * (1 / 6 + 1 / 5) / 2, abs=0.01)
 
 
 def test_strength_zero_empty_bank_and_fresh_network_are_bit_for_bit_the_base(bundle):
-    assert m.exactness(bundle, QUICK) == {
+    assert m.check_exactness(bundle, QUICK) == {
         "strength 0": True,
         "empty bank": True,
         "fresh network": True,
@@ -158,7 +158,7 @@ def test_strength_zero_empty_bank_and_fresh_network_are_bit_for_bit_the_base(bun
 
 
 def test_retrieval_changes_the_picture_and_is_deterministic(bundle):
-    case = same_character_case(1, 0)
+    case = make_character_case(1, 0)
     noise = bundle.base.noise(1, torch.Generator().manual_seed(3))
 
     def run(how: Sampling = QUICK) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_retrieval_changes_the_picture_and_is_deterministic(bundle):
 
 
 def test_batched_banks_generate_what_single_banks_do(bundle):
-    cases = [same_character_case(1, i, masked=True) for i in range(2)]
+    cases = [make_character_case(1, i, masked=True) for i in range(2)]
     noise = bundle.base.noise(2, torch.Generator().manual_seed(3))
     batched = encode_groups(bundle.base, bundle.network, [case.references for case in cases])
     together = generate(
@@ -186,7 +186,7 @@ def test_batched_banks_generate_what_single_banks_do(bundle):
 
 
 def test_the_map_names_the_reference_retrieved_from(bundle):
-    case = composition_case(1, 0)
+    case = make_composition_case(1, 0)
     tokens = encode_group(bundle.base, bundle.network, case.references)
     retrieval = apply_bank(bundle.network, tokens, QUICK)
     noise = bundle.base.noise(2, torch.Generator().manual_seed(3))
@@ -214,7 +214,7 @@ def test_measuring_nothing_is_refused(bundle, capsys):
 
 
 def test_bundled_weights_are_25_mb_at_most_together():
-    folder = bundled("paperdoll_base.safetensors").parent
+    folder = find_bundled("paperdoll_base.safetensors").parent
     assert sum(path.stat().st_size for path in Path(folder).iterdir()) <= 25_000_000
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from retrieval_core.data.concepts import LOWEST_HEAD_BORDER
 from retrieval_core.paperdoll import draw
-from retrieval_core.paperdoll.backgrounds import background
+from retrieval_core.paperdoll.backgrounds import draw_background
 from retrieval_core.paperdoll.draw import SCALE, STANCES, render
 from retrieval_core.paperdoll.world import (
     BACKGROUND_VARIANTS,
@@ -244,7 +244,7 @@ def test_the_mask_is_what_covers_half_a_pixel_of_any_background(index):
     night, studio = (render(replace(figure, scene=scene)) for scene in scenes)
     assert np.array_equal(night.mask, studio.mask)
     behind = [
-        np.asarray(background(scene.background, scene.background_seed)).astype(int)
+        np.asarray(draw_background(scene.background, scene.background_seed)).astype(int)
         for scene in scenes
     ]
     difference = behind[1] - behind[0]
@@ -364,7 +364,7 @@ def test_mirror_and_shift_move_the_figure():
 def test_backgrounds_can_be_told_apart_and_have_variants():
     means = {}
     for name in BACKGROUNDS:
-        variants = [np.asarray(background(name, seed)).astype(int) for seed in range(8)]
+        variants = [np.asarray(draw_background(name, seed)).astype(int) for seed in range(8)]
         assert all(v.shape == (SIZE, SIZE, 3) for v in variants)
         assert sum(not np.array_equal(variants[0], v) for v in variants[1:]) >= 5
         means[name] = np.mean(variants, 0)

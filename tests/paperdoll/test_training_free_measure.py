@@ -8,10 +8,19 @@ import pytest
 import torch
 
 from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE, Bundle
-from retrieval_core.paperdoll.cases import composition_case, groups, same_character_case
+from retrieval_core.paperdoll.cases import (
+    list_references,
+    make_character_case,
+    make_composition_case,
+)
 from retrieval_core.paperdoll.generate import Sampling, generate
 from retrieval_core.paperdoll.judge import Judge
-from retrieval_core.paperdoll.measure_training_free import Setting, main, make_banks, pictures
+from retrieval_core.paperdoll.measure_training_free import (
+    Setting,
+    generate_pictures,
+    main,
+    make_banks,
+)
 from retrieval_core.paperdoll.model import PaperdollModel, load_base
 from retrieval_core.training_free import TrainingFree, encode_by_base
 
@@ -34,22 +43,24 @@ def base(weights):
 
 
 def test_without_retrieval_is_the_base_models_picture_and_with_it_is_not(base):
-    cases = [same_character_case(1, i, masked=True) for i in range(2)]
+    cases = [make_character_case(1, i, masked=True) for i in range(2)]
     noise = base.noise(2, torch.Generator().manual_seed(0))
-    plain = pictures(base, cases, noise, Setting(None, steps=2))
+    plain = generate_pictures(base, cases, noise, Setting(None, steps=2))
     prompts = [case.prompt for case in cases]
     expected = generate(Bundle(base, None, None), prompts, noise, None, Sampling(steps=2))
     torch.testing.assert_close(plain, expected, rtol=0, atol=1e-6)
     for setting in (Setting(1, steps=2), Setting(1, steps=2, adain=True)):
-        assert (pictures(base, cases, noise, setting) - plain).abs().max() > 1e-4
-    assert torch.equal(pictures(base, cases, noise, Setting(1, strength=0.0, steps=2)), plain)
+        assert (generate_pictures(base, cases, noise, setting) - plain).abs().max() > 1e-4
+    assert torch.equal(
+        generate_pictures(base, cases, noise, Setting(1, strength=0.0, steps=2)), plain
+    )
 
 
 def test_batched_banks_hold_the_keys_of_each_reference(base):
-    cases = [composition_case(1, i, masked=True) for i in range(2)]
+    cases = [make_composition_case(1, i, masked=True) for i in range(2)]
     network = TrainingFree.of(base.unet, "paperdoll", levels=1)
     with torch.inference_mode():
-        bank = make_banks(base, network, groups(cases))
+        bank = make_banks(base, network, list_references(cases))
         for g, case in enumerate(cases):
             made = encode_by_base(
                 base.unet,

@@ -18,8 +18,8 @@ from retrieval_core.sampling.controls import (
     CURVES,
     GROUP_PRESETS,
     Controls,
+    group_sites,
     parse_curve,
-    site_groups,
 )
 from retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_core.sampling.regions import soften
@@ -148,27 +148,27 @@ def test_freezing_reads_weights_as_the_host_keeps_them(network, retrieval):
 
 
 def test_groups_are_deep_between_and_shallow():
-    groups = site_groups(SD15)
+    groups = group_sites(SD15)
     assert groups["middle"] == groups["input_11"] == groups["input_9"] == "composition"
     assert [groups[f"input_{i}"] for i in (0, 1, 2)] == ["detail"] * 3
     assert {groups[f"input_{i}"] for i in range(3, 9)} == {"middle"}
-    assert set(site_groups(SDXL).values()) == {"composition", "middle", "detail"}
-    assert site_groups(FLAT) == {"input_0": "detail", "input_1": "detail", "middle": "composition"}
+    assert set(group_sites(SDXL).values()) == {"composition", "middle", "detail"}
+    assert group_sites(FLAT) == {"input_0": "detail", "input_1": "detail", "middle": "composition"}
 
 
 def test_presets_and_custom_factors_reach_the_sites():
     for name, factors in GROUP_PRESETS.items():
-        strengths = Controls(groups=factors).site_strengths(site_groups(SD15))
+        strengths = Controls(groups=factors).site_strengths(group_sites(SD15))
         found = (strengths["middle"], strengths["input_5"], strengths["input_0"])
         assert found == factors, name
-    custom = Controls(groups=(0.2, 0.0, 3.0)).site_strengths(site_groups(SD15))
+    custom = Controls(groups=(0.2, 0.0, 3.0)).site_strengths(group_sites(SD15))
     assert (custom["input_10"], custom["input_4"], custom["input_2"]) == (0.2, 0.0, 3.0)
 
 
 def test_a_group_without_sites_is_refused_in_one_sentence():
     middle = Controls(groups=GROUP_PRESETS["middle only"])
-    assert "composition, detail" in sentence(middle.site_strengths, site_groups(FLAT))
-    assert "'middle'" in sentence(middle.site_strengths, site_groups(FLAT))
+    assert "composition, detail" in sentence(middle.site_strengths, group_sites(FLAT))
+    assert "'middle'" in sentence(middle.site_strengths, group_sites(FLAT))
 
 
 @pytest.mark.parametrize(

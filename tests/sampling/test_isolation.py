@@ -14,10 +14,10 @@ from retrieval_core.network.unet import UNet, UNetConfig, attention
 from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.controls import Controls
 from retrieval_core.sampling.frozen_site import freeze_sites
-from retrieval_core.sampling.isolation import SHARED, attend_apart, owners, partition
+from retrieval_core.sampling.isolation import SHARED, assign_owners, attend_apart, partition
 from retrieval_core.sampling.joint_attention import Source
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
-from retrieval_core.sampling.sampler import guided_denoiser
+from retrieval_core.sampling.sampler import make_guided_denoiser
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (1, 1), 1, 16, num_heads=4)
 
@@ -42,7 +42,7 @@ def randomised(module, seed):
 
 def plain_mask(regions, size):
     """[N, N]: -inf where a position of one region would attend to one of another."""
-    owner = owners(regions, size)
+    owner = assign_owners(regions, size)
     blocked = (owner[:, None] != owner) & (owner[:, None] != SHARED) & (owner != SHARED)
     assert blocked.any() and not blocked.all()
     return torch.zeros(blocked.shape, dtype=torch.float64).masked_fill(blocked, float("-inf"))
@@ -53,17 +53,17 @@ def plain_mask(regions, size):
 
 def test_a_position_belongs_to_the_stronger_region_that_fills_most_of_it():
     regions = [box(0, 5), box(3, 8, value=0.8), box(3, 4, value=1.0)]
-    found = owners(regions, (8, 8)).view(8, 8)
+    found = assign_owners(regions, (8, 8)).view(8, 8)
     # 3: two are equally strong; 4: the first beats 0.8.
     assert found[0].tolist() == [0, 0, 0, SHARED, 0, 1, 1, 1]
     assert (found == found[0]).all()
 
 
 def test_half_filled_positions_and_those_outside_belong_to_none():
-    found = owners([box(0, 3), box(5, 8)], (4, 4)).view(4, 4)
+    found = assign_owners([box(0, 3), box(5, 8)], (4, 4)).view(4, 4)
     assert found[0, 0] == 0 and found[0, 3] == 1
-    assert owners([box(0, 3, value=0.5), box(5, 8)], (8, 8))[0] == SHARED
-    assert (owners([box(0, 3), box(5, 8)], (8, 8)).view(8, 8)[:, 3:5] == SHARED).all()
+    assert assign_owners([box(0, 3, value=0.5), box(5, 8)], (8, 8))[0] == SHARED
+    assert (assign_owners([box(0, 3), box(5, 8)], (8, 8)).view(8, 8)[:, 3:5] == SHARED).all()
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_denoising_step_keeps_them_apart(network, banks):
 
     def found(apart, model=unet):
         applications = two(network, banks, (apart, apart))
-        return guided_denoiser(model, schedule, cond, uncond, 2.0, applications)(x, 900)
+        return make_guided_denoiser(model, schedule, cond, uncond, 2.0, applications)(x, 900)
 
     together, kept = found(0.0), found(1.0)
     assert (together - kept).abs().max() > 1e-3

@@ -17,11 +17,11 @@ from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.attention_map import (
     RecordedRetrieval,
     Shares,
-    map_site,
+    choose_map_site,
+    draw_overlay,
+    make_reference_masks,
     measure_shares,
     merge_shares,
-    overlay,
-    reference_masks,
 )
 from retrieval_core.sampling.frozen_site import freeze_site
 from retrieval_core.sampling.joint_attention import Source
@@ -30,10 +30,10 @@ from retrieval_core.training_free import (
     JointRetrieval,
     TrainingFree,
     encode_by_base,
+    list_self_attention_layers,
     name_layers,
-    self_attention_layers,
 )
-from retrieval_core.training_free.joint_shares import joint_shares, map_layer
+from retrieval_core.training_free.joint_shares import choose_map_layer, measure_joint_shares
 
 DIM, HEADS = 16, 2
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (1, 1), 1, 16, num_head_channels=16)
@@ -157,13 +157,13 @@ def test_two_training_free_applications_of_different_layers_make_one_map():
         (encoded,) = encode_by_base(unet, schedule, network, latent, context)
         bank = make_bank(join_references([encoded]), None, network.site_downsampling())
         one = JointRetrieval(bank, names=names, timesteps=network.timesteps())
-        read, shares = map_layer(self_attention_layers(CONFIG), network.names), Shares()
+        read, shares = choose_map_layer(list_self_attention_layers(CONFIG), network.names), Shares()
 
         def record(layer, size, q, k, v, heads, one=one, read=read, shares=shares):
             if names[layer] == read:
                 source = one.source(layer, q, size, 0.5, 1.0)
                 owner = one.bank.sites[f"{read}@500"].owner
-                found = joint_shares(q, k, heads, source, owner, 1)
+                found = measure_joint_shares(q, k, heads, source, owner, 1)
                 shares.add(found.transpose(1, 2).unflatten(2, size))
             return layer.attend(q, k, v, heads)
 
@@ -192,25 +192,25 @@ def test_masks_and_overlay_show_the_strongest_reference():
     shares[0, :, 0, 1] = torch.tensor([0.1, 0.2, 0.7])
     shares[0, :, 1, 0] = torch.tensor([0.8, 0.15, 0.05])  # mostly nothing
     shares[0, :, 1, 1] = torch.tensor([0.4, 0.29, 0.31])
-    hard = reference_masks(shares, 2, 2, hard=True)[0]
+    hard = make_reference_masks(shares, 2, 2, hard=True)[0]
     assert hard.tolist() == [[[1, 0], [0, 0]], [[0, 1], [0, 1]]]
-    assert torch.equal(reference_masks(shares, 2, 2, hard=False), shares[:, 1:])
-    picture = overlay(torch.full((1, 3, 2, 2), 0.5), shares, [(1, 0, 0), (0, 0, 1)])
+    assert torch.equal(make_reference_masks(shares, 2, 2, hard=False), shares[:, 1:])
+    picture = draw_overlay(torch.full((1, 3, 2, 2), 0.5), shares, [(1, 0, 0), (0, 0, 1)])
     assert picture[0, 0, 0, 0] > picture[0, 2, 0, 0] and picture[0, 2, 0, 1] > picture[0, 0, 0, 1]
 
 
 def test_the_map_is_read_where_a_position_is_a_part_of_a_figure():
     """SD 1.5: 16x16 positions of 512x512; SDXL: 32x32 of 1024x1024; paper-doll: 8x8."""
-    assert (map_site(SD15), map_site(SDXL), map_site(PAPERDOLL)) == (
+    assert (choose_map_site(SD15), choose_map_site(SDXL), choose_map_site(PAPERDOLL)) == (
         "input_8",
         "input_8",
         "input_3",
     )
     for config, factor in ((SD15, 4), (SDXL, 4), (PAPERDOLL, 2)):
-        assert config.site_downsampling()[map_site(config)] == factor
-        layers = self_attention_layers(config)
-        assert layers[map_layer(layers, list(layers))].downsampling == factor
-    assert map_layer(self_attention_layers(SD15), ["middle.0"]) == "middle.0"
+        assert config.site_downsampling()[choose_map_site(config)] == factor
+        layers = list_self_attention_layers(config)
+        assert layers[choose_map_layer(layers, list(layers))].downsampling == factor
+    assert choose_map_layer(list_self_attention_layers(SD15), ["middle.0"]) == "middle.0"
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 40])
@@ -222,7 +222,7 @@ def test_joint_shares_are_those_of_one_softmax(monkeypatch, at_once, biased):
     region = torch.tensor([0, 0.5, 1, 1, 1, 0])
     owner = torch.tensor([0, 0, 1, 2, 2])
     source = Source(keys, keys, bias, region)
-    found = joint_shares(q, k, HEADS, source, owner, 3)
+    found = measure_joint_shares(q, k, HEADS, source, owner, 3)
     dim = DIM // HEADS
     expected = torch.zeros(2, 6, 4)
     for row in range(2):

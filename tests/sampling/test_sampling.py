@@ -17,7 +17,7 @@ from retrieval_core.network.unet import UNet, UNetConfig
 from retrieval_core.sampling.applications import Retrieval
 from retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
-from retrieval_core.sampling.sampler import guided_denoiser, sample
+from retrieval_core.sampling.sampler import make_guided_denoiser, sample
 from retrieval_core.training_free import JointRetrieval, TrainingFree, encode_by_base, name_layers
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
@@ -134,7 +134,7 @@ def test_both_converge_and_the_multistep_sampler_faster():
 def test_sampling_is_deterministic_and_leaves_the_noise_alone():
     schedule, noise = NoiseSchedule(prediction="v"), rand(2, 4, 8, 8, dtype=torch.float32)
     unet, cond = randomised(UNet(CONFIG)), rand(2, 3, 16, dtype=torch.float32)
-    denoise = guided_denoiser(unet, schedule, cond, cond * 0, 3.0)
+    denoise = make_guided_denoiser(unet, schedule, cond, cond * 0, 3.0)
     before = noise.clone()
     torch.manual_seed(1)
     one = sample(denoise, noise, schedule, 4)
@@ -249,7 +249,7 @@ def test_guidance_is_the_formula(unet, cfg, prediction):
     expected = plain_step(
         schedule, x, timestep, lambda z, steps, row: unet(z, steps, prompts[row]), cfg
     )
-    found = guided_denoiser(recorder, schedule, *prompts, cfg)(x, timestep)
+    found = make_guided_denoiser(recorder, schedule, *prompts, cfg)(x, timestep)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     ((seen, at, context, hooks),) = recorder.calls
     rows = 2 if cfg == 1.0 else 4
@@ -273,10 +273,12 @@ def test_each_prompts_rows_get_its_vector_conditioning(cfg):
             cfg,
         )
 
-    denoise = guided_denoiser(unet, schedule, *prompts, cfg, y=tuple(vectors))
+    denoise = make_guided_denoiser(unet, schedule, *prompts, cfg, y=tuple(vectors))
     torch.testing.assert_close(denoise(x, 600), plain([0, 1]), rtol=1e-9, atol=1e-9)
     assert (plain([0, 1]) - plain([1, 0])).abs().max() > 1e-3
-    assert "vector conditioning" in sentence(guided_denoiser(unet, schedule, *prompts, cfg), x, 600)
+    assert "vector conditioning" in sentence(
+        make_guided_denoiser(unet, schedule, *prompts, cfg), x, 600
+    )
 
 
 @pytest.mark.parametrize("guidance", ["cond", "both"])
@@ -289,7 +291,7 @@ def test_retrieval_acts_on_the_rows_that_guidance_names(unet, network, retrieval
         return unet(z, steps, prompts[row], skip_hook=hook if acts else None)
 
     one = replace(retrieval, strength=1.5, guidance=guidance)
-    found = guided_denoiser(unet, schedule, *prompts, 3.0, [one])(x, timestep)
+    found = make_guided_denoiser(unet, schedule, *prompts, 3.0, [one])(x, timestep)
     expected = plain_step(schedule, x, timestep, predict, 3.0)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
@@ -298,7 +300,7 @@ def test_the_schedule_says_at_which_steps_retrieval_acts(unet, retrieval):
     schedule, context = NoiseSchedule(), rand(1, 3, 16)
     recorder = Recording(unet)
     some = replace(retrieval, start=0.15, end=0.45)
-    denoise = guided_denoiser(recorder, schedule, context, context, 1.0, [some])
+    denoise = make_guided_denoiser(recorder, schedule, context, context, 1.0, [some])
     sample(denoise, rand(1, 4, 8, 8), schedule, 10)
     acted = ["skip_hook" in hooks for *_, hooks in recorder.calls]
     # Fractions 0, 0.1, ... of the way from all noise to none.
@@ -323,7 +325,7 @@ def test_a_step_costs_one_attention_a_site_and_calls_no_layer_of_the_network(
 
     sites = {name: counted(site) for name, site in retrieval.sites.items()}
     context = rand(1, 3, 16)
-    denoise = guided_denoiser(
+    denoise = make_guided_denoiser(
         unet, NoiseSchedule(), context, context, 2.0, [replace(retrieval, sites=sites)]
     )
     sample(denoise, rand(1, 4, 8, 8), NoiseSchedule(), 3)
@@ -339,7 +341,7 @@ def test_whole_sampling_without_retrieval_is_bit_for_bit_the_base(unet, retrieva
 
     def end(*applications):
         return sample(
-            guided_denoiser(unet, schedule, *prompts, 3.0, applications), noise, schedule, 3
+            make_guided_denoiser(unet, schedule, *prompts, 3.0, applications), noise, schedule, 3
         )
 
     base = end()
@@ -389,10 +391,10 @@ def test_trained_and_training_free_applications_act_together(unet, network, retr
     expected = plain_step(schedule, x, 500, predict, 2.0)
     free = replace(joint, strength=3.0, guidance="both")
     for applications in ([retrieval, free], [free, retrieval]):
-        found = guided_denoiser(unet, schedule, *prompts, 2.0, applications)(x, 500)
+        found = make_guided_denoiser(unet, schedule, *prompts, 2.0, applications)(x, 500)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     for alone in (retrieval, free):
-        found = guided_denoiser(unet, schedule, *prompts, 2.0, [alone])(x, 500)
+        found = make_guided_denoiser(unet, schedule, *prompts, 2.0, [alone])(x, 500)
         assert (found - expected).abs().max() > 1e-3
 
 

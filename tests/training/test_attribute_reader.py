@@ -10,7 +10,7 @@ from retrieval_core.bank.tokens import batch_references
 from retrieval_core.network.retrieval_site import RetrievalSite
 from retrieval_core.paperdoll.batches import READ, RetrievalBatches, render_characters
 from retrieval_core.paperdoll.judge import ATTRIBUTES
-from retrieval_core.training.attributes import AttributeReader, deeper_sites
+from retrieval_core.training.attributes import AttributeReader, choose_deeper_sites
 
 GROUPS, REFERENCES, HEIGHT, WIDTH, PARTS, CHANNELS, HEADS = 2, 2, 5, 3, 3, 8, 2
 SIZES = {"hair": (1, 4), "upper": (2, 3)}
@@ -147,7 +147,7 @@ def test_it_reaches_the_values_and_the_attention():
 
 
 def test_the_deeper_sites_are_all_but_the_first_two():
-    assert deeper_sites(["input_0", "input_1", "input_2", "middle"]) == ["input_2", "middle"]
+    assert choose_deeper_sites(["input_0", "input_1", "input_2", "middle"]) == ["input_2", "middle"]
 
 
 def test_batches_name_the_targets_attributes():

@@ -12,7 +12,7 @@ from refusal import sentence
 
 from retrieval_core.bank.site_bank import make_bank
 from retrieval_core.bank.tokens import batch_references
-from retrieval_core.data import Sample, reference
+from retrieval_core.data import Sample, cut_reference
 from retrieval_core.data.augment import View
 from retrieval_core.network.retrieval_site import RetrievalSite
 from retrieval_core.paperdoll import draw
@@ -172,15 +172,15 @@ def test_parts_are_placed_as_the_picture_is():
     parts = np.zeros((8, 8), np.uint8)
     image[1:7, 2:4], parts[1:7, 2:4] = 200, 3
     sample = Sample(image, None, (0, 0, 8, 3), [], parts)
-    taken = reference(sample, "figure", 8, view=View(flip=True))
+    taken = cut_reference(sample, "figure", 8, view=View(flip=True))
     assert (taken.parts == parts[:, ::-1]).all()
-    below = reference(sample, "clothes", 8, fill=(9, 9, 9))
+    below = cut_reference(sample, "clothes", 8, fill=(9, 9, 9))
     shown = below.image[..., 0] == 200
     assert shown.any() and (below.parts[shown] == 3).all()
     assert not below.parts[(below.image == 9).all(-1)].any()
-    low = reference(Sample(image, None, (0, 4, 8, 8), [], parts), "clothes", 8)
+    low = cut_reference(Sample(image, None, (0, 4, 8, 8), [], parts), "clothes", 8)
     assert (low.parts[:4] == parts[:4]).all() and not low.parts[4:].any()
-    assert reference(Sample(image), "figure", 8).parts is None
+    assert cut_reference(Sample(image), "figure", 8).parts is None
 
 
 def test_parts_of_another_shape_or_type_are_refused():

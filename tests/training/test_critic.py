@@ -8,16 +8,16 @@ from refusal import sentence
 
 from retrieval_core.files import save_safetensors
 from retrieval_core.paperdoll.batches import READ_SIZES, CriticBatches, render_characters
-from retrieval_core.paperdoll.bundle import BASE_FILE, bundled, load_bundle
+from retrieval_core.paperdoll.bundle import BASE_FILE, find_bundled, load_bundle
 from retrieval_core.paperdoll.model import load_base
 from retrieval_core.paperdoll.train import load_critic
 from retrieval_core.paperdoll.trainees import (
     CriticTraining,
     PaperdollRetrieval,
     RetrievalOptions,
-    new_critic,
+    make_critic,
 )
-from retrieval_core.training.critic import NOISE, Critic, undecided
+from retrieval_core.training.critic import NOISE, Critic, blur_undecided
 
 CHANNELS, SIZE, ROWS = 6, 8, 5
 SIZES = {"hair": (1, 4), "upper": (2, 3), "colour": (2, 5)}
@@ -88,15 +88,15 @@ def test_the_gradient_reaches_what_is_drawn(critic):
 
 def test_undecided_latents_lie_between_and_are_repeatable():
     a, b = torch.full((64, 2, 8, 8), 2.0), torch.full((64, 2, 8, 8), 1.0)
-    found = undecided(a, b, seeded())
-    assert torch.equal(found, undecided(a, b, seeded()))
+    found = blur_undecided(a, b, seeded())
+    assert torch.equal(found, blur_undecided(a, b, seeded()))
     assert found.min() > 0.5 * 1.4 - 1e-5 and found.max() <= 2 + 1e-5
     assert found.flatten(1).std(1).max() < 1e-5  # flat pictures stay flat, also at their edges
     assert found[:, 0, 0, 0].unique().numel() > 32
 
 
 def test_it_learns_to_read_the_worlds_latents():
-    base = load_base(bundled(BASE_FILE))
+    base = load_base(find_bundled(BASE_FILE))
     batches = CriticBatches(render_characters(0, 12), 48, 0)
     torch.manual_seed(0)
     owner = CriticTraining(base)
@@ -113,7 +113,7 @@ def test_it_learns_to_read_the_worlds_latents():
 
 def test_frozen_models_follow_training_to_another_device_and_are_not_trained():
     bundle = load_bundle()
-    critic = new_critic(bundle.base).requires_grad_(False)
+    critic = make_critic(bundle.base).requires_grad_(False)
     owner = PaperdollRetrieval(bundle.base, bundle.network, RetrievalOptions(), critic).to("meta")
     frozen = [*owner.critic.parameters(), *owner.text.parameters(), *owner.vae.buffers()]
     assert frozen and all(tensor.device.type == "meta" for tensor in frozen)
@@ -137,6 +137,6 @@ def test_pairs_are_of_one_character_and_its_truth():
 def test_a_file_that_is_no_critic_is_refused(tmp_path):
     path = tmp_path / "critic.safetensors"
     save_safetensors(path, {"a": torch.zeros(1)}, {"format": "another"})
-    base = load_base(bundled(BASE_FILE))
+    base = load_base(find_bundled(BASE_FILE))
     assert "run the stage 'critic'" in sentence(load_critic, path, base)
     assert "critic" in sentence(load_critic, tmp_path / "none.safetensors", base)

@@ -11,7 +11,7 @@ from refusal import sentence
 from retrieval_core.bank.encoding import encode_references
 from retrieval_core.bank.site_bank import make_network_bank
 from retrieval_core.bank.tokens import join_references
-from retrieval_core.data import Sample, reference
+from retrieval_core.data import Sample, cut_reference
 from retrieval_core.data.prepare import prepare
 from retrieval_core.network.controlnet import Card, RetrievalControlNet, load
 from retrieval_core.network.unet import UNet, UNetConfig
@@ -19,7 +19,7 @@ from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_core.training import pairs
-from retrieval_core.training.objective import latent_mask, retrieval_loss
+from retrieval_core.training.objective import resize_mask, retrieval_loss
 from retrieval_core.training.retrieval_training import TrainableRetrieval
 from retrieval_core.training.settings import LOCKS, TrainingSettings
 from retrieval_core.training.trainer import Trainer
@@ -335,7 +335,7 @@ def test_pixels_outside_a_filled_mask_cannot_reach_the_encoder():
     assert torch.equal(found[0].mask, found[1].mask)
     for concept in ("figure", "face", "clothes"):
         cut = [
-            reference(Sample(image, mask, (5, 3, 10, 8)), concept, 32, remove_background=True)
+            cut_reference(Sample(image, mask, (5, 3, 10, 8)), concept, 32, remove_background=True)
             for image in (one, two)
         ]
         assert np.array_equal(cut[0].image, cut[1].image)
@@ -540,7 +540,7 @@ def test_the_loss_of_pairs_is_put_together_by_hand():
             total.append(model.unet(x, steps[left : left + 1], text, skip_hook=hook))
         lefts, rights = torch.cat(total).chunk(2, -1)
         prediction = torch.cat([lefts, rights])
-        small = [latent_mask(m, SIZE, SIZE) for m in (batch.content, batch.face)]
+        small = [resize_mask(m, SIZE, SIZE) for m in (batch.content, batch.face)]
         expected = retrieval_loss(prediction, target, *small, model.face_weight)
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(found["loss"], batch.loss(model, 3)["loss"])

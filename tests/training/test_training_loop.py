@@ -15,9 +15,9 @@ from retrieval_core.training import (
     Trainer,
     TrainingSettings,
     ablation,
+    choose_trained_parts,
+    derive_step_seed,
     step_rng,
-    step_seed,
-    trained_parts,
 )
 from retrieval_core.training.ema import ExponentialMovingAverage
 
@@ -214,10 +214,10 @@ def test_only_what_requires_a_gradient_is_trained_and_saved(tmp_path):
 
 
 def test_no_two_steps_share_a_seed():
-    seeds = {step_seed(7, step) for step in range(100_000)}
+    seeds = {derive_step_seed(7, step) for step in range(100_000)}
     assert len(seeds) == 100_000
     assert max(seeds) < 2**32
-    assert step_seed(7, 0) != step_seed(8, 0)
+    assert derive_step_seed(7, 0) != derive_step_seed(8, 0)
     draws = [step_rng(1, 2, stream).random() for stream in (0, 1, 0)]
     assert draws[0] == draws[2] != draws[1]
 
@@ -270,10 +270,10 @@ def test_ablation_settings():
     assert (row.task, row.lock, row.text_drop) == ("compose", "lock_both", 0.5)
     assert ABLATIONS["Compose45K"].steps == 45_000
     assert row.with_text_drop(0.2).text_drop == 0.2
-    assert trained_parts("train_both") == {"retrieval", "encoder", "decoder"}
-    assert trained_parts("lock_decoder") == {"retrieval", "encoder"}
-    assert trained_parts("lock_both") == {"retrieval"}
-    for call in (lambda: ablation("recon8k"), lambda: trained_parts("none")):
+    assert choose_trained_parts("train_both") == {"retrieval", "encoder", "decoder"}
+    assert choose_trained_parts("lock_decoder") == {"retrieval", "encoder"}
+    assert choose_trained_parts("lock_both") == {"retrieval"}
+    for call in (lambda: ablation("recon8k"), lambda: choose_trained_parts("none")):
         with pytest.raises(RetrievalError, match="no setting|lock setting is 'none'"):
             call()
     with pytest.raises(RetrievalError, match="1.5"):

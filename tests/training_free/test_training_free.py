@@ -20,24 +20,24 @@ from retrieval_core.sampling.applications import Applications
 from retrieval_core.sampling.controls import StrengthCurve
 from retrieval_core.sampling.joint_attention import Source, attend_chunks, attend_to
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
-from retrieval_core.sampling.regions import region_at
-from retrieval_core.sampling.sampler import guided_denoiser, sample
+from retrieval_core.sampling.regions import resize_region
+from retrieval_core.sampling.sampler import make_guided_denoiser, sample
 from retrieval_core.training_free import (
     LAYER_CHOICES,
     JointRetrieval,
     TrainingFree,
     choose_layers,
     encode_by_base,
-    fixed_noise,
+    list_self_attention_layers,
+    make_fixed_noise,
     name_layers,
     record,
-    self_attention_layers,
 )
-from retrieval_core.training_free.training_free_network import nearest, site_name
+from retrieval_core.training_free.training_free_network import find_nearest, name_site
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (1, 1), 2, 16, num_head_channels=16)
 SCHEDULE = NoiseSchedule()
-ALL = tuple(self_attention_layers(CONFIG))
+ALL = tuple(list_self_attention_layers(CONFIG))
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
@@ -91,7 +91,7 @@ def run(unet, *applications, rows=1, kinds=(0,), progress=0.5):
 def test_the_layers_are_the_modules_self_attention(config, count):
     with torch.device("meta"):
         modules = {name: module for module, name in name_layers(UNet(config)).items()}
-    layers = self_attention_layers(config)
+    layers = list_self_attention_layers(config)
     assert list(modules) == list(layers) and len(layers) == count
     for name, layer in layers.items():
         assert modules[name].to_k.weight.shape == (layer.width, layer.width)
@@ -105,14 +105,16 @@ def test_each_layer_has_the_downsampling_that_it_is_told(unet):
         return layer.attend(q, k, v, heads)
 
     unet(rand(1, 4, 8, 8), torch.tensor([500]), rand(1, 3, 16), self_attention=hook)
-    factors = {name: layer.downsampling for name, layer in self_attention_layers(CONFIG).items()}
+    factors = {
+        name: layer.downsampling for name, layer in list_self_attention_layers(CONFIG).items()
+    }
     assert seen == {name: (8 // factor, 8 // factor) for name, factor in factors.items()}
 
 
 def test_choices_of_layers():
     for choice in LAYER_CHOICES:
-        assert set(choose_layers(SD15, choice)) <= set(self_attention_layers(SD15))
-    assert choose_layers(SD15, "all") == tuple(self_attention_layers(SD15))
+        assert set(choose_layers(SD15, choice)) <= set(list_self_attention_layers(SD15))
+    assert choose_layers(SD15, "all") == tuple(list_self_attention_layers(SD15))
     assert len(choose_layers(SD15, "decoder")) == 9
     assert choose_layers(SD15, "middle and decoder")[0] == "middle.0"
     for config, finest in ((SD15, 5), (SDXL, 10)):
@@ -263,7 +265,9 @@ class PlainJointUNet(PlainUNet):
             self.noted[name] = x
             return super().attention(x, context, name)
         edge = math.isqrt(x.shape[1])
-        regions = [region_at(r, x.new_empty(1, 1, edge, edge)).view(-1, 1) for r, _ in self.banks]
+        regions = [
+            resize_region(r, x.new_empty(1, 1, edge, edge)).view(-1, 1) for r, _ in self.banks
+        ]
         total = sum(regions).clamp_min(1)
         own = out = self.attend(x, [], name)
         for region, (_, bank) in zip(regions, self.banks, strict=True):
@@ -372,10 +376,10 @@ def test_masked_tokens_are_not_in_the_bank_whatever_they_held(unet, network):
     mask = torch.zeros(64, 64)
     mask[:16] = 1
     whole, part = encoded(unet, network, masks=[None, mask])
-    layers = self_attention_layers(CONFIG)
+    layers = list_self_attention_layers(CONFIG)
     for level in network.timesteps():
         for name, layer in layers.items():
-            site = site_name(name, level)
+            site = name_site(name, level)
             edge = 8 // network.site_downsampling()[site]
             assert whole.tokens[site].shape == (2, edge * edge, layer.width)
             assert part.tokens[site].shape == (2, edge * edge // 4, layer.width)
@@ -391,7 +395,7 @@ def test_an_empty_mask_and_all_weights_zero_are_refused(unet, network):
 def test_only_the_chosen_layers_and_the_nearest_level_are_read(unet):
     network = TrainingFree.of(unet, "paperdoll", layers="decoder", levels=3)
     assert network.timesteps() == (166, 500, 833)
-    assert [nearest(network.timesteps(), t) for t in (0, 332, 333, 334, 999)] == [
+    assert [find_nearest(network.timesteps(), t) for t in (0, 332, 333, 334, 999)] == [
         166, 166, 166, 500, 833,
     ]  # fmt: skip
     references = encoded(unet, network, 1)
@@ -467,12 +471,12 @@ def test_encoding_is_deterministic_and_equal_references_give_equal_tokens(unet, 
     one, same = encode_by_base(unet, SCHEDULE, network, latents, context)
     for site in one.tokens:
         torch.testing.assert_close(one.tokens[site], same.tokens[site], rtol=1e-5, atol=1e-6)
-    assert torch.equal(fixed_noise((2, 4, 8, 8))[0], fixed_noise((1, 4, 8, 8))[0])
+    assert torch.equal(make_fixed_noise((2, 4, 8, 8))[0], make_fixed_noise((1, 4, 8, 8))[0])
 
 
 def generated(unet, *applications, steps=4):
     cond, uncond = rand(2, 3, 16, seed=8), rand(2, 3, 16, seed=9)
-    denoise = guided_denoiser(unet, SCHEDULE, cond, uncond, 2.0, applications)
+    denoise = make_guided_denoiser(unet, SCHEDULE, cond, uncond, 2.0, applications)
     return sample(denoise, rand(2, 4, 8, 8, seed=7), SCHEDULE, steps)
 
 
