@@ -34,7 +34,10 @@ STAMP = VENV / "retrieval-setup"
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 TORCH_FOR_CPU = "https://download.pytorch.org/whl/cpu"
 UNFINISHED = "unfinished"
-NEEDED = ("torch", "numpy", "PIL", "einops", "safetensors", "huggingface_hub", "tqdm", "pytest")
+NEEDED = (
+    "torch", "numpy", "PIL", "einops", "safetensors", "huggingface_hub", "matplotlib", "tqdm",
+    "pytest",
+)  # fmt: skip
 COMMANDS = {
     "demo": ["-m", "retrieval_core.paperdoll.demo"],
     "test": ["-m", "pytest"],
@@ -51,34 +54,33 @@ def main(arguments: list[str]) -> int:
         sys.exit(f"There is no command '{command}'; use one of setup, {', '.join(COMMANDS)}.")
     if command == "setup" and rest:
         sys.exit(f"setup takes no arguments, but got {' '.join(rest)}; leave them out.")
-    python = environment()
+    python = find_python()
     if command == "setup":
         print(f"Ready: {python}")
         return 0
     return hand_over(python, [*COMMANDS[command], *rest], cwd=ROOT if command == "test" else None)
 
 
-def environment() -> Path:
+def find_python() -> Path:
     """The Python to run with; sets .venv up first if it is missing, unfinished or out of date."""
     given = os.environ.get("RETRIEVAL_PYTHON")
     if given:
-        return given_environment(given)
+        return check_python(given)
     python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted = fingerprint()
-    if stamp() == wanted and python.is_file():
+    wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    if read_stamp() == wanted and python.is_file():
         return python
-    with only_one():
-        if stamp() != wanted or not python.is_file():  # another run may just have done it
+    with lock_set_up():
+        if read_stamp() != wanted or not python.is_file():  # another run may just have done it
             set_up(python)
             STAMP.write_text(wanted, encoding="utf-8")
     return python
 
 
-def given_environment(given: str) -> Path:
-    """The user's own Python, after checking that it has what is needed; nothing is installed."""
-    found = shutil.which(given)
+def check_python(given: str) -> Path:
+    """The path of the user's Python, if it has the needed packages; installs nothing."""
     # Not resolved: a virtual environment is known by the path of its link.
-    python = Path(os.path.abspath(found or given))
+    python = Path(os.path.abspath(shutil.which(given) or given))
     check = (
         "import importlib.util, sys; print(sys.version_info >= (3, 10) and 'ok', "
         f"*(m for m in {NEEDED!r} if importlib.util.find_spec(m) is None))"
@@ -97,12 +99,8 @@ def given_environment(given: str) -> Path:
     return python
 
 
-def fingerprint() -> str:
-    """Changes with the requirements."""
-    return hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-
-
-def stamp() -> str:
+def read_stamp() -> str:
+    """The hash of the requirements that .venv was set up for; empty without one."""
     try:
         return STAMP.read_text(encoding="utf-8")
     except OSError:
@@ -110,7 +108,7 @@ def stamp() -> str:
 
 
 def set_up(python: Path) -> None:
-    """Makes .venv and installs into it; STAMP says UNFINISHED from the first change to the last."""
+    """Makes .venv and installs into it; STAMP says UNFINISHED meanwhile."""
     if VENV.exists() and not STAMP.is_file() and any(VENV.iterdir()):
         sys.exit(
             f"The folder {VENV} was not made by this script; rename it, or set RETRIEVAL_PYTHON to "
@@ -119,7 +117,7 @@ def set_up(python: Path) -> None:
     VENV.mkdir(exist_ok=True)
     STAMP.write_text(UNFINISHED, encoding="utf-8")
     print("Setting up .venv; this is done once and takes a few minutes.", flush=True)
-    # Half-written packages look installed to pip, so an old environment is never mended.
+    # Half-written packages look installed to pip, so an old environment is emptied first.
     for entry in VENV.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -138,7 +136,7 @@ def set_up(python: Path) -> None:
     torch = [word for word in REQUIREMENTS.read_text().split() if word.startswith("torch==")]
     if torch and wants_cpu_torch():
         # Without its dependencies, so that nothing but torch comes from there. If it fails, the
-        # next line takes torch from the usual place.
+        # next call installs torch from PyPI.
         subprocess.call([*pip, "--no-deps", "--index-url", TORCH_FOR_CPU, *torch])
     if subprocess.call([*pip, "-r", str(REQUIREMENTS)]) != 0:
         sys.exit(
@@ -148,7 +146,7 @@ def set_up(python: Path) -> None:
 
 
 def wants_cpu_torch() -> bool:
-    """On Linux the usual torch brings gigabytes of CUDA, of no use without an NVIDIA GPU."""
+    """Whether to install torch's CPU build: on Linux without an NVIDIA GPU PyPI's adds CUDA."""
     if not sys.platform.startswith("linux") or shutil.which("nvidia-smi"):
         return False
     try:
@@ -159,8 +157,8 @@ def wants_cpu_torch() -> bool:
 
 
 @contextlib.contextmanager
-def only_one():
-    """Keeps a second set-up out; the system lets go of the lock when the process ends, however."""
+def lock_set_up():
+    """Locks out a second set-up; the system frees the lock when the process ends in any way."""
     with open(ROOT / ".venv.lock", "a+b") as file:
         file.seek(0)
         try:
@@ -178,7 +176,7 @@ def only_one():
 
 
 def hand_over(python: Path, arguments: list[str], cwd: Path | None) -> int:
-    """Runs Python with the pack importable; the child's exit code."""
+    """Runs Python with the pack importable; returns the child's exit code."""
     line = [str(python), *arguments]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -191,7 +189,7 @@ def hand_over(python: Path, arguments: list[str], cwd: Path | None) -> int:
         while True:
             try:
                 return child.wait()
-            except KeyboardInterrupt:  # the child has got it too, and may be saving its work
+            except KeyboardInterrupt:  # the child got it too, and may be saving its work
                 continue
 
 

@@ -1,4 +1,4 @@
-"""Encode References: each image of a batch becomes one reference, encoded once."""
+"""Encode References: each image of a batch becomes one encoded reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paper-Doll Match: the share of a character's attributes that came over to each picture."""
+"""Paper-Doll Match: the percentage of a character's attributes found in each picture."""
 
 from __future__ import annotations
 

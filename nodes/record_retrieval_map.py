@@ -1,4 +1,4 @@
-"""Record Retrieval Map: the model, noting where it looks while it draws."""
+"""Record Retrieval Map: the model with a recorder of its attention to the references."""
 
 from __future__ import annotations
 

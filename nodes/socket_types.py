@@ -1,4 +1,4 @@
-"""The pack's own types on ComfyUI's wires, and outputs that several nodes share."""
+"""The pack's own socket types and categories, and the outputs of the nodes that score."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ImageScoresType = io.Custom("IMAGE_SCORES")
 
 
 def list_score_outputs() -> list[io.Output]:
-    """Of the nodes that score each image."""
+    """The outputs of the nodes that score each image."""
     return [
         io.Float.Output(display_name="score", tooltip="The mean, in percent."),
         io.String.Output(

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files so that nothing of the user's is lost or half written."""
+"""Reads and checks safetensors files, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import RetrievalError
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Calls `write(temporary path)` in the target's folder, then renames it into place.
 
     Until the rename the old file stays whole; after a failure no temporary file is left.
@@ -32,7 +32,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        # mkstemp makes files only their owner can read; a shared models folder needs the usual.
+        # mkstemp creates files that only their owner can read; apply the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -52,11 +52,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """`atomic_write` of UTF-8 text."""
-    atomic_write(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_safetensors(
@@ -76,7 +72,7 @@ def save_safetensors(
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The string metadata of a safetensors file, without reading its tensors."""
-    with _opened(path) as file:
+    with _open(path) as file:
         return dict(file.metadata() or {})
 
 
@@ -86,11 +82,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     Raises:
         RetrievalError: missing, a folder, truncated, or not a safetensors file.
     """
-    with _opened(path) as file:
+    with _open(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
 
 
-def _opened(path: str | os.PathLike[str]) -> Any:
+def _open(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     try:
         if path.is_dir():
@@ -104,8 +100,34 @@ def _opened(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+def check_format(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    expected: str,
+    remedy: str,
+    newest: int | None = None,
+) -> None:
+    """Refuses a file of another format or of a newer version.
+
+    Args:
+        remedy: what the user is to do about another format, an imperative clause.
+        newest: highest `format_version` that is read; None for formats without versions.
+    """
+    found = metadata.get("format") or "no format field"
+    if found != expected:
+        raise RetrievalError(
+            f"The metadata of '{path}' has {found!r} where {expected!r} is expected; {remedy}."
+        )
+    version = metadata.get("format_version", "")
+    if newest is not None and version not in map(str, range(1, newest + 1)):
+        raise RetrievalError(
+            f"'{path}' has format version {version or 'none'} and this pack reads up to {newest}; "
+            "update the pack."
+        )
+
+
 def parse_json(text: str | None, what: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a metadata field, or one sentence naming the field and the file."""
+    """Parses the JSON object of a metadata field; RetrievalError names the field and the file."""
     try:
         value = json.loads(text or "")
     except json.JSONDecodeError as error:

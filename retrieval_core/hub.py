@@ -1,27 +1,32 @@
-"""Fetching one safetensors file of a hub repository, safely: checked names, checked content, and
-nothing under the final name until it is whole.
+"""Downloads one safetensors file of a hub repository into the models folder.
+
+huggingface_hub makes the requests; names and content are checked here, and nothing has the final
+name until it is whole.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
+import errno
+import io
 import json
 import os
+import re
 import shutil
-import urllib.error
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_url, utils
+from huggingface_hub.file_download import http_get
 
 from .errors import RetrievalError
 from .files import read_metadata, write_text
-from .hub_client import Found, UnreachableError, describe, explain, open_range
 
 Progress = Callable[[int, int], None]
 
-CHUNK = 1 << 20
-ATTEMPTS = 4
-SUFFIX = ".safetensors"
+TIMEOUT = 30.0
+# No part begins with a dot: ".." leaves the folder, and hidden names are those of this module.
+FILENAME = r"(\w[\w .,+=()-]*/)*\w[\w .,+=()-]*\.safetensors"
 
 
 def download(
@@ -32,76 +37,71 @@ def download(
     progress: Progress | None = None,
     endpoint: str | None = None,
 ) -> Path:
-    """The file's path in `folder`, fetched from the hub unless the same version is there.
+    """Downloads a file to `folder/owner--name/filename` unless the same version is there.
 
-    It lies under `folder/owner--name/`, so that repositories never overwrite each other. Until it
-    is whole and checked it has a hidden name ending in `.part`, from which a later call resumes.
+    Until it is whole and checked it has a hidden name ending in `.part`, from which a later call
+    resumes. Without a network, a file of the default branch that is there is used.
 
     Args:
         repo_id: "owner/name". filename: of a safetensors file in it, "/" between folders.
-        revision: branch, tag or commit; None or "" is the default branch. A file fetched at a
-            commit is found again without asking the hub.
+        revision: branch, tag or commit; None is the default branch. A file downloaded at a commit
+            is found again without a request.
         progress: called with (bytes done, bytes in all); may raise to interrupt.
-        endpoint: another hub's address; by default huggingface_hub's own (HF_ENDPOINT).
+        endpoint: address of the hub; huggingface_hub's own by default (HF_ENDPOINT).
 
     Raises:
-        RetrievalError: a name that is not safe, no access, no such file, no network, no room, or
-            a file that arrives other than the hub describes it.
+        RetrievalError: an unsafe name, no access, no such file, no network, no room, or something
+            else than a safetensors file.
     """
-    revision = (revision or "").strip() or None
     target = resolve_target(repo_id, filename, Path(folder))
     note = target.with_name(f".{target.name}.json")
-    known = _read_note(note) if target.is_file() else {}
+    known = json.loads(note.read_text()) if target.is_file() and note.is_file() else {}
     if revision and known.get("commit") == revision:
         return target
     name = f"'{filename}' of '{repo_id}'" + (f" at '{revision}'" if revision else "")
     try:
-        found = describe(repo_id, filename, revision, name, endpoint)
-    except UnreachableError as error:
-        if known and not revision:
-            return target  # offline, and the file is here
+        # One request without retries, so that being offline shows at once.
+        api = HfApi(endpoint=endpoint)
+        info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
+    except Exception as error:  # of requests or httpx, by the version
+        refusal = _describe_refusal(error, name)
+        if known and not revision and not refusal:
+            return target
         raise RetrievalError(
-            f"The hub could not be reached for {name} ({error}); check the network, or put the "
-            f"file into '{target.parent}' by hand and choose it there."
+            refusal
+            or f"The hub could not be reached for {name} ({_explain(error)}); check the network, "
+            f"or put the file into '{target.parent}' by hand and choose it there."
         ) from error
-    source = {"etag": found.etag, "commit": found.commit}
-    if known.get("etag") != found.etag:
-        _fetch(found, target, name, progress, endpoint)
-    if known != source:
-        write_text(note, json.dumps(source))
+    found = next((file for file in info.siblings or [] if file.rfilename == filename), None)
+    if found is None:
+        raise RetrievalError(f"There is no file {name}; check its name on the repository's page.")
+    if known.get("blob") != found.blob_id:
+        url = hf_hub_url(repo_id, filename, revision=info.sha, endpoint=endpoint)
+        part = target.with_name(f".{target.name}.{found.blob_id}.part")
+        _fetch(url, found.size, part, target, name, progress or (lambda done, total: None))
+    write_text(note, json.dumps({"blob": found.blob_id, "commit": info.sha}))
     return target
 
 
 def resolve_target(repo_id: str, filename: str, folder: Path) -> Path:
-    """Where a file of a repository is kept: folder/owner--name/filename.
+    """The path of a repository's file on disk: folder/owner--name/filename.
 
     Raises:
-        RetrievalError: not a repository's name, not a safetensors file, or a path that leaves the
-            folder.
+        RetrievalError: an unsafe name, or a link that leaves the folder.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
+        utils.validate_repo_id(repo_id)
+    except utils.HFValidationError as error:
         raise RetrievalError(
             f"{repo_id!r} is not the name of a hub repository; write it as owner/name."
         ) from error
-    parts = PurePosixPath(filename).parts
-    # Hidden names are the parts and notes of this module; ".." begins with a dot, too.
-    plain = all(part == part.strip() and not part.startswith((".", "/")) for part in parts)
-    if not parts or not plain or any(c in '\\:*?"<>|' or ord(c) < 32 for c in filename):
+    if not re.fullmatch(FILENAME, filename):
         raise RetrievalError(
-            f"{filename!r} is not a plain file name inside a repository; write it as "
-            "file.safetensors or folder/file.safetensors."
-        )
-    if not filename.endswith(SUFFIX):
-        raise RetrievalError(
-            f"{filename!r} is not a {SUFFIX} file inside the repository; only safetensors files "
-            "are fetched, because other formats can run code."
+            f"{filename!r} is not the plain name of a safetensors file inside a repository; write "
+            "it as file.safetensors or folder/file.safetensors (other formats can run code)."
         )
     home = (folder / repo_id.replace("/", "--")).resolve()
-    target = home.joinpath(*parts)
+    target = home / filename
     if not target.resolve().is_relative_to(home):  # a link inside the folder leads out of it
         raise RetrievalError(
             f"'{filename}' would be written outside '{home}'; remove the link there, or choose "
@@ -110,116 +110,76 @@ def resolve_target(repo_id: str, filename: str, folder: Path) -> Path:
     return target
 
 
-def _fetch(
-    found: Found, target: Path, name: str, progress: Progress | None, endpoint: str | None
-) -> None:
-    """The file's bytes into `target`, by way of a part file named after its version."""
-    version = hashlib.sha256(found.etag.encode()).hexdigest()[:16]
-    part = target.with_name(f".{target.name}.{version}.part")
+class _PartFile(io.BufferedWriter):
+    """A file that is appended to and reports its size; `stop` is what `report` raised."""
+
+    def __init__(self, path: Path, report: Callable[[int], None]):
+        super().__init__(io.FileIO(path, "ab"))
+        self.report = report
+        self.stop: Exception | None = None
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        try:
+            self.report(self.tell())
+        except Exception as error:
+            self.stop = error
+            raise
+        return written
+
+
+def _fetch(url: str, size: int, part: Path, target: Path, name: str, progress: Progress) -> None:
+    """Downloads what `part` lacks, checks that it is a safetensors file, and renames it."""
+    file = None
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        done = part.stat().st_size if part.is_file() else 0
-        free = shutil.disk_usage(part.parent).free
-        if free < found.size - done:
-            raise RetrievalError(
-                f"{name} needs {_mb(found.size - done)} and '{part.parent}' has {_mb(free)} left; "
-                "make room first."
-            )
-        _transfer(found, part, name, progress, endpoint)
-        _check(found, part, name)
+        with _PartFile(part, lambda done: progress(done, size)) as file:
+            done = file.tell()
+            if shutil.disk_usage(part.parent).free < size - done:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            headers = utils.build_hf_headers()
+            http_get(url, file, resume_size=done, headers=headers, expected_size=size)
+        read_metadata(part)
         os.replace(part, target)
-        for old in target.parent.glob(f".{target.name}.*.part"):  # of versions given up
-            old.unlink(missing_ok=True)
-    except RetrievalError:
-        raise
-    except OSError as error:
+    except RetrievalError as error:
+        part.unlink()
         raise RetrievalError(
-            f"Could not write '{target}' ({error.strerror or error}); choose a folder that can be "
-            "written, with enough room."
+            f"What arrived for {name} is not a whole safetensors file and was removed; try again, "
+            "or another revision."
+        ) from error
+    except Exception as error:
+        if file and error is file.stop:
+            raise
+        if part.is_file() and part.stat().st_size > size:  # resumed from a server without ranges
+            part.unlink()
+        if isinstance(error, OSError) and error.strerror:
+            raise RetrievalError(
+                f"Could not write '{target}' ({error.strerror}); choose a folder that can be "
+                f"written and has {size / 1e6:.1f} MB left."
+            ) from error
+        raise RetrievalError(
+            _describe_refusal(error, name)
+            or f"The download of {name} broke off ({_explain(error)}); run again to go on from "
+            "there."
         ) from error
 
 
-def _transfer(
-    found: Found, part: Path, name: str, progress: Progress | None, endpoint: str | None
-) -> None:
-    """Appends to `part` until it has the file's size, going on where a connection broke."""
-    reason = "the connection was closed"
-    for _ in range(ATTEMPTS):
-        done = part.stat().st_size if part.is_file() else 0
-        if done > found.size:
-            part.unlink()
-            done = 0
-        if progress is not None:
-            progress(done, found.size)
-        if done == found.size:
-            part.touch()
-            return
-        try:
-            response = open_range(found.location, done, endpoint)
-        except urllib.error.HTTPError as error:
-            if error.code not in (408, 416, 429) and error.code < 500:
-                reason = f"HTTP {error.code}"
-                break
-            if error.code == 416:
-                part.unlink(missing_ok=True)
-            reason = f"HTTP {error.code}"
-            continue
-        except (OSError, http.client.HTTPException) as error:
-            reason = explain(error)
-            continue
-        with response:
-            # A server that ignores the range sends the file from its start.
-            with part.open("ab" if response.status == 206 else "wb") as file:
-                done = file.tell()
-                while done < found.size:
-                    try:
-                        data = response.read(min(CHUNK, found.size - done))
-                    except (OSError, http.client.HTTPException) as error:
-                        reason = explain(error)
-                        break
-                    if not data:
-                        break
-                    file.write(data)
-                    done += len(data)
-                    if progress is not None:
-                        progress(done, found.size)
-    done = part.stat().st_size if part.is_file() else 0
-    if done != found.size:
-        raise RetrievalError(
-            f"The download of {name} broke off after {_mb(done)} of {_mb(found.size)} ({reason}); "
-            "run again to go on from there."
-        )
+def _describe_refusal(error: Exception, name: str) -> str | None:
+    """The sentence on what the hub refused; None where it could not be reached."""
+    refusals = {
+        utils.GatedRepoError: f"The repository of {name} is gated: accept its terms on its page, "
+        "then log in with 'huggingface-cli login' or set HF_TOKEN.",
+        utils.RepositoryNotFoundError: f"There is no repository for {name} on the hub that may be "
+        "read; check its name, or set HF_TOKEN if it is private.",
+        utils.RevisionNotFoundError: f"There is no such revision for {name}; give a branch, tag or "
+        "commit that the repository has.",
+    }
+    return next((text for kind, text in refusals.items() if isinstance(error, kind)), None)
 
 
-def _check(found: Found, part: Path, name: str) -> None:
-    """Refuses, and removes, what is not the file that the hub described."""
-    wrong = ""
-    if len(found.etag) == 64:  # large files are named by their SHA-256
-        digest = hashlib.sha256()
-        with part.open("rb") as file:
-            while data := file.read(CHUNK):
-                digest.update(data)
-        wrong = "" if digest.hexdigest() == found.etag else "its checksum is another"
-    if not wrong:
-        try:
-            read_metadata(part)
-        except RetrievalError:
-            wrong = "it is not a whole safetensors file"
-    if wrong:
-        part.unlink()
-        raise RetrievalError(
-            f"What arrived for {name} is not the file it should be ({wrong}) and was removed; try "
-            "again, or another revision."
-        )
-
-
-def _read_note(note: Path) -> dict[str, str]:
-    try:
-        value = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _explain(error: BaseException) -> str:
+    """The first sentence of the innermost error."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0][:160].rstrip(".")

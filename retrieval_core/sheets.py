@@ -1,13 +1,12 @@
-"""Lays pictures out on a labelled PNG sheet."""
+"""Pictures as 8-bit images, and labelled PNG sheets of them."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from .files import atomic_write
 PAPER, INK, FAINT = (250, 249, 246), (40, 38, 48), (128, 124, 136)
 TILE, GAP, MARGIN, HEAD, CAPTION = 144, 10, 24, 84, 24
 
-# One colour a reference, in the map and as its frame.
+# One colour per reference, in the map and as its frame.
 REFERENCE_COLOURS = (
     (0.90, 0.24, 0.24),
     (0.20, 0.48, 0.92),
@@ -31,6 +30,12 @@ REFERENCE_COLOURS = (
 
 def choose_colour(index: int) -> tuple[float, float, float]:
     return REFERENCE_COLOURS[index % len(REFERENCE_COLOURS)]
+
+
+def convert_to_pil(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W] in 0..1, rounded to 8 bits."""
+    pixels = (picture.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +57,7 @@ class Row:
 
 
 def write_sheet(path: Path, title: str, subtitle: str, rows: Sequence[Row]) -> None:
-    """Draws the rows below one another and writes the PNG atomically.
+    """Writes a PNG of the rows, one below the other, atomically.
 
     Raises:
         RetrievalError: the folder cannot be written.
@@ -76,18 +81,11 @@ def write_sheet(path: Path, title: str, subtitle: str, rows: Sequence[Row]) -> N
         for tiles, start in ((row.references, MARGIN), (row.results, results_left)):
             for j, tile in enumerate(tiles):
                 _paste(sheet, pen, tile, start + j * step, top + CAPTION)
-    data = io.BytesIO()
-    sheet.save(data, "PNG", optimize=True)
-    atomic_write(path, lambda temporary: _write(temporary, data.getvalue()))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    atomic_write(path, lambda temporary: sheet.save(temporary, "PNG", optimize=True))
 
 
 def _paste(sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, x: int, y: int) -> None:
-    pixels = (tile.picture.clamp(0, 1).movedim(0, -1).cpu().numpy() * 255).round()
-    picture = Image.fromarray(pixels.astype(np.uint8))
+    picture = convert_to_pil(tile.picture)
     small = max(picture.size) < TILE
     resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
     sheet.paste(picture.resize((TILE, TILE), resampling), (x, y))

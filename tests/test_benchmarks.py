@@ -1,17 +1,16 @@
-"""The step-cost benchmark without a host: its arithmetic, its ratios, its table, its refusals."""
+"""The step-cost benchmark without a host: operation counts, ratios, table and refusals."""
 
 from __future__ import annotations
 
 import json
-import platform
 
 import pytest
 import torch
+from batched_tokens import batch_tokens
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrieval_core.bank.site_bank import Bank, SiteBank, make_bank
-from retrieval_core.bank.tokens import batch_references
 from retrieval_core.network.retrieval_site import RetrievalSite
 from retrieval_core.network.unet import SD15, UNet, UNetConfig, UNetEncoder, attention
 from retrieval_core.sampling.applications import Applications, Retrieval
@@ -113,7 +112,7 @@ def test_the_floor_of_a_bank_is_what_its_projections_run():
         counted.watch(layer)
     left = arithmetic.positions(SMALL, HEIGHT, WIDTH)
     features = {site: torch.randn(1, 1, 1, left[site], width) for site, width in channels.items()}
-    make_bank(batch_references(features), layers, SMALL.site_downsampling())
+    make_bank(batch_tokens(features), layers, SMALL.site_downsampling())
     assert counted.total == arithmetic.projection_operations(SMALL, left)
 
 
@@ -155,19 +154,6 @@ def test_ratios_are_free_of_the_machines_drift():
         low, high = series[name].spread
         assert low <= series[name].ratio <= high
     assert len(series["a"].samples) == 3 and len(series[BASE].samples) == 9
-
-
-def test_the_heap_is_kept_where_the_c_library_can():
-    assert timing.keep_heap() == (platform.libc_ver()[0] == "glibc")
-
-
-def test_timing_on_the_cpu():
-    pytest.importorskip("psutil")  # comes with the host
-    held = []
-    sample = timing.timed(lambda: held.append(torch.ones(64 << 18)), torch.device("cpu"))
-    nothing = timing.timed(lambda: None, torch.device("cpu"))
-    assert 0 < sample.seconds < 60 and sample.peak_bytes > 64 << 20
-    assert nothing.seconds < sample.seconds
 
 
 def result() -> dict:

@@ -17,7 +17,7 @@ ROOMS = (
     "paperdoll",
 )  # fmt: skip
 FREE = {
-    "torch", "numpy", "PIL", "einops", "safetensors", "huggingface_hub", "tqdm", "certifi",
+    "torch", "numpy", "PIL", "einops", "safetensors", "huggingface_hub", "tqdm",
     "transformers", "matplotlib",
 }  # fmt: skip
 OWN = {"retrieval_core", "nodes"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -33,15 +32,14 @@ def apply_references(
         strength: 1 is what the network's file recommends, 0 the model unchanged.
         guidance: rows that retrieve; None for what the network's file recommends.
         region: [H, W] or [1, H, W] in 0..1 of any size, or None for everywhere.
-        controls: None for their defaults.
+        controls: None for the defaults.
 
     Raises:
-        RetrievalError: another base, a bad schedule, strength, weight, region or control.
+        RetrievalError: another base, no reference of a weight above 0, a bad region, or see
+            `Application` and `Controls.site_strengths`.
     """
     network, controls = references.network, controls or Controls()
     check_fit(detect_base(model), network.config, network.base, network.name)
-    if not math.isfinite(strength):
-        raise RetrievalError(f"The strength is {strength}; give a number, 0 for no retrieval.")
     acting: dict[str, Any] = {
         "strength": strength * network.recommended["strength"],
         "start": start,
@@ -51,14 +49,14 @@ def apply_references(
         "curve": controls.curve,
         "apart": controls.apart,
     }
-    Application(Bank(), **acting)  # refuses what is wrong with it, also where nothing will act
+    Application(Bank(), **acting)  # its checks hold also where nothing will act
     if strength == 0 or not any(controls.groups) or not references.encoded:
         return model.clone()
     return network.apply(model, references, controls, strength, **acting)
 
 
 def _check_region(region: Tensor) -> Tensor:
-    """[H, W] float32 in 0..1; RetrievalError for several masks, an empty one, or NaN."""
+    """One mask as [H, W] float32 in 0..1; RetrievalError for several, an empty one, or NaN."""
     region = region.detach().cpu().float()
     planes = region.reshape(-1, *region.shape[-2:]) if region.ndim > 1 else region[None, None]
     if len(planes) != 1 or not planes.numel():

@@ -34,7 +34,7 @@ def choose_attention(base: str) -> AttentionFunction:
 
 
 def bind_attention(extra: dict[str, Any]) -> Callable[..., Tensor]:
-    """The host's attention as a layer itself would call it, with the options `extra`."""
+    """Binds a layer's options `extra` to the host's attention, as the layer itself calls it."""
 
     def attend_as_layer(
         q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None

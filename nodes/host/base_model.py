@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ NATIVE_SIZE = {"sd15": 512, "sd21": 768, "sdxl": 1024, "paperdoll": 64}
 
 @dataclass(frozen=True)
 class Base:
-    """What a MODEL is: its family (one of `controlnet.BASES`), its U-Net's shape, its latents."""
+    """A MODEL's family (one of `controlnet.BASES`), its U-Net's shape, and its latent format."""
 
     name: str
     config: UNetConfig
@@ -35,18 +36,16 @@ class Base:
 
 
 def detect_base(model: Any) -> Base:
-    """What a MODEL is, by its network's own shape, never by a file's name.
+    """Detects a MODEL's base by the shapes of its weights.
 
     Raises:
-        RetrievalError: it is of a family that retrieval does not support.
+        RetrievalError: a family that retrieval does not support.
     """
     network = model.get_model_object("diffusion_model")
-    config, name = None, None
+    config = name = None
     if isinstance(network, UNetModel):
-        try:
+        with suppress(RetrievalError):
             config = detect_config(dict(network.named_parameters()))
-        except RetrievalError:
-            config = None
     if config is not None:
         linear, adm = config.use_linear_in_transformer, config.adm_in_channels
         name = _SIGNATURES.get((config.model_channels, config.context_dim, linear, adm))
@@ -79,15 +78,15 @@ def _widths(sites: dict[str, int]) -> str:
     return "/".join(str(width) for width in sites.values())
 
 
-# By `model.model`, for as long as the host keeps it.
+# By `model.model`, for as long as it lives.
 _fingerprints: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def fingerprint_base(model: Any) -> str:
-    """Tells a MODEL's own weights from other checkpoints', whatever was patched onto them.
+    """Fingerprint of a MODEL's own weights, without what was patched onto them.
 
-    The host keeps weights in the file's type or in the type that it computes in, and moves weights
-    or patches them in place, with the originals in `backup`: the originals count, in the type that
+    The host stores weights in the file's type or in the type that it computes in, and patches them
+    in place, with the originals in `backup`. The fingerprint is of the originals, in the type that
     the model computes in.
     """
     if model.model not in _fingerprints:
@@ -103,8 +102,8 @@ def fingerprint_base(model: Any) -> str:
 
 
 def identify_model(patched: Any) -> tuple[Any, Any]:
-    """Equal for ModelPatchers of one model with the same weight patches, and hashable.
+    """A hashable key, equal for ModelPatchers of one model with the same weight patches.
 
-    A weak reference, not an id: another model may later lie at the same address.
+    A weak reference, not an id: another model may later have the same address.
     """
     return weakref.ref(patched.model), patched.patches_uuid

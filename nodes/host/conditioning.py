@@ -1,4 +1,4 @@
-"""What the host's CLIP and VAE make of a concept and of reference images."""
+"""Text context, latents and vector conditioning by the host's CLIP and VAE."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...retrieval_core.network.unet import timestep_embedding
 
 
 def encode_text(clip: Any, text: str) -> tuple[Tensor, Tensor | None]:
-    """Context [1, L, D] and pooled output [1, P] (or None) of a text by a CLIP."""
+    """Encodes a text by a CLIP: context [1, L, D], and pooled output [1, P] or None."""
     if clip is None:
         raise RetrievalError(
             "The CLIP input is empty, so the checkpoint holds no text encoder; load one with a "
@@ -22,7 +22,7 @@ def encode_text(clip: Any, text: str) -> tuple[Tensor, Tensor | None]:
 
 
 def encode_pixels(vae: Any, images: Tensor, latent_format: Any) -> Tensor:
-    """Latents [R, C, h, w] of images [R, S, S, 3] in 0..1, scaled as the base model's are."""
+    """Encodes images [R, S, S, 3] in 0..1 to latents [R, C, h, w], scaled as the base's are."""
     if vae is None:
         raise RetrievalError(
             "The VAE input is empty, so the checkpoint holds no VAE; load one with a VAE loader."

@@ -1,4 +1,4 @@
-"""The value of REFERENCES, and how references are encoded in the host."""
+"""The value of REFERENCES, and encoding of references on the host's device."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .conditioning import encode_pixels, encode_text
 from .reference_network import ReferenceNetwork
 
 _CACHED_BYTES = 256 << 20
-# What Load Image gives for a picture without transparency: zeros of this size.
+# Load Image's mask of a picture without transparency: zeros of this size.
 _PLACEHOLDER = (64, 64)
 
 MaskMarks = Literal["subject", "background"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class References:
     """Encoded references on the CPU, and the network that encoded them.
 
-    It caches the bank made last, for when something else of an application changes.
+    Caches the last bank by token budget, until one of another budget is made.
     """
 
     network: ReferenceNetwork
@@ -49,7 +49,10 @@ class References:
         return banks + sum(reference.nbytes() for reference in self.encoded)
 
     def bank(self, budget: Budget = None) -> Bank:
-        """The bank of all references, on the CPU; `budget`: see `token_budget.choose_budgets`.
+        """The bank of all references, on the CPU.
+
+        Args:
+            budget: see `token_budget.choose_budgets`.
 
         Raises:
             RetrievalError: all weights are 0.
@@ -61,7 +64,7 @@ class References:
         return self._banks[budget]
 
     def site_bank(self, site: str, budget: Budget = None) -> SiteBank:
-        """One site of the bank with all tokens, also where the budget merges them."""
+        """One site of the bank with all tokens, also where `budget` merges them."""
         bank, tokens = self.bank(budget), join_references(self.encoded).at(site)
         null = 1
         if bank.sites[site].keys.shape[1] == null + tokens.sites[site].tokens.shape[2]:
@@ -79,8 +82,8 @@ class References:
 
 
 class _EncodedCache:
-    """The references encoded last, up to a number of bytes, so that only what changed is encoded
-    again."""
+    """The references encoded last, by network, models, concept, size and pixels, for as long as the
+    host runs; the least recently used go first beyond a number of bytes."""
 
     def __init__(self, limit: int):
         self.limit, self.used = limit, 0
@@ -118,7 +121,7 @@ def encode_references(
     size: int = 0,
     mask_marks: MaskMarks = "subject",
 ) -> tuple[EncodedReference, ...]:
-    """Encodes a batch of images, one reference each, on the host's device.
+    """Encodes a batch of images, one reference an image, on the host's device.
 
     Args:
         images: [R, H, W, 3] in 0..1. masks: [H, W] or [M, H, W] of any size, repeated over the
@@ -149,12 +152,11 @@ def encode_references(
             reference = replace(reference, thumbnail=make_thumbnail(prepared[i].image))
             results[keys[i]] = reference
             cache.put(keys[i], reference)
-    found = (results[key] for key in keys)
-    return tuple(replace(reference, weight=weight) for reference in found if reference is not None)
+    return tuple(replace(results[key], weight=weight) for key in keys)
 
 
 def draw_references(references: Sequence[EncodedReference]) -> Tensor | None:
-    """A sheet of the references' thumbnails as the host's IMAGE [1, H, W, 3], or None."""
+    """Draws the references' thumbnails on one sheet: an IMAGE [1, H, W, 3], or None of none."""
     shown = draw_thumbnails([r.thumbnail for r in references if r.thumbnail is not None])
     return None if shown is None else shown[None].float() / 255
 
@@ -181,7 +183,7 @@ def _prepare(
 
 
 def _subject(mask: Tensor, mask_marks: MaskMarks) -> Tensor | None:
-    """Where the subject is, [H, W]; None for no mask."""
+    """The mask of the subject [H, W]; None for the placeholder."""
     if mask.shape == _PLACEHOLDER and not mask.any():
         return None
     subject = 1 - mask.float() if mask_marks == "background" else mask

@@ -38,7 +38,7 @@ def find_file(folder: str, name: str) -> str:
 
 
 def first_path(folder: str) -> str:
-    """Where new files of models/<folder> are written."""
+    """The path that new files of models/<folder> are written to."""
     return folder_paths.get_folder_paths(folder)[0]
 
 

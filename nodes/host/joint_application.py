@@ -1,4 +1,4 @@
-"""One application of references in the training-free mode, as the host's layers ask it."""
+"""One application of references in the training-free mode, in the host's self-attention layers."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ from .picture_region import PictureRegion
 from .recorder import Recorder
 from .step_context import Area, StepContext, chunk_areas, chunk_kinds, strength_at
 
-# The largest timestep; what a percentage of sampling is told apart by.
-LAST = 999
+LAST = 999  # the largest timestep
 
 
 class JointApplication:
-    """An application of the training-free mode; clones of a model share it.
+    """Training-free counterpart of `RetrievalPatch`; clones of a model use one object.
 
-    It caches the layers' banks of one noise level on each device until the sampler ends.
+    Caches the layers' banks of one noise level by device and type, until the sampler ends.
     """
 
     def __init__(self, network: TrainingFree, retrieval: JointRetrieval, reference_count: int):
         self.network, self.retrieval = network, retrieval
         self.reference_count = reference_count
         self.names = network.names
-        self.region = PictureRegion.of(retrieval)
+        self.region = PictureRegion.from_retrieval(retrieval)
         self._banks: dict[Any, tuple[int, dict[str, SiteBank]]] = {}
 
     def __deepcopy__(self, memo: dict) -> JointApplication:
@@ -49,14 +48,14 @@ class JointApplication:
         return choose_map_layer(list_self_attention_layers(self.network.config), self.names)
 
     def sources(self, name: str, q: Tensor, extra: dict) -> list[Source | None]:
-        """What each chunk of the batch attends to at a layer, beside its own tokens."""
+        """The source of each chunk of the batch at a layer; None for its own tokens only."""
         context: StepContext | None = extra.get(step_context.STEP)
         retrieval, size = self.retrieval, extra["activations_shape"][-2:]
         wanted = retrieval.retrieves(chunk_kinds(extra, context))
         strength = strength_at(retrieval, context) * retrieval.site_strength.get(name, 1.0)
-        # Patches that merge or tile the tokens leave no positions for a region to be laid on.
-        placed = retrieval.region is None or q.shape[1] == size[0] * size[1]
-        if strength <= 0 or not placed or not any(wanted):
+        # A region needs positions, which patches that merge or tile tokens leave none of.
+        fits = retrieval.region is None or q.shape[1] == size[0] * size[1]
+        if strength <= 0 or not fits or not any(wanted):
             return [None] * len(wanted)
         bank = self._bank(q, context)[name]
         areas = chunk_areas(extra, None if retrieval.region is None else context)
@@ -74,28 +73,28 @@ class JointApplication:
         k: Tensor,
         extra: dict,
     ) -> None:
-        """Where the positive prompts' rows look at `choose_map_layer`, from what `sources` gave."""
+        """Adds the attention shares of the positive prompts' rows at `map_layer` to a recorder.
+
+        Args:
+            found: the layer's `sources`.
+        """
         context: StepContext = extra[step_context.STEP]
         size, heads = extra["activations_shape"][-2:], extra["n_heads"]
-        if q.shape[1] != size[0] * size[1]:  # a patch has merged the tokens: no positions are left
+        if q.shape[1] != size[0] * size[1]:  # a patch has merged the tokens
             return
         kinds, areas = chunk_kinds(extra, context), chunk_areas(extra, context)
         owner = self._bank(q, context)[self.map_layer].owner
         factor = list_self_attention_layers(self.network.config)[self.map_layer].downsampling
-        canvas = (-(-context.shape[0] // factor), -(-context.shape[1] // factor))
         chunks = zip(kinds, areas, found, q.chunk(len(kinds)), k.chunk(len(kinds)), strict=True)
         for kind, area, source, queries, keys in chunks:
             if kind != COND or source is None:
                 continue
             shares = measure_joint_shares(queries, keys, heads, source, owner, self.reference_count)
             shares = shares.transpose(1, 2).unflatten(2, tuple(size))
-            if area is None:
-                recorder.add(self, shares)
-            else:
-                recorder.add(self, shares, canvas, (area[2] // factor, area[3] // factor))
+            recorder.add(self, shares, factor, context, area)
 
     def _bank(self, q: Tensor, context: StepContext | None) -> dict[str, SiteBank]:
-        """The layers' banks at the step's noise level; of others only the CPU's copy stays."""
+        """The layers' banks at the step's noise level, on the device of q."""
         if context is None:  # called by something else than the host's samplers
             raise RetrievalError(
                 "The training-free mode was called outside of ComfyUI's samplers, so the noise "
@@ -124,8 +123,8 @@ class JointApplication:
             self.region.cleanup()
 
     def nbytes(self, noise_shape: Any, dtype: torch.dtype) -> int:
-        """What sampling needs beside weights: one level's bank, and keys and values of a layer
-        joined with it for every row of both prompts."""
+        """Bytes that sampling needs: one level's bank, and keys and values of a layer joined with
+        it for every row of both prompts."""
         layers = list_self_attention_layers(self.network.config)
         ends = [name_site("", level) for level in self.network.timesteps()]
         sizes = {

@@ -1,4 +1,4 @@
-"""The pack's own networks in the host's model management: layers, types, loading and memory."""
+"""The pack's networks in the host's model management: layers, types, loading and memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPERATIONS = comfy.ops.manual_cast
 def choose_types(
     base: str, stored: torch.dtype | None, parameters: int
 ) -> tuple[torch.dtype, torch.dtype]:
-    """The types of a network's weights and of its computation, as the host would choose them."""
+    """The types of a network's weights and of its computation, by the host's own rules."""
     device = management.get_torch_device()
     types = [torch.float16, torch.bfloat16, torch.float32]
     if base == "paperdoll":  # as its base model: too small to gain by half precision
@@ -31,19 +31,19 @@ def choose_types(
 
 
 def find_patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
-    """The host's own choice for models; looked up at the call, because it is set at start."""
-    # 0.8.0 does not have the choice.
+    """The host's patcher class for models; looked up at each call, because it is set at start."""
+    # 0.8.0 has only one.
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
 def loads_dynamically() -> bool:
-    """Whether the host manages weights by dynamic VRAM: layers then keep the file's own tensors."""
+    """Whether the host manages weights by dynamic VRAM: layers then hold the file's own tensors."""
     plain = find_patcher_class() is comfy.model_patcher.ModelPatcher
     return not plain and not management.is_device_cpu(management.get_torch_device())
 
 
 def wrap_module(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
-    """A module in the host's care: it loads, partly loads and unloads it."""
+    """Wraps a module in a patcher, by which the host loads, partly loads and unloads it."""
     return find_patcher_class()(
         module,
         load_device=management.get_torch_device(),
@@ -52,27 +52,27 @@ def wrap_module(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Loads weights that fit a module of the host's layers, as the host loads its own models."""
+    """Loads weights into a module of the host's layers, as the host loads its own models."""
     if hasattr(management, "archive_model_dtypes"):  # the types that dynamic VRAM casts to
         management.archive_model_dtypes(module)
     module.load_state_dict(dict(weights), assign=loads_dynamically())
 
 
 def read_weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A layer's weight and bias on the CPU, wherever the host keeps them."""
+    """Reads a layer's weight and bias to the CPU, whichever device holds them."""
     return comfy.ops.cast_bias_weight(
         layer, dtype=dtype, device=torch.device("cpu"), bias_dtype=dtype
     )
 
 
 def reserve_memory(nbytes: Callable[[Any, torch.dtype], int]) -> Callable[..., Any]:
-    """A PREPARE_SAMPLING wrapper: adds to the host's estimate of what sampling needs.
+    """A PREPARE_SAMPLING wrapper that adds to the host's estimate of sampling memory.
 
-    The host's estimate is proportional to the latent's area, and nothing else of the shape is read,
-    so a wider latent stands for the bytes that come on top.
+    The host's estimate is proportional to the latent's area and reads nothing else of the shape:
+    the wrapper widens the shape in proportion to the additional bytes.
 
     Args:
-        nbytes: of the noise's shape [B, C, H, W] and the model's type.
+        nbytes: additional bytes by the noise's shape [B, C, H, W] and the model's type.
     """
 
     def prepare_sampling(

@@ -1,4 +1,4 @@
-"""A recorded map as the host's IMAGE and MASK."""
+"""A retrieval map as the host's IMAGE and MASK."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .recorder import Recorder
 def draw_map(
     recorder: Recorder, images: Tensor, hard: bool, reference: int
 ) -> tuple[Tensor, Tensor]:
-    """Overlay [B, H, W, 3] and masks [B * references, H, W], or [B, H, W] of one reference.
+    """Draws the overlay [B, H, W, 3] and masks [B * references, H, W], or [B, H, W] of one.
 
     Args:
         images: [B, H, W, 3] in 0..1, the pictures of the recorded run.

@@ -1,5 +1,5 @@
-"""Where the scores' models lie: folders in the format of transformers, in the host's models
-directory, or repositories of the hub.
+"""Folders of the scores' models, in the format of transformers: in the host's models directory, or
+downloaded from the hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MARK = "config.json"
 
 
 def list_roots(kind: str) -> list[Path]:
-    """Where models of a kind are looked for, with the paths extra_model_paths.yaml added."""
+    """Lists the folders that models of a kind lie in, with those of extra_model_paths.yaml."""
     found: list[str] = []
     for name in ROOTS[kind]:
         known = name in folder_paths.folder_names_and_paths
@@ -34,7 +34,7 @@ def list_roots(kind: str) -> list[Path]:
 
 
 def list_models(*kinds: str) -> list[str]:
-    """Names of the models' folders, as `name` or `group/name`."""
+    """Lists the names of the models' folders, as `name` or `group/name`."""
     found = set()
     for root in (root for kind in kinds for root in list_roots(kind)):
         for mark in (*root.glob(f"*/{MARK}"), *root.glob(f"*/*/{MARK}")):
@@ -43,7 +43,7 @@ def list_models(*kinds: str) -> list[str]:
 
 
 def find_folder(kind: str, name: str, repository: str = "") -> Path:
-    """The folder of a model, fetched from the hub first if a repository is named.
+    """Finds the folder of a model, or fetches it from the hub if a repository is named.
 
     Raises:
         RetrievalError: no such folder, a path that leaves the models directory, a folder that lacks
@@ -51,11 +51,11 @@ def find_folder(kind: str, name: str, repository: str = "") -> Path:
     """
     if repository.strip():
         return _fetch(repository.strip())
-    places = " or ".join(f"models/{place}" for place in ROOTS[kind])
+    roots = " or ".join(f"models/{root}" for root in ROOTS[kind])
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or "/" in parts or any(c in "\\:\0" for c in name):
         raise RetrievalError(
-            f"{name!r} is not the name of a folder inside {places}; choose one from the list."
+            f"{name!r} is not the name of a folder inside {roots}; choose one from the list."
         )
     for root in list_roots(kind):
         folder = root.joinpath(*parts)
@@ -63,7 +63,7 @@ def find_folder(kind: str, name: str, repository: str = "") -> Path:
             check(folder)
             return folder
     raise RetrievalError(
-        f"There is no folder '{name}' with a {MARK} in {places}; choose another, name a "
+        f"There is no folder '{name}' with a {MARK} in {roots}; choose another, name a "
         "repository of the hub, or press R to reload the list."
     )
 
@@ -75,7 +75,7 @@ def _fetch(repository: str) -> Path:
 
     try:
         validate_repo_id(repository)
-        # Not a folder that happens to lie beside the host, which `find_model` would take.
+        # `find_model` would take a folder of that name in the working directory.
         named = "/" in repository and not Path(repository).is_dir()
     except HFValidationError:
         named = False

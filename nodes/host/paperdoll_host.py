@@ -251,7 +251,7 @@ def draw_character(rng: np.random.Generator) -> tuple[Identity, Outfit]:
 
 
 def draw_references(character: int, concept: Concept, pictures: int) -> tuple[Tensor, Tensor, str]:
-    """Pictures of a character held out of training, each in a scene of its own.
+    """Draws pictures of a character held out of training, each in another random scene.
 
     Returns:
         Images [N, 64, 64, 3] in 0..1; masks [N, 64, 64], 1 where the figure is; the character's
@@ -277,14 +277,14 @@ def draw_references(character: int, concept: Concept, pictures: int) -> tuple[Te
 
 @contextmanager
 def _without_warning(text: str) -> Iterator[None]:
-    """Keeps one known, harmless message of the host out of the user's log."""
+    """Drops one known, harmless message of the host from the user's log."""
 
-    def keep(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         return text not in record.getMessage()
 
     root = logging.getLogger()
-    root.addFilter(keep)
+    root.addFilter(is_other)
     try:
         yield
     finally:
-        root.removeFilter(keep)
+        root.removeFilter(is_other)

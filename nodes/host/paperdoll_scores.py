@@ -1,4 +1,4 @@
-"""The bundled paper-doll judge as the host's nodes use it."""
+"""Scores and answers by the bundled paper-doll judge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .scoring import convert_images
 
 
 def load_bundled_judge() -> Judge:
-    """The bundled judge, some 2 MB."""
+    """Loads the bundled judge, some 2 MB."""
     return load_judge(find_bundled(JUDGE_FILE)).eval()
 
 
@@ -59,5 +59,5 @@ def score_matches(
     _, outfit = draw_character(np.random.default_rng([wearer, 30]))
     wanted = list_truth(Figure(who, outfit, random_scene(np.random.default_rng(0))))
     attributes = (*(FACE if face else ()), *(GARMENTS if clothes else ()))
-    readings = load_bundled_judge().read(convert_figures(images))
-    return match_attributes(readings, [wanted], attributes)
+    found = load_bundled_judge().read(convert_figures(images))
+    return match_attributes(found, wanted, attributes)

@@ -1,4 +1,4 @@
-"""A region as the picture being drawn has it: at the latent's size, cut out at an area's place."""
+"""A region at the resolution of the latent being sampled, cropped to a conditioning's area."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from ...retrieval_core.sampling.applications import Application
 from .step_context import Area, StepContext
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PictureRegion:
-    """A region over the picture. It caches its crops by latent size and area until `cleanup`.
+    """A region over the picture. Caches its crops by latent size and area, until the sampler ends.
 
     Attributes:
         mask: [H, W] of 0..1.
-        apart: until which part of sampling it is kept apart from the other regions of a model, 0
-            for never.
+        apart: see `Application`.
     """
 
     mask: Tensor
@@ -30,12 +29,12 @@ class PictureRegion:
         return self
 
     @classmethod
-    def of(cls, application: Application) -> PictureRegion | None:
-        """Where an application acts; None for everywhere."""
-        return None if application.region is None else cls(application.region, application.apart)
+    def from_retrieval(cls, retrieval: Application) -> PictureRegion | None:
+        """The region that an application acts in; None for everywhere."""
+        return None if retrieval.region is None else cls(retrieval.region, retrieval.apart)
 
     def crop(self, context: StepContext, area: Area | None) -> Tensor:
-        """[h, w] at the latent's resolution, cut out at a conditioning's area, if it has one."""
+        """Resizes the mask to the latent's resolution and crops it to an area, if any: [h, w]."""
         key = (context.shape, area)
         found = self._crops.get(key)
         if found is None:

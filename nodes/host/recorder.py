@@ -1,7 +1,7 @@
-"""Where a sampling run looked: the value of RETRIEVAL_MAP, and how it is filled.
+"""The value of RETRIEVAL_MAP: attention shares of the references over one sampling run.
 
-A recorder lies in the transformer options of a clone of a patched MODEL. Every application of
-references that finds it there adds its attention shares of one low-resolution site at each step.
+A recorder is stored in the transformer options of a clone of a patched MODEL. Every application of
+references adds its attention shares at one low-resolution site or layer to it at each step.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...retrieval_core.sampling.attention_map import Shares, merge_shares
+from .step_context import Area, StepContext
 
 RECORDERS = "retrieval_recorders"
 _KEY = "retrieval_map"
 
 
 class Recorded(Protocol):
-    """An application of references on a MODEL that a recorder may ask."""
+    """An application of references whose attention shares a recorder can hold."""
 
     reference_count: int
 
 
 class Recorder:
-    """The shares of the last sampling run on the models that carry it.
+    """Attention shares of the last sampling run, by application.
 
-    The host caches outputs: one recorder serves every run of an unchanged graph, and starts anew
-    with each. It holds a few numbers for each position, on the device that sampled first; clones of
-    a model that sample in threads on several devices add to it one after another.
+    The host caches node outputs, so that one recorder serves every run of an unchanged graph; each
+    run clears it. The shares lie on the device that sampled first. A lock protects them: clones of
+    a model may sample in threads on several devices.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class Recorder:
         return self
 
     def start(self, executor: Any, model: Any, *args: Any, **kw: Any) -> Any:
-        """A PREPARE_SAMPLING wrapper: forgets the run before."""
+        """A PREPARE_SAMPLING wrapper: clears the previous run."""
         self.applications, self.recorded = list_applications(model), {}
         self.runs += 1
         return executor(model, *args, **kw)
@@ -51,15 +52,26 @@ class Recorder:
         self,
         application: Recorded,
         shares: Tensor,
-        canvas: tuple[int, int] | None = None,
-        corner: tuple[int, int] = (0, 0),
+        factor: int,
+        context: StepContext | None,
+        area: Area | None,
     ) -> None:
-        """See `Shares.add`; `application` is one of `list_applications`."""
+        """Adds an application's shares of one step [B, 1 + references, h, w].
+
+        Args:
+            application: one of `list_applications`.
+            factor: latent pixels per position along an edge.
+            area: the crop of the latent that the shares are of; None for all of it.
+        """
+        crop: tuple = ()
+        if context is not None and area is not None:
+            canvas = (-(-context.shape[0] // factor), -(-context.shape[1] // factor))
+            crop = canvas, (area[2] // factor, area[3] // factor)
         with self._lock:
             recorded = self.recorded.setdefault(id(application), Shares())
             if recorded.total is not None:
                 shares = shares.to(recorded.total.device)
-            recorded.add(shares, canvas, corner)
+            recorded.add(shares, *crop)
 
     def shares(self) -> Tensor | None:
         """[B, 1 + references, h, w] on the CPU: mean shares, the null token's first, references in
@@ -71,7 +83,7 @@ class Recorder:
         means = []
         for application in self.applications:
             recorded = self.recorded.get(id(application))
-            if recorded is None:  # its part of sampling had no step in it
+            if recorded is None:  # no step between its start and end
                 shape = (len(like), 1 + application.reference_count, *like.shape[2:])
                 means.append(like.new_zeros(shape))
             else:
@@ -80,7 +92,7 @@ class Recorder:
 
 
 def list_applications(model: Any) -> list[Recorded]:
-    """What retrieves in a MODEL, in the order in which it was applied."""
+    """Lists the applications of references to a MODEL: trained ones, then training-free ones."""
     options = model.model_options.get("transformer_options", {})
     patches = options.get("patches", {}).get("output_block_patch", [])
     replaced = options.get("patches_replace", {}).get("attn1", {}).values()
@@ -90,7 +102,7 @@ def list_applications(model: Any) -> list[Recorded]:
 
 
 def record_map(model: Any) -> tuple[Any, Recorder]:
-    """A clone of a MODEL that records where it looks, and the recorder."""
+    """Clones a MODEL with a recorder of its attention shares."""
     recorder = Recorder()
     recording = model.clone()
     options = recording.model_options["transformer_options"]

@@ -19,7 +19,7 @@ _FORBIDDEN = '<>:"|?*'
 
 
 def new_path(prefix: str) -> Path:
-    """Where references named `prefix` are saved: the prefix, a number not yet used, a suffix.
+    """A path for references named `prefix`: the prefix, a number not yet used, a suffix.
 
     Args:
         prefix: a name, with "/" for subfolders; the host's %year% and the like are filled in.
@@ -62,10 +62,10 @@ def _check_inside(home: str, folder: Path, prefix: str) -> None:
 
 
 def save(references: References, prefix: str) -> Path:
-    """Writes references to a file of their own and says where.
+    """Writes references to a new file and returns its path.
 
     Raises:
-        RetrievalError: there are none, a name that is not safe, or a folder that cannot be written.
+        RetrievalError: no references, an unsafe name, or a folder that cannot be written.
     """
     path = new_path(prefix)
     save_references(path, references.encoded, references.network.maker)
@@ -73,7 +73,7 @@ def save(references: References, prefix: str) -> Path:
 
 
 def load(name: str, network: ReferenceNetwork, weight: float = 1.0) -> tuple[EncodedReference, ...]:
-    """The references of a file, their weights multiplied by `weight`.
+    """Loads the references of a file, their weights multiplied by `weight`.
 
     Raises:
         RetrievalError: no such file, or one that is damaged or was made by another network.

@@ -1,4 +1,4 @@
-"""What the nodes need of whatever encodes references: a trained network, or the base itself."""
+"""The common interface of a trained network and the training-free mode."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ReferenceNetwork(Protocol):
     Attributes:
         name: for messages. base: one of `controlnet.BASES`. config: of the base's U-Net.
         recommended: strength and guidance.
-        maker: what saved references are bound to; references of equal fingerprints fit together.
-        identity: what encoded references depend on beside the maker's fingerprint.
+        maker: what saved references are bound to; those of equal fingerprints can be combined.
+        identity: key of what encoded references depend on beside the maker's fingerprint.
         latent_format: of the base model, which scales its VAE's latents.
     """
 
@@ -57,12 +57,12 @@ class ReferenceNetwork(Protocol):
         ...
 
     def apply(
-        self, model: Any, references: Any, controls: Controls, share: float, **acting: Any
+        self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
     ) -> Any:
         """A clone of a MODEL that retrieves from `encoded_references.References`.
 
         Args:
-            share: the strength as a share of the recommended one.
-            acting: when, where and how strongly, as `applications.Application` takes it.
+            scale: the strength divided by the recommended one.
+            acting: the other arguments of `applications.Application`.
         """
         ...

@@ -1,4 +1,4 @@
-"""Models that score, in the host's care: loaded while they are used, and unloaded afterwards."""
+"""Scoring models in the host's model management: loaded while in use, unloaded afterwards."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.metrics.images import check_batch
 
-# Images that an encoder sees at a time, between two looks at the host's interruption.
+# Images that an encoder takes at a time; the host can interrupt between them.
 BATCH = 16
 
 
 class ManagedModel(nn.Module):
-    """A model in a module of our own: the host sets attributes on what it manages, and a
+    """A module around a model: the host sets attributes on modules that it manages, and a
     transformers model has a `device` that cannot be set.
     """
 
@@ -144,7 +144,7 @@ class HostImageEncoder:
 
 
 def convert_images(images: Any, what: str = "image", least: int = 1) -> Tensor:
-    """An IMAGE [N, H, W, C] (or several in a list) as the scores take them: [N, 3, H, W], CPU.
+    """Converts an IMAGE [N, H, W, C], or a list of several, to [N, 3, H, W] on the CPU.
 
     Raises:
         RetrievalError: fewer than `least`, not RGB, or of different sizes.

@@ -1,4 +1,4 @@
-"""The host's self-attention layers: what looks at a bank in them, and which regions keep apart."""
+"""Replacement of the host's self-attention layers: joint attention to banks, isolated regions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LayerApplication(Protocol):
     map_layer: str
 
     def sources(self, name: str, q: Tensor, extra: dict) -> list[Source | None]:
-        """What each chunk of the batch attends to at a layer."""
+        """See `JointApplication`."""
         ...
 
     def record(
@@ -40,14 +40,14 @@ class LayerApplication(Protocol):
 class JointAttention:
     """An attn1 replacement of all chosen layers, for one or more applications.
 
-    Clones of a model share it, as `RetrievalPatch`. It caches which positions of each layer may
-    attend to which, by regions, sizes, area and device, until the sampler ends.
+    Clones of a model use one object. Caches the partitions of positions by regions, sizes, area and
+    device, until the sampler ends.
 
     Attributes:
         applications: of the training-free mode.
-        regions: to be kept apart in all layers.
-        before: what other packs had put in the layers' place; it goes on seeing all rows, and
-            where it does the work nothing is kept apart.
+        regions: to be isolated in all layers.
+        before: replacements by other packs. They are called for all rows as before; layers that
+            have one isolate no regions.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class JointAttention:
         return self
 
     def cleanup(self, *_: Any) -> None:
-        """An ON_CLEANUP callback: frees the devices' copies, also after an interruption."""
+        """An ON_CLEANUP callback: frees the cache, also after an interruption."""
         self._partitions.clear()
 
     @torch.compiler.disable
@@ -84,7 +84,7 @@ class JointAttention:
         return torch.cat([theirs if not sources else ours for theirs, ours, sources in rows])
 
     def _sources(self, name: str, q: Tensor, k: Tensor, extra: dict) -> list[list[Source]]:
-        """The sources of each chunk of the batch at a layer; where recorders ask, told to them."""
+        """The sources of each chunk of the batch at a layer, whose shares recorders add up."""
         chunks: list[list[Source]] = [[] for _ in chunk_areas(extra, None)]
         for application in self.applications:
             if name not in application.names:
@@ -99,11 +99,11 @@ class JointAttention:
         return chunks
 
     def _find_partitions(self, q: Tensor, extra: dict) -> list[Partition | None]:
-        """What the positions of each chunk of the batch may attend to."""
+        """The partition of each chunk of the batch; None where no regions are isolated."""
         context: StepContext | None = extra.get(step_context.STEP)
         areas = chunk_areas(extra, context)
         size = tuple(extra["activations_shape"][-2:])
-        # Patches that merge or tile the tokens leave no positions for a region to be laid on.
+        # Regions need positions, which patches that merge or tile tokens leave none of.
         if context is None or q.shape[1] != size[0] * size[1]:
             return [None] * len(areas)
         active = [region for region in self.regions if context.within(0.0, region.apart)]
@@ -125,8 +125,8 @@ def attach_joint_attention(
     application: LayerApplication | None = None,
     region: PictureRegion | None = None,
 ) -> None:
-    """Puts an application, and a region if it is to be kept apart, into the layers' place, beside
-    those already there.
+    """Adds an application, and a region if it is to be isolated, to the attn1 replacements of a
+    MODEL.
     """
     applications = () if application is None else (application,)
     regions = () if region is None or region.apart == 0 else (region,)
@@ -149,7 +149,7 @@ def attach_joint_attention(
 
 
 def parse_layer_name(name: str) -> tuple[str, int, int]:
-    """`output_3.1` as the host names it: ("output", 3, 1)."""
+    """Parses `output_3.1` to the host's ("output", 3, 1)."""
     block, index = name.split(".")
     kind, _, number = block.partition("_")
     return kind, int(number or 0), int(index)

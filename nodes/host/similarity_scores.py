@@ -1,4 +1,4 @@
-"""CLIP-I, DINO-I and CLIP-T of the host's images, by a connected encoder or a model's folder."""
+"""CLIP-I, DINO-I and CLIP-T of IMAGEs, by a connected encoder or a model's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One application of a trained network to a MODEL: the patch object that the host's U-Net calls."""
+"""One application of a trained network to a MODEL: the patch that the host's U-Net calls."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _ALIVE = 6
 class RetrievalPatch:
     """An output_block_patch that adds what each site retrieves.
 
-    The host copies a model's options deeply with every clone: this object returns itself instead,
-    and clones that sample in threads on several devices share it. It caches what it needs on each
-    device, by device and type, until the sampler ends.
+    Clones of a model use one object (the host copies a model's options deeply, so that it copies to
+    itself), also from threads on several devices. Caches bank, sites and cropped regions by device
+    and type, until the sampler ends.
 
     Args:
         config: of the base's U-Net. retrieval: with its bank and sites on the CPU.
         reference_count: of all references, also those of weight 0.
-        seen: what the retrieval map is measured with, on the CPU.
+        seen: unmerged bank of the site of the retrieval map (`measure_shares`), on the CPU.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RetrievalPatch:
     ):
         self.config, self.retrieval = config, retrieval
         self.reference_count, self.seen = reference_count, seen
-        self.region = PictureRegion.of(retrieval)
+        self.region = PictureRegion.from_retrieval(retrieval)
         self.last = len(config.site_channels()) - 2
         self.map_site = choose_map_site(config)
         self._device: dict[Any, Any] = {}
@@ -60,7 +60,7 @@ class RetrievalPatch:
     def __call__(self, h: Tensor, hsp: Tensor, to: dict) -> tuple[Tensor, Tensor]:
         """Output block k joins the skip of input block n - 1 - k; at 0, h is the middle block's.
 
-        Not compiled: a compiled model freezes what it reads from `to`, such as the step's strength.
+        Not compiled: compilation would make constants of values in `to`, such as the sigma.
         """
         kind, index = to["block"]
         context: StepContext | None = to.get(step_context.STEP)
@@ -95,19 +95,15 @@ class RetrievalPatch:
     def _record(
         self, recorder: Recorder, h: Tensor, context: StepContext | None, area: Area | None
     ) -> None:
-        """Where the features h [B, C, H, W] look, in a crop of the picture or all of it."""
+        """Adds the attention shares of the features h [B, C, H, W] to a recorder."""
         key = (h.device, h.dtype, RECORDERS)
         bank = self._device.get(key)
         if bank is None:
             bank = self._device[key] = self.seen.to(h.device, h.dtype)
         retrieval = self._within(h, context, area)
         shares = measure_shares(retrieval, self.map_site, h, bank, self.reference_count)
-        if context is None or area is None:
-            recorder.add(self, shares)
-            return
         factor = self.config.site_downsampling()[self.map_site]
-        canvas = (-(-context.shape[0] // factor), -(-context.shape[1] // factor))
-        recorder.add(self, shares, canvas, (area[2] // factor, area[3] // factor))
+        recorder.add(self, shares, factor, context, area)
 
     def _on_device(self, h: Tensor) -> Retrieval:
         key = (h.device, h.dtype)
@@ -119,7 +115,7 @@ class RetrievalPatch:
         return found
 
     def _within(self, h: Tensor, context: StepContext | None, area: Area | None) -> Retrieval:
-        """With the region at the latent's resolution, cut out at the conditioning's area."""
+        """The retrieval on h's device, with the region cropped to the conditioning's area."""
         if self.region is None or context is None:
             return self._on_device(h)
         key = (h.device, h.dtype, context.shape, area)
@@ -136,7 +132,7 @@ class RetrievalPatch:
             self.region.cleanup()
 
     def nbytes(self, noise_shape: Any, dtype: torch.dtype) -> int:
-        """What sampling needs for noise_shape [B, C, H, W]: bank, sites, activations."""
+        """Bytes that sampling needs for noise_shape [B, C, H, W]: bank, sites, activations."""
         bank, sites = self.retrieval.bank, self.retrieval.sites
         tensors = [s.keys.numel() + s.values.numel() for s in bank.sites.values()]
         tensors += [s.norm.numel() + s.to_q.numel() + s.to_out.numel() for s in sites.values()]
@@ -150,7 +146,7 @@ class RetrievalPatch:
 
 
 def attach_patch(patched: Any, patch: RetrievalPatch) -> None:
-    """Puts a patch, and what it needs of the sampler, on a MODEL of the caller's own."""
+    """Adds a patch and its wrappers of the sampler to a MODEL, in place."""
     patched.set_model_output_block_patch(patch)
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step_context.KEY, patch.cleanup)
     patched.add_wrapper_with_key(

@@ -1,7 +1,7 @@
 """Per-step context that ComfyUI does not pass to U-Net patches.
 
-Two wrappers put it into transformer_options: which rows are negative prompts, where the crops of
-area conditionings lie, the size of the whole latent, and the sigmas of percentages of sampling.
+Two wrappers put it into transformer_options: which rows are negative prompts, the crops of area
+conditionings, the size of the whole latent, and the sigmas of percentages of sampling.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ _HALVINGS = 24
 Area = tuple[int, ...]  # height, width, y, x in latent pixels
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class StepContext:
-    """One call of the host's batching of conditionings. It caches what it computes of the sigma.
+    """One call of the host's batching of conditionings.
+
+    Caches the results of `within` and `progress`; it lives for one step.
 
     Attributes:
-        sampling: the model's sigma schedule, with whatever was patched onto the model.
+        sampling: the model's sigma schedule, patched or not.
         sigma: the noise level, a tensor.
         shape: height and width of the whole latent.
         areas: conditioning's uuid -> (height, width, y, x) of its crop in latent pixels.
@@ -59,7 +61,7 @@ class StepContext:
         if "progress" not in self._cache:
             sigma = float(self.sigma.flatten()[0])
             low, high = 0.0, 1.0
-            for _ in range(_HALVINGS):  # sigmas fall as the percentage grows, in every schedule
+            for _ in range(_HALVINGS):  # bisection: in every schedule sigmas fall with it
                 middle = (low + high) / 2
                 if float(self.sampling.percent_to_sigma(middle)) > sigma:
                     low = middle
@@ -70,7 +72,7 @@ class StepContext:
 
 
 def strength_at(application: Application, context: StepContext | None) -> float:
-    """The strength at a step by the host's percentages; whole where there is no context."""
+    """The strength at a step by the host's percentages; the full one without a context."""
     if context is None:
         return application.strength
     if not context.within(application.start, application.end):
@@ -82,14 +84,14 @@ def strength_at(application: Application, context: StepContext | None) -> float:
 
 
 def chunk_kinds(options: Mapping[str, Any], context: StepContext | None) -> list[int]:
-    """COND or UNCOND of each chunk of the batch: a guider may give its conditionings any index."""
+    """COND or UNCOND of each chunk of the batch, whichever index the guider gave it."""
     order = options.get("cond_or_uncond") or [COND]
     negative = {UNCOND} if context is None else context.unconditional
     return [UNCOND if index in negative else COND for index in order]
 
 
 def chunk_areas(options: Mapping[str, Any], context: StepContext | None) -> list[Area | None]:
-    """The crop of the picture that each chunk of the batch shows; None for all of it."""
+    """The crop of the latent that each chunk of the batch is; None for all of it."""
     order = options.get("cond_or_uncond") or [COND]
     if context is None:
         return [None] * len(order)
@@ -97,7 +99,7 @@ def chunk_areas(options: Mapping[str, Any], context: StepContext | None) -> list
 
 
 def add_wrappers(model: Any) -> None:
-    """Adds the context to each step of a model; once, however many patches read it."""
+    """Adds the two wrappers to a model, unless it has them."""
     for kind, wrapper in (
         (WrappersMP.PREDICT_NOISE, add_conditionings),
         (WrappersMP.CALC_COND_BATCH, add_context),
@@ -109,7 +111,7 @@ def add_wrappers(model: Any) -> None:
 def add_conditionings(
     executor: Any, x: Any, timestep: Any, model_options: dict | None = None, seed: Any = None
 ) -> Any:
-    """A PREDICT_NOISE wrapper: the guider alone knows which conditionings are negative."""
+    """A PREDICT_NOISE wrapper that adds the guider's names of its conditionings."""
     conds = getattr(executor.class_obj, "conds", None) or {}
     named = tuple((name, value) for name, value in conds.items())
     return executor(x, timestep, _with_option(model_options or {}, _CONDS, named), seed)
@@ -118,7 +120,7 @@ def add_conditionings(
 def add_context(
     executor: Any, model: Any, conds: Sequence, x_in: Any, timestep: Any, model_options: dict
 ) -> Any:
-    """A CALC_COND_BATCH wrapper: adds the `StepContext`."""
+    """A CALC_COND_BATCH wrapper that adds the `StepContext`."""
     named = model_options.get("transformer_options", {}).get(_CONDS, ())
     areas = {}
     for cond in (c for chunk in conds for c in chunk or ()):
@@ -136,7 +138,7 @@ def add_context(
 
 
 def _unconditional(conds: Sequence, named: Sequence[tuple[str, Any]]) -> frozenset[int]:
-    """Indices that the guider calls negative; where it names none, all but 0."""
+    """Indices that the guider names negative; if it names none, all but 0."""
     names = [next((n for n, value in named if value is c), None) for c in conds]
     if not any(names):
         return frozenset(range(1, len(conds)))

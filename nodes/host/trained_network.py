@@ -1,4 +1,4 @@
-"""A trained network in the host's care: loading its file, encoding, making banks, applying."""
+"""A trained network in the host's model management: loading, encoding, making banks, applying."""
 
 from __future__ import annotations
 
@@ -36,22 +36,23 @@ from .loading import OPERATIONS, choose_types, load_weights, read_weights, wrap_
 from .skip_patch import RetrievalPatch, attach_patch
 
 _DECODER = "retrieval_decoder"
-# Copies of a site's tokens alive at once while a bank is made: as they are, normed, keys, values,
+# Copies of a site's tokens alive at once while a bank is made: themselves, normed, keys, values,
 # and both joined with the null token.
 _ALIVE = 6
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TrainedNetwork:
-    """A `ReferenceNetwork` that was trained; the host loads and unloads its two halves.
+    """A trained `ReferenceNetwork`, whose two halves the host loads and unloads.
 
-    It caches the sites' query sides on the CPU (46 MB for SD 1.5) from the first application on.
+    Caches the sites' query sides on the CPU (46 MB for SD 1.5), from the first application on for
+    as long as it lives.
 
     Attributes:
         name: the file's. network: the core's module.
         encoder, sites: ModelPatchers of the retrieval encoder and of the sites' layers.
         latent_format: of the base model.
-        compute_dtype: what the encoder computes in and encoded references are stored in.
+        compute_dtype: the type of the encoder's computation and of encoded references.
         maker: what saved references are bound to.
     """
 
@@ -119,7 +120,7 @@ class TrainedNetwork:
         return encoded
 
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
-        """See `ReferenceNetwork`; computed on the CPU where the device has no room."""
+        """See `ReferenceNetwork`; on the CPU if the device is out of memory."""
         device, bar = management.get_torch_device(), comfy.utils.ProgressBar(len(tokens.sites))
 
         def on_site(done: int, count: int) -> None:
@@ -142,7 +143,7 @@ class TrainedNetwork:
         return self._frozen
 
     def apply(
-        self, model: Any, references: Any, controls: Controls, share: float, **acting: Any
+        self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
     ) -> Any:
         """See `ReferenceNetwork`."""
         retrieval = Retrieval(
@@ -154,15 +155,15 @@ class TrainedNetwork:
         seen = references.site_bank(choose_map_site(self.config), controls.token_budget)
         patched = model.clone()
         attach_patch(patched, RetrievalPatch(self.config, retrieval, len(references.encoded), seen))
-        self._apply_decoder(patched, share)
+        self._apply_decoder(patched, scale)
         return patched
 
-    def _apply_decoder(self, patched: Any, share: float) -> None:
-        """The trained decoder's difference as host weight patches, scaled up to 1.
+    def _apply_decoder(self, patched: Any, scale: float) -> None:
+        """Adds the trained decoder's difference as host weight patches, scaled by at most 1.
 
-        Where the network is applied to a model more than once, the largest share counts.
+        Where the network is applied to a model more than once, the largest scale counts.
         """
-        weights, share = self.network.decoder, min(share, 1.0)
+        weights, scale = self.network.decoder, min(scale, 1.0)
         if not weights:
             return
         fingerprint = fingerprint_weights(weights)
@@ -173,13 +174,13 @@ class TrainedNetwork:
                     "The model already has the trained decoder of another network than "
                     f"'{self.name}'; apply references of one network with a decoder to a model."
                 )
-            if applied.share >= share:
+            if applied.scale >= scale:
                 return
             for key, patch in applied.patches.items():
                 patched.patches[key] = [e for e in patched.patches[key] if e[1] is not patch]
         kind = "diff" if self.network.decoder_is_difference else "set"
         patches = {f"diffusion_model.{key}": (kind, (value,)) for key, value in weights.items()}
-        taken = patched.add_patches(patches, share)
+        taken = patched.add_patches(patches, scale)
         if len(taken) != len(patches):
             missing = sorted(set(patches) - set(taken))
             raise RetrievalError(
@@ -187,7 +188,7 @@ class TrainedNetwork:
                 f"lacks (first: {missing[0]}); load a model with the decoder of '{self.base}'."
             )
         if kind == "set":
-            for key in taken:  # before LoRAs that came first, which would be lost
+            for key in taken:  # before earlier LoRAs, which "set" would undo
                 entries = patched.patches[key]
                 entries.insert(0, entries.pop())
             logging.warning(
@@ -195,25 +196,25 @@ class TrainedNetwork:
                 "references are applied, which undoes what a fine-tuned checkpoint changed there; "
                 "use a version 2 of the file, which adds the difference instead."
             )
-        patched.set_attachments(_DECODER, _AppliedDecoder(fingerprint, share, patches))
+        patched.set_attachments(_DECODER, _AppliedDecoder(fingerprint, scale, patches))
 
 
 class _AppliedDecoder(NamedTuple):
-    """A decoder on a MODEL: which one, its share, and the host's patches by key."""
+    """A decoder on a MODEL: which one, its scale, and the host's patches by key."""
 
     fingerprint: str
-    share: float
+    scale: float
     patches: dict[str, tuple]
 
 
-# A LoRA's strength that changed runs the loader again. The networks loaded last for a base model
-# are cached for as long as it lives, so that no file is read, and no reference encoded, twice.
+# The networks loaded last for each base model, for as long as it lives: changing a LoRA's strength
+# reruns the loader node, which must neither read the file nor encode references again.
 _CACHED = 2
 _networks: weakref.WeakKeyDictionary[Any, dict[tuple, TrainedNetwork]] = weakref.WeakKeyDictionary()
 
 
 def load_network(path: str | os.PathLike[str], model: Any) -> TrainedNetwork:
-    """Reads a network's file for a MODEL, or finds it where it was read before.
+    """Loads a network's file for a MODEL, or returns the cached network of the same file.
 
     Raises:
         RetrievalError: the file is missing, damaged, of another format, version or base.
@@ -239,8 +240,8 @@ def load_network(path: str | os.PathLike[str], model: Any) -> TrainedNetwork:
         name = os.path.basename(path)
         check_fit(base, network.config, network.card.base, name)
         encoding = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
-        # Of the file: this machine may keep the weights in another type, and saved references are
-        # for other machines, too.
+        # Of the file: saved references are for other machines too, which may convert the weights to
+        # other types.
         fingerprint = fingerprint_weights(encoding)
         found = manage_network(name, network, base.latent_format, compute, fingerprint)
     cached[key] = found
@@ -256,7 +257,7 @@ def manage_network(
     compute_dtype: torch.dtype,
     fingerprint: str,
 ) -> TrainedNetwork:
-    """Gives a network made with the host's layers (`loading.OPERATIONS`) into the host's care."""
+    """Hands a network of the host's layers (`loading.OPERATIONS`) to the host's management."""
     network.eval().requires_grad_(False)
     maker = Maker(network.card.base, fingerprint, network.config.site_channels())
     encoder, sites = wrap_module(network.encoder), wrap_module(network.retrieval)
@@ -264,7 +265,7 @@ def manage_network(
 
 
 def _version(path: str | os.PathLike[str]) -> tuple | None:
-    """Tells files, and versions of a file, apart; None where there is no file."""
+    """A key of a file and its version; None where there is no file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -273,7 +274,7 @@ def _version(path: str | os.PathLike[str]) -> tuple | None:
 
 
 def _count_types(tensors: Mapping[str, Tensor]) -> tuple[torch.dtype | None, int]:
-    """The type that most of a file's values are stored in, and how many it holds."""
+    """The type of most of a file's values, and the number of values."""
     counts: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()

@@ -1,4 +1,4 @@
-"""The training-free mode in the host: its own U-Net reads the references and attends to them."""
+"""The training-free mode in the host, whose own U-Net encodes the references."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TrainingFreeModel:
 
     Attributes:
         network: the choice of layers and noise levels.
-        model: the MODEL that reads the references.
+        model: the MODEL that encodes the references.
         latent_format: of the base model.
     """
 
@@ -69,7 +69,7 @@ class TrainingFreeModel:
 
     @property
     def identity(self) -> Any:
-        """LoRAs on the model, which what is encoded depends on, too."""
+        """Encoded references also depend on LoRAs on the model."""
         return identify_model(self.model)
 
     def __deepcopy__(self, memo: dict) -> TrainingFreeModel:
@@ -88,8 +88,7 @@ class TrainingFreeModel:
         concept: str,
         size: int,
     ) -> list[EncodedReference]:
-        """See `ReferenceNetwork`: each reference is read at each noise level, on the host's own
-        path."""
+        """See `ReferenceNetwork`; one evaluation by the host's guider per reference and level."""
         more: dict[str, Any] = {} if pooled is None else {"pooled_output": pooled}
         if self.config.adm_in_channels is not None:
             make_vector_conditioning(pooled, size, self.config.adm_in_channels)
@@ -108,7 +107,7 @@ class TrainingFreeModel:
         return encoded
 
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
-        """See `ReferenceNetwork`; merged on the CPU where the device has no room."""
+        """See `ReferenceNetwork`; on the CPU if the device is out of memory."""
         device, factors = management.get_torch_device(), self.network.site_downsampling()
         largest = max((site.tokens.numel() for site in tokens.sites.values()), default=0)
         if budget is not None:
@@ -125,12 +124,12 @@ class TrainingFreeModel:
             return make_bank(tokens, None, factors, budget, "cpu", on_site)
 
     def apply(
-        self, model: Any, references: Any, controls: Controls, share: float, **acting: Any
+        self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
     ) -> Any:
         """See `ReferenceNetwork`.
 
         Raises:
-            RetrievalError: the references were read by another checkpoint than the MODEL's.
+            RetrievalError: the references were encoded by another checkpoint than the MODEL's.
         """
         if fingerprint_base(model) != self.network.base_fingerprint:
             raise RetrievalError(
@@ -162,8 +161,7 @@ def use_training_free(
     """The training-free mode on a MODEL; see `TrainingFree`.
 
     Raises:
-        RetrievalError: an unsupported model, a choice of layers that there is not, or a number of
-            levels below 1.
+        RetrievalError: an unsupported model, or see `TrainingFree`.
     """
     base = detect_base(model)
     chosen = TrainingFree(base.config, base.name, fingerprint_base(model), layers, levels, adain)
@@ -171,9 +169,9 @@ def use_training_free(
 
 
 class _LayerRecorder(comfy.samplers.Sampler):
-    """A sampler that evaluates a clean latent once at each noise level and records the layers.
+    """A sampler that evaluates a latent once at each noise level and records the chosen layers.
 
-    The latent does not go through the guider, which would scale it a second time.
+    The latent bypasses the guider, which would scale it a second time.
     """
 
     def __init__(self, network: TrainingFree, latent: Tensor, progress: Any):
@@ -182,7 +180,7 @@ class _LayerRecorder(comfy.samplers.Sampler):
         self.recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
 
     def attach(self, model: Any) -> Any:
-        """A clone of the MODEL whose chosen layers report here."""
+        """Clones the MODEL with recorders of its chosen layers."""
         clone = model.clone()
         replaced = clone.model_options["transformer_options"].get("patches_replace", {})
         for name in self.network.names:
@@ -226,7 +224,7 @@ class _RecordLayer:
     @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
         site = name_site(self.name, self.recorder.level)
-        # Guidance of other packs may run the layers again, differently: the first pass counts.
+        # Other packs' guidance may run the layers again with changes: the first pass counts.
         if site not in self.recorder.recorded:
             height, width = extra["activations_shape"][-2:]
             self.recorder.recorded[site] = torch.stack([k.cpu(), v.cpu()], 1), (height, width)

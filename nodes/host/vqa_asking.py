@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.metrics import ImageScore, VQADiversity, ask, score_answers
+from ...retrieval_core.metrics import (
+    ImageScore,
+    VQADiversity,
+    ask,
+    find_extreme_pairs,
+    score_answers,
+)
 from ...retrieval_core.metrics.diversity_report import plot_distances, write_report
 from ...retrieval_core.metrics.word_embedder import WordEmbedder
 from . import model_folders
@@ -29,7 +35,7 @@ WORDS = "words (no model)"
 
 
 class Comparison:
-    """What the answers are compared with.
+    """The encoder of answers: the connected CLIP, a CLIP model's folder, or their words.
 
     Args:
         choice: `AUTOMATIC`, `WORDS` or a folder's name. repository: of the hub, counts before it.
@@ -81,7 +87,7 @@ class Comparison:
 
 
 def parse_questions(text: str) -> list[str]:
-    """The questions of a text, one a line.
+    """Parses the questions of a text, one a line.
 
     Raises:
         RetrievalError: there is none.
@@ -95,7 +101,7 @@ def parse_questions(text: str) -> list[str]:
 
 
 def check_similarity(similarity: ImageScore | None, count: int) -> None:
-    """Refuses, before a model is asked for an hour, what could not be weighted by."""
+    """Refuses similarities of another number of images, before the VQA model runs."""
     if similarity is not None and len(similarity.values) != count:
         raise RetrievalError(
             f"There are {count} images and {len(similarity.values)} similarities to weight them "
@@ -151,7 +157,7 @@ def score_diversity(
     batch, asked = convert(images, least=2), parse_questions(questions)
     check_similarity(similarity, len(batch))
     compared = Comparison(answer_encoder, encoder_repository, clip, judged)
-    # Both are here before the first is asked.
+    # Both are downloaded before the first runs.
     folder = None
     if vqa_model is not None:
         folder = model_folders.find_folder(model_folders.VQA, vqa_model, vqa_repository)
@@ -159,7 +165,8 @@ def score_diversity(
     answers = ask_questions(batch, asked, folder, max_new_tokens, batch_size)
     result = compared.score(answers, similarity, encoder)
     alike, different = (
-        batch[[pair.first, pair.second]].movedim(1, -1).contiguous() for pair in result.extremes()
+        batch[[pair.first, pair.second]].movedim(1, -1).contiguous()
+        for pair in find_extreme_pairs(result.embeddings)
     )
     name = "the paper-doll judge" if judged else vqa_repository.strip() or vqa_model
     return (

@@ -1,11 +1,10 @@
-"""Saving and loading encoded references, bound to the network that made them by a fingerprint.
+"""Saves and loads encoded references, which a fingerprint binds to the network that encoded them.
 
 File format: one safetensors file, of each reference i keys `<i>.<kind>.<site>`, [N, D], and
 optionally `<i>.thumbnail`, uint8 [h, w, 3]. The kinds are `features`, or `keys` and `values` in the
-training-free mode. Metadata: `format`, `format_version` (1 kept keys and values in both modes),
+training-free mode. Metadata: `format`, `format_version` (1 had keys and values in both modes),
 `base`, `fingerprint`, `references` (JSON list of weight, concept and latent_size), and
-`ssmd_cover_images` (JSON list of base64 images), the field in which model files carry their
-pictures and ComfyUI looks for them.
+`ssmd_cover_images` (JSON list of base64 images), from which ComfyUI takes a file's preview.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RetrievalError
-from ..files import read_safetensors, save_safetensors
-from ..network.controlnet import RetrievalControlNet
-from ..network.fingerprint import fingerprint_weights
+from ..files import check_format, read_safetensors, save_safetensors
 from .thumbnails import draw_thumbnails, encode_base64_jpeg
 from .tokens import EncodedReference, check_weight
 
@@ -33,24 +31,18 @@ FEATURES, KEYS_AND_VALUES = ("features",), ("keys", "values")
 
 @dataclass(frozen=True)
 class Maker:
-    """What encoded references depend on.
+    """The network that encoded references.
 
     Attributes:
-        base: the base model's name. fingerprint: of the network that encoded them.
+        base: the base model's name. fingerprint: `fingerprint_weights` of the network.
         sites: site -> width of its tokens.
-        kinds: of each token's P tensors, in the order of `EncodedReference.tokens`.
+        kinds: names of the P tensors of `EncodedReference.tokens`, in order.
     """
 
     base: str
     fingerprint: str
     sites: Mapping[str, int]
     kinds: Sequence[str] = FEATURES
-
-
-def describe_maker(network: RetrievalControlNet) -> Maker:
-    """A trained network as the maker of references."""
-    fingerprint = fingerprint_weights(network.state_dict())
-    return Maker(network.card.base, fingerprint, network.config.site_channels())
 
 
 def save_references(
@@ -89,25 +81,15 @@ def save_references(
 
 
 def load_references(path: str | os.PathLike[str], maker: Maker) -> list[EncodedReference]:
-    """Reads references that `maker` encoded, bit for bit as they were saved.
+    """Loads references that `maker` encoded, bit for bit as they were saved.
 
     Raises:
         RetrievalError: no such file, truncated, another format, a newer version, made by another
             network, or keys that do not fit the network.
     """
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT:
-        raise RetrievalError(
-            f"'{path}' has format {metadata.get('format')!r}, not {FORMAT!r}; choose a file of "
-            "saved references."
-        )
-    version = metadata.get("format_version", "")
-    if not version.isdecimal() or int(version) > FORMAT_VERSION:
-        raise RetrievalError(
-            f"'{path}' has format version {version or 'none'} and this pack reads up to "
-            f"{FORMAT_VERSION}; update the pack."
-        )
-    if int(version) == 1 and tuple(maker.kinds) == FEATURES:
+    check_format(path, metadata, FORMAT, "choose a file of saved references", FORMAT_VERSION)
+    if metadata["format_version"] == "1" and tuple(maker.kinds) == FEATURES:
         raise RetrievalError(
             f"'{path}' has format version 1, which kept keys and values where this pack keeps the "
             "features that they are made of; encode the references again and save them anew."
@@ -118,11 +100,7 @@ def load_references(path: str | os.PathLike[str], maker: Maker) -> list[EncodedR
             f"one loaded (for base '{maker.base}'); encode the references again with this one."
         )
     try:
-        about = json.loads(metadata.get("references", ""))
-        entries = [
-            (check_weight(e["weight"]), str(e["concept"]), _size(e.get("latent_size", (0, 0))))
-            for e in about
-        ]
+        entries = [_parse_entry(entry) for entry in json.loads(metadata.get("references", ""))]
     except (ValueError, TypeError, KeyError) as error:
         raise RetrievalError(
             f"The list of references in '{path}' cannot be read ({error}); save them again."
@@ -131,50 +109,43 @@ def load_references(path: str | os.PathLike[str], maker: Maker) -> list[EncodedR
         {site: [f"{i}.{kind}.{site}" for kind in maker.kinds] for site in maker.sites}
         for i in range(len(entries))
     ]
-    expected = {
-        key: maker.sites[site]
-        for of_reference in keys
-        for site, own in of_reference.items()
-        for key in own
-    }
+    expected = {key for sites in keys for own in sites.values() for key in own}
     pictures = {f"{i}.thumbnail" for i in range(len(entries))} & tensors.keys()
-    wrong = sorted(expected.keys() ^ (tensors.keys() - pictures))
-    wrong = wrong or [key for key, width in expected.items() if tensors[key].shape[1:] != (width,)]
-    wrong = wrong or _uneven(tensors, keys)
-    wrong = wrong or sorted(key for key in pictures if not _is_picture(tensors[key]))
+    wrong = sorted(expected ^ (tensors.keys() - pictures)) or [
+        own[0]
+        for sites in keys
+        for site, own in sites.items()
+        if not _are_tokens([tensors[key] for key in own], maker.sites[site])
+    ]
+    wrong += sorted(key for key in pictures if not _is_picture(tensors[key]))
     if wrong or not entries:
         raise RetrievalError(
             f"'{path}' does not hold what its list of {len(entries)} references says (first wrong "
             f"key: {wrong[0] if wrong else 'none at all'}); save the references again."
         )
-    # Copies: what safetensors hands out is a view of the file, which may be overwritten.
-    read = [
-        {site: torch.stack([tensors[key] for key in own]) for site, own in of_reference.items()}
-        for of_reference in keys
-    ]
+    # Copies: safetensors maps the file, which may be overwritten.
     thumbnails = {key: tensors[key].clone() for key in pictures}
     return [
-        EncodedReference(tokens, weight, concept, size, thumbnails.get(f"{i}.thumbnail"))
-        for i, (tokens, (weight, concept, size)) in enumerate(zip(read, entries, strict=True))
+        EncodedReference(
+            {site: torch.stack([tensors[key] for key in own]) for site, own in sites.items()},
+            *entry,
+            thumbnails.get(f"{i}.thumbnail"),
+        )
+        for i, (sites, entry) in enumerate(zip(keys, entries, strict=True))
     ]
 
 
-def _uneven(
-    tensors: Mapping[str, Tensor], keys: Sequence[Mapping[str, Sequence[str]]]
-) -> list[str]:
-    """Keys of a site that differ in number or type, or are not floating-point numbers."""
-    return [
-        own[0]
-        for of_reference in keys
-        for own in of_reference.values()
-        if len({(len(tensors[key]), tensors[key].dtype) for key in own}) != 1
-        or not tensors[own[0]].is_floating_point()
-    ]
+def _parse_entry(entry: Mapping[str, Any]) -> tuple[float, str, tuple[int, int]]:
+    weight, concept = check_weight(entry["weight"]), str(entry["concept"])
+    height, width = map(int, entry.get("latent_size", (0, 0)))
+    return weight, concept, (height, width)
 
 
-def _size(value: Sequence[int]) -> tuple[int, int]:
-    height, width = map(int, value)
-    return height, width
+def _are_tokens(tensors: Sequence[Tensor], width: int) -> bool:
+    """Whether the tensors are [N, width] of one N and one floating-point type."""
+    first = tensors[0]
+    shape, dtype = (*first.shape[:1], width), first.dtype
+    return dtype.is_floating_point and all(t.shape == shape and t.dtype == dtype for t in tensors)
 
 
 def _is_picture(tensor: Tensor) -> bool:

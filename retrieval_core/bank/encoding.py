@@ -1,4 +1,4 @@
-"""References as tokens: encoded by a trained network, and split or batched for banks."""
+"""Encodes references into tokens: one `EncodedReference` per image, or a batch for training."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import RetrievalError
 from ..network.controlnet import RetrievalControlNet
-from .tokens import EncodedReference, Tokens, batch_references
+from .tokens import EncodedReference, SiteTokens, Tokens
 
 # site -> (tokens [R, P, H * W, D] as in `EncodedReference`, (H, W)).
 Features = Mapping[str, tuple[Tensor, tuple[int, int]]]
@@ -26,7 +27,7 @@ def encode_references(
     weights: Sequence[float] | None = None,
     concepts: Sequence[str] | None = None,
 ) -> list[EncodedReference]:
-    """Encodes references once, in one pass of the encoder, without the tokens outside their masks.
+    """Encodes references in one pass of the encoder and drops the tokens outside their masks.
 
     Args:
         latents, context, y: see `RetrievalControlNet.encode_features`.
@@ -47,13 +48,13 @@ def split_features(
     weights: Sequence[float] | None = None,
     concepts: Sequence[str] | None = None,
 ) -> list[EncodedReference]:
-    """The features of a batch as one `EncodedReference` each.
+    """Splits a batch of features into one `EncodedReference` per image, without masked tokens.
 
     Args:
         latent_size: height and width of the latents.
-        masks: one [H, W] mask a reference, of any size, above 0 where it counts; None: all. Tokens
-            wholly outside are left out.
-        weights: one a reference, 1 by default. concepts: recorded with each reference.
+        masks: one per reference, [H, W] of any size, above 0 inside; None: no mask. Tokens wholly
+            outside are dropped.
+        weights: one per reference, 1 by default. concepts: recorded with each reference.
 
     Raises:
         RetrievalError: a mask selects nothing.
@@ -69,12 +70,11 @@ def split_features(
         inside: dict[tuple[int, int], Tensor] = {}
         tokens = {}
         for site, (batch, size) in features.items():
-            own = batch[i]
+            tokens[site] = batch[i]
             if mask is not None:
                 if size not in inside:
-                    inside[size] = select_tokens(mask, *size).flatten().to(own.device)
-                own = own[:, inside[size]]
-            tokens[site] = own
+                    inside[size] = select_tokens(mask, *size).flatten().to(batch.device)
+                tokens[site] = batch[i][:, inside[size]]
         weight = 1.0 if weights is None else weights[i]
         concept = "figure" if concepts is None else concepts[i]
         encoded.append(EncodedReference(tokens, weight, concept, (height, width)))
@@ -87,29 +87,35 @@ def batch_features(
     used: Tensor,
     masks: Tensor | None = None,
 ) -> Tokens:
-    """The features of G x R references as the tokens of G banks, as training uses them.
+    """The tokens of G banks of R references each; masked ones have a bias of -inf.
 
     Args:
         features: of all G * R references. latent_size: height and width of their latents.
         used: bool [G, R], False for dropped references.
         masks: bool [G * R, h, w], None for whole references.
     """
-    keep = {}
+    groups, references = used.shape
+    sites = {}
     for site, (batch, size) in features.items():
-        kept = used[:, :, None].expand(*used.shape, batch.shape[2])
+        tokens = rearrange(batch, "(g r) p n d -> g p (r n) d", g=groups)
+        count = batch.shape[2]
+        inside = used.repeat_interleave(count, 1)
         if masks is not None:
             shown = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
-            kept = kept & shown.view(*used.shape, -1)
-        keep[site] = kept
-    tokens = {site: batch.unflatten(0, used.shape) for site, (batch, _) in features.items()}
+            inside = inside & shown.view_as(inside)
+        bias = None
+        if not bool(inside.all()):
+            bias = tokens.new_zeros(inside.shape).masked_fill_(~inside, float("-inf"))
+        owner = torch.arange(references, device=tokens.device).repeat_interleave(count)
+        sites[site] = SiteTokens(tokens, bias, owner)
     height, width = latent_size
-    return batch_references(tokens, keep, (height, width))
+    return Tokens(sites, references, (height, width))
 
 
 def select_tokens(mask: np.ndarray | Tensor, height: int, width: int) -> Tensor:
-    """Which tokens of a height x width grid over a mask [H, W] are kept: bool [height, width].
+    """Tokens of a height x width grid that a mask [H, W] touches: bool [height, width].
 
-    A token is left out only if it falls wholly outside the mask; the edges need not divide.
+    The edges need not divide.
     """
     selected = (torch.as_tensor(mask) > 0).float()
     return F.adaptive_max_pool2d(selected[None, None], (height, width))[0, 0] > 0

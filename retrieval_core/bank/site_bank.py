@@ -1,8 +1,9 @@
 """The bank: keys and values of every site, of all references and the null token (DESIGN §3).
 
-K_s = W_k LN(f_s), V_s = W_v LN(f_s). Both are linear in LN(f_s), so a token budget is kept before
-they are projected: the mean of merged tokens has their mean key and mean value, and only the tokens
-that are left cost a projection. A `Bank` is made once and only read while sampling.
+K_s = W_k LN(f_s), V_s = W_v LN(f_s). Both are linear in LN(f_s), so tokens are merged to the budget
+before: the mean of merged tokens has their mean key and mean value. Values are then computed for
+the merged tokens only; keys also for all tokens where the budget binds, to measure importance
+(`measure_attention`). A `Bank` is made once and only read while sampling.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class SiteBank:
     Attributes:
         bias: additive on the logits, [G, N] (log weights, -inf for what is masked), or None
             where it would be all zero.
-        owner: [N], or [G, N] where they differ, index of the reference that each token belongs
-            to, -1 for the null token.
+        owner: index of the reference that each token belongs to, [N], or [G, N] where rows
+            differ; -1 for the null token.
     """
 
     keys: Tensor
@@ -49,8 +50,8 @@ class SiteBank:
 class Bank:
     """All sites of a batch of banks; see `SiteBank`.
 
-    `references` is the number of references that count (weight above 0); an empty bank (0) is
-    never attended to, so that sampling is bit for bit the base model's.
+    `references` is the number of references with a weight above 0. A bank of none is never
+    attended to, so that sampling is bit for bit the base model's.
     """
 
     sites: Mapping[str, SiteBank] = field(default_factory=dict)
@@ -85,16 +86,16 @@ def make_bank(
     device: torch.device | str | None = None,
     on_site: Callable[[int, int], None] | None = None,
 ) -> Bank:
-    """The bank of the tokens.
+    """Computes keys and values of all sites.
 
     The null token cannot be masked, so a bank whose references are all dropped retrieves nothing.
 
     Args:
-        layers: of the sites. None, in the training-free mode: the tokens are keys and values, and
-            there is no null token.
+        layers: of each site; None in the training-free mode, where the tokens are keys and values
+            and there is no null token.
         factors: site -> latent pixels that a token spans along an edge.
         budget: the most tokens at a site, null token aside (`choose_budgets`).
-        device: where to compute; the bank is where the tokens were. None: where the tokens are.
+        device: of the computation, None for the tokens' own; the bank is on the tokens' device.
         on_site: called with (sites done, sites in all); may raise to interrupt.
     """
     budgets, sites = choose_budgets(budget, factors, tokens.latent_size), {}
@@ -115,7 +116,7 @@ def make_bank(
 
 
 def _project(given: SiteTokens, layer: RetrievalSite, budget: int | None) -> SiteBank:
-    """Keys and values of features [G, 1, N, D], merged to the budget, behind the null token's."""
+    """Keys and values of features [G, 1, N, D], merged to the budget, after the null token's."""
     features = given.tokens[:, 0]
     normed = layer.norm_reference(features)
     given = replace(given, tokens=normed[:, None])
@@ -127,7 +128,7 @@ def _project(given: SiteTokens, layer: RetrievalSite, budget: int | None) -> Sit
         )
         normed = given.tokens[:, 0]
     keys, values = layer.to_k(normed), layer.to_v(normed)
-    null = layer.null(keys).expand(len(keys), 1, -1)
+    null = layer.embed_null(keys).expand(len(keys), 1, -1)
     bias = None if given.bias is None else F.pad(given.bias, (1, 0))
     return SiteBank(
         torch.cat([null, keys], 1),
@@ -140,16 +141,17 @@ def _project(given: SiteTokens, layer: RetrievalSite, budget: int | None) -> Sit
 def measure_attention(
     layer: RetrievalSite, features: Tensor, normed: Tensor, given: SiteTokens, chosen: Tensor
 ) -> Tensor:
-    """The share of attention that each token draws, [G, N], when the image shows what the chosen
-    tokens [G, Q] of the references show; the mean over them and the heads.
+    """Attention share of each token, [G, N], averaged over heads and queries.
+
+    The queries are made from the references' own tokens at the indices `chosen` [G, Q].
     """
     rows = torch.arange(len(features), device=features.device)[:, None]
     q, k = layer.to_q(layer.norm_query(features[rows, chosen])), layer.to_k(normed)
-    k = torch.cat([layer.null(k).expand(len(k), 1, -1), k], 1)
+    k = torch.cat([layer.embed_null(k).expand(len(k), 1, -1), k], 1)
     q, k = (rearrange(t.float(), "g n (h d) -> h g n d", h=layer.heads) for t in (q, k))
     bias = F.pad(given.weights.log(), (1, 0))[:, None]
     shares = torch.zeros_like(bias[:, 0])
-    for query, key in zip(q, k, strict=True):  # head by head: all at once would be much memory
+    for query, key in zip(q, k, strict=True):  # one head at a time bounds memory
         logits = query @ key.transpose(1, 2) / key.shape[2] ** 0.5 + bias
         shares += logits.softmax(-1).mean(1)
     return shares[:, 1:] / layer.heads

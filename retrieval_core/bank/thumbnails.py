@@ -1,4 +1,4 @@
-"""Small pictures of references, kept beside what was encoded of them, for files and previews."""
+"""Thumbnails of references, stored with their tokens for files and previews."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 EDGE = 128
 _QUALITY = 85
-_MOST = 36  # on a sheet: what is shown in a list is small
+_MOST = 36  # thumbnails on a sheet, which lists show small
 
 
 def make_thumbnail(image: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def make_thumbnail(image: Tensor) -> Tensor:
 
 
 def draw_thumbnails(thumbnails: Sequence[Tensor]) -> Tensor | None:
-    """Thumbnails in rows of a near square, uint8 [H, W, 3]; None if there are none."""
+    """Draws thumbnails on a nearly square grid, uint8 [H, W, 3]; None if there are none."""
     shown = thumbnails[:_MOST]
     if not shown:
         return None
@@ -43,7 +43,7 @@ def draw_thumbnails(thumbnails: Sequence[Tensor]) -> Tensor | None:
 
 
 def encode_base64_jpeg(picture: Tensor) -> str:
-    """A picture, uint8 [H, W, 3], as base64 text of a JPEG."""
+    """Encodes a picture, uint8 [H, W, 3], as base64 text of a JPEG."""
     data = io.BytesIO()
     Image.fromarray(np.asarray(picture.cpu())).save(data, "JPEG", quality=_QUALITY)
     return base64.b64encode(data.getvalue()).decode("ascii")

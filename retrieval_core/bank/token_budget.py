@@ -1,12 +1,12 @@
-"""Keeps a bank small: tokens that are alike are merged, once, before sampling.
+"""Token budget: merges similar tokens of a bank once, before sampling.
 
-A budget for each site bounds what a step costs, for any number of references. The tokens to keep
-are chosen in rounds, each time those with the largest product of importance and squared distance
-to the nearest token kept so far (farthest-first traversal, many at a time). A token's importance is
+A budget per site bounds the cost of a step for any number of references. Tokens are selected in
+rounds: each round takes those with the largest product of importance and squared distance to the
+nearest token selected so far (farthest-first traversal, many at a time). A token's importance is
 the attention that it draws from the references' own content, so that an eye outweighs a wall. Every
-other token then merges into the nearest one kept: their mean by importance, with log(sum of their
-weights) on its logits, so that it draws the attention that they drew together. Equal tokens merge
-without any loss. Nothing is random.
+other token then merges into the nearest selected one: their mean weighted by importance, with
+log(sum of their weights) on its logits, so that it draws approximately the attention that they drew
+together (exactly, if they were equal). The selection is deterministic.
 
 `python -m tests.benchmarks.token_budget` measures what merging loses and what it costs.
 """
@@ -28,12 +28,12 @@ AUTOMATIC: Literal["automatic"] = "automatic"
 Budget = Literal["automatic"] | int | Mapping[str, int] | None
 
 LEAST_AUTOMATIC = 512
-QUERIES = 64  # tokens of the references that importance is measured by
+QUERIES = 64  # reference tokens that importance is measured with
 _ROUNDS = 8
-_CANDIDATES = 4  # looked at for each token to keep
+_CANDIDATES = 4  # candidates per token to select
 _WIDTH = 64  # of the projection in which distances are measured
-_LEAST_SHARE = 1e-3  # of the mean importance: a token that draws no attention still counts a little
-_CHUNK = 16384  # tokens at once in products with all that are kept
+_LEAST_SHARE = 1e-3  # lower limit of importance, relative to its mean
+_CHUNK = 16384  # tokens per product with the selected tokens
 
 
 def check_budget(budget: Budget) -> None:
@@ -48,7 +48,7 @@ def check_budget(budget: Budget) -> None:
 def choose_budgets(
     budget: Budget, factors: Mapping[str, int], latent_size: tuple[int, int]
 ) -> dict[str, int | None]:
-    """site -> the most tokens there, or None for all of them.
+    """site -> its maximum number of tokens, or None for no limit.
 
     Automatic is one token for each position of a reference at the site, or at half the latent's
     resolution where the site is finer, and never less than `LEAST_AUTOMATIC`. Attention to the bank
@@ -71,31 +71,34 @@ def choose_budgets(
 def limit_tokens(
     site: SiteTokens, budget: int, measure: Callable[[Tensor], Tensor] | None = None
 ) -> SiteTokens:
-    """At most `budget` tokens of a site with more; of a merged token, `owner` is the kept one's.
+    """Merges the tokens of a site into at most `budget`; `owner` is that of the selected token.
 
     Args:
-        measure: the importance [G, N] of all tokens, measured by the tokens at indices [G, Q];
-            None: their weights.
+        measure: from indices [G, Q] of query tokens to the importance [G, N] of all tokens; None:
+            importance is the tokens' weight.
     """
     features, importance = _features(site), site.weights
     if measure is not None:
         queries, _ = choose_tokens(features, importance, min(QUERIES, features.shape[1]))
         floor = _LEAST_SHARE / features.shape[1]
         importance = measure(queries).clamp_min(floor) * (importance > 0)
-    kept, labels = choose_tokens(features, importance, budget)
-    return _merge(site, kept, labels, importance)
+    selected, labels = choose_tokens(features, importance, budget)
+    return _merge(site, selected, labels, importance)
 
 
 def choose_tokens(features: Tensor, importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Tokens that stand for all: their indices [G, count], and for each token which of them is
-    nearest, [G, N].
+    """Selects representative tokens by farthest-first traversal.
 
     Args:
         features: [G, N, F], in which distances are measured. importance: [G, N].
+
+    Returns:
+        Indices [G, count] of the selected tokens, and for each token [G, N] which of these is
+        nearest.
     """
     squares = features.square().sum(-1)
     distance, labels = squares, torch.zeros_like(squares, dtype=torch.long)
-    kept: list[Tensor] = []
+    selected: list[Tensor] = []
     for turn in range(_ROUNDS):
         first, last = (count * t // _ROUNDS for t in (turn, turn + 1))
         if first == last:
@@ -104,16 +107,19 @@ def choose_tokens(features: Tensor, importance: Tensor, count: int) -> tuple[Ten
         centres = _take(features, newest)
         gap, nearest = _nearest(features, centres)
         gap = (gap + squares).clamp_min(0).scatter(1, newest, 0.0)
-        nearer = gap < distance if kept else torch.ones_like(gap, dtype=torch.bool)
+        nearer = gap < distance if selected else torch.ones_like(gap, dtype=torch.bool)
         distance = torch.where(nearer, gap, distance)
         labels = torch.where(nearer, nearest + first, labels)
-        kept.append(newest)
-    return torch.cat(kept, 1), labels
+        selected.append(newest)
+    return torch.cat(selected, 1), labels
 
 
 def _farthest(features: Tensor, importance: Tensor, distance: Tensor, count: int) -> Tensor:
-    """The next tokens to keep, [G, count]: of the best candidates those that stay the best when all
-    better ones have been taken."""
+    """The next tokens to select, [G, count].
+
+    Of the candidates with the highest scores these have the highest scores after all better
+    candidates were selected.
+    """
     many = min(_CANDIDATES * count, distance.shape[1])
     scores, candidates = (importance * distance).topk(many, 1)
     x = _take(features, candidates)
@@ -128,7 +134,7 @@ def _take(features: Tensor, indices: Tensor) -> Tensor:
 
 
 def _nearest(features: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """|c|^2 - 2 x c of the nearest of the centres [G, n, F] for each x, and its index: [G, N]."""
+    """|c|^2 - 2 x c of the centre [G, n, F] nearest to each x, and the index of that c: [G, N]."""
     offset = centres.square().sum(-1)[:, None]
     found = [
         torch.baddbmm(offset, x, centres.transpose(1, 2), alpha=-2).min(-1)
@@ -138,7 +144,7 @@ def _nearest(features: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _features(site: SiteTokens) -> Tensor:
-    """[G, N, F]: the P tensors of tokens [G, P, N, D], centred, of unit size, and projected."""
+    """Features for distances, [G, N, F]: tokens [G, P, N, D] centred, scaled and projected."""
     weights = site.weights[..., None]
     total = weights.sum(1, keepdim=True).clamp_min(1e-12)
     scaled = []
@@ -149,22 +155,22 @@ def _features(site: SiteTokens) -> Tensor:
     joined = torch.cat(scaled, -1)
     if joined.shape[-1] <= _WIDTH:
         return joined
-    # Distances survive a projection on random directions (Johnson and Lindenstrauss).
+    # Random projections nearly preserve distances (Johnson and Lindenstrauss).
     gauss = torch.randn(joined.shape[-1], _WIDTH, generator=torch.Generator().manual_seed(0))
     return joined @ (gauss / _WIDTH**0.5).to(joined)
 
 
-def _merge(site: SiteTokens, kept: Tensor, labels: Tensor, importance: Tensor) -> SiteTokens:
-    """One token for each of those kept: the mean of the tokens with its label, by importance."""
-    count = kept.shape[1]
+def _merge(site: SiteTokens, selected: Tensor, labels: Tensor, importance: Tensor) -> SiteTokens:
+    """Merges tokens with one label [G, N] into their mean, weighted by importance [G, N]."""
+    count = selected.shape[1]
     size = _sums(labels, site.weights[..., None], count)
-    used = (size[..., 0] > 0).any(0)  # a token kept twice over, or masked in every bank, goes
+    used = (size[..., 0] > 0).any(0)  # drops tokens selected twice, or masked in every bank
     share = importance[:, None, :, None]
     joined = torch.cat([(site.tokens.float() * share).transpose(1, 2).flatten(2),
                         importance[..., None]], -1)  # fmt: skip
     sums = _sums(labels, joined, count)[:, used]
     means = sums[..., :-1] / sums[..., -1:].clamp_min(torch.finfo(torch.float32).tiny)
-    owner = site.owner.expand_as(importance).gather(1, kept)[:, used]
+    owner = site.owner.expand_as(importance).gather(1, selected)[:, used]
     return SiteTokens(
         means.unflatten(2, (site.tokens.shape[1], -1)).transpose(1, 2).to(site.tokens),
         size[:, used, 0].log().to(site.tokens),
@@ -173,9 +179,9 @@ def _merge(site: SiteTokens, kept: Tensor, labels: Tensor, importance: Tensor) -
 
 
 def _sums(labels: Tensor, values: Tensor, count: int) -> Tensor:
-    """Sums [G, count, D] of the values [G, N, D] with each label.
+    """Sums of the values [G, N, D] by label, [G, count, D].
 
-    Sorted and reduced by segment: scattered additions are in no fixed order on GPUs.
+    By sorted segments: scattered additions have no fixed order on GPUs.
     """
     groups = torch.arange(len(labels), device=labels.device)[:, None] * count
     order = (labels + groups).flatten().argsort(stable=True)

@@ -1,13 +1,13 @@
-"""Tokens of encoded references, one reference each and joined for one bank or a batch of banks.
+"""Token storage: features of one encoded reference, and the batched form that a bank is made from.
 
-Tokens are what a bank is made of: the features f_s that the retrieval encoder read at every site,
-or, in the training-free mode, the keys and values of the base model's own self-attention.
+Tokens are the retrieval encoder's features f_s at every site. In the training-free mode they are
+the keys and values of the base model's self-attention.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,13 +21,12 @@ class EncodedReference:
     """One encoded reference.
 
     Attributes:
-        tokens: site -> [P, N, D], N tokens of the site; those wholly outside the reference's mask
-            are left out. P = 1: features f_s, of which a network makes keys and values when a
-            bank is made. P = 2: keys and values (training-free mode).
+        tokens: site -> [P, N, D], N tokens, without those wholly outside the reference's mask.
+            P = 1: features f_s. P = 2: keys and values (training-free mode).
         weight: >= 0; enters as log(weight) on the attention logits, 0 removes the reference.
         concept: what is to be taken ("face", "clothes", "figure", or tags).
-        latent_size: height and width of the latent that was encoded.
-        thumbnail: a small picture of it, uint8 [h, w, 3], or None.
+        latent_size: height and width of the encoded latent.
+        thumbnail: uint8 [h, w, 3], or None.
     """
 
     tokens: Mapping[str, Tensor]
@@ -41,7 +40,7 @@ class EncodedReference:
         return replace(self, weight=check_weight(weight))
 
     def to(self, device: torch.device | str) -> EncodedReference:
-        """Contiguous tokens on another device."""
+        """The same reference with contiguous tokens on another device."""
         tokens = {site: t.to(device).contiguous() for site, t in self.tokens.items()}
         return replace(self, tokens=tokens)
 
@@ -58,7 +57,7 @@ class SiteTokens:
         tokens: [G, P, N, D], see `EncodedReference.tokens`.
         bias: additive on the logits, [G, N] (log weights, -inf for what is masked), or None
             where it would be all zero.
-        owner: [N], or [G, N] where they differ, index of the reference that each token belongs to.
+        owner: index of the reference that each token belongs to, [N], or [G, N] where rows differ.
     """
 
     tokens: Tensor
@@ -67,7 +66,7 @@ class SiteTokens:
 
     @property
     def weights(self) -> Tensor:
-        """How often each token counts, float32 [G, N]: exp(bias)."""
+        """Weight of each token, float32 [G, N]: exp(bias)."""
         if self.bias is None:
             return torch.ones_like(self.tokens[:, 0, :, 0], dtype=torch.float32)
         return self.bias.float().exp()
@@ -83,7 +82,7 @@ class Tokens:
 
     Attributes:
         sites: site -> its tokens.
-        references: how many references have a weight above 0.
+        references: number of references with a weight above 0.
         latent_size: height and width of the largest reference's latent.
     """
 
@@ -92,7 +91,7 @@ class Tokens:
     latent_size: tuple[int, int] = (0, 0)
 
     def at(self, site: str) -> Tokens:
-        """Those of one site only."""
+        """The tokens of one site only."""
         return replace(self, sites={site: self.sites[site]})
 
 
@@ -111,7 +110,7 @@ def join_references(references: Sequence[EncodedReference]) -> Tokens:
     """The tokens of several references for one bank (G = 1); those of weight 0 are left out.
 
     Args:
-        references: in the order that `SiteTokens.owner` counts; of an empty list, no tokens.
+        references: in the order of `SiteTokens.owner`; an empty list gives no tokens.
 
     Raises:
         RetrievalError: a weight is NaN, infinite or negative, or all of them are 0.
@@ -128,41 +127,12 @@ def join_references(references: Sequence[EncodedReference]) -> Tokens:
     sites = {}
     for site in used[0][1].tokens:
         tokens = torch.cat([r.tokens[site] for _, r, _ in used], 1)
-        counts = [r.tokens[site].shape[1] for _, r, _ in used]
+        counts = torch.tensor([r.tokens[site].shape[1] for _, r, _ in used])
         bias = None
         if any(w != 1.0 for _, _, w in used):
             logs = torch.tensor([math.log(w) for _, _, w in used], dtype=torch.float64)
-            bias = logs.repeat_interleave(torch.tensor(counts)).to(tokens)[None]
-        owner = _repeat([i for i, _, _ in used], counts).to(tokens.device)
+            bias = logs.repeat_interleave(counts).to(tokens)[None]
+        owner = torch.tensor([i for i, _, _ in used]).repeat_interleave(counts).to(tokens.device)
         sites[site] = SiteTokens(tokens[None], bias, owner)
     largest = max((r.latent_size for _, r, _ in used), key=math.prod)
     return Tokens(sites, len(used), largest)
-
-
-def batch_references(
-    tokens: Mapping[str, Tensor],
-    keep: Mapping[str, Tensor] | None = None,
-    latent_size: tuple[int, int] = (0, 0),
-) -> Tokens:
-    """The tokens of equally many references for each of G banks, as training uses them.
-
-    Args:
-        tokens: site -> [G, R, P, N, D].
-        keep: site -> bool [G, R, N], False for tokens left out (masked, or a dropped reference).
-        latent_size: of the references.
-    """
-    sites, count = {}, 0
-    for site, given in tokens.items():
-        count = given.shape[1]
-        joined = given.transpose(1, 2).flatten(2, 3)
-        bias = None
-        if keep is not None and not bool(keep[site].all()):
-            bias = joined.new_zeros(len(joined), joined.shape[2])
-            bias.masked_fill_(~keep[site].flatten(1, 2), float("-inf"))
-        owner = _repeat(range(count), [given.shape[3]] * count).to(given.device)
-        sites[site] = SiteTokens(joined, bias, owner)
-    return Tokens(sites, count, latent_size)
-
-
-def _repeat(values: Iterable[int], counts: Sequence[int]) -> Tensor:
-    return torch.tensor(list(values)).repeat_interleave(torch.tensor(list(counts)))

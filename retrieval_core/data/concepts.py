@@ -5,20 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import RetrievalError
-from .augment import UNCHANGED, View, recolour
-from .placing import (
-    Region,
-    mask_box,
-    place_mask,
-    place_parts,
-    place_picture,
-    place_region,
-)
+from .augment import UNCHANGED, View
+from .placing import Region, mask_box, place_mask, place_parts, place_picture, place_region
 from .sample import NEUTRAL, Box, Colour, Concept, Reference, Sample
 
-# §3.3 takes the head box's lower border beyond a share of the image's height as the sign of a
-# figure upside down or lying, or of too little left below; the number is lost in the text at
-# hand, and this one is ours.
+# §3.3: a head box whose lower border lies beyond this share of the image's height belongs to a
+# figure that lies or stands on its head, or leaves too little below. The paper's number is lost in
+# the text at hand; this one is ours.
 LOWEST_HEAD_BORDER = 0.75
 
 
@@ -29,26 +22,26 @@ def find_figure_region(sample: Sample) -> Region:
 
 
 def find_face_region(sample: Sample) -> Region:
-    """The head box, its shorter side grown to the longer as far as the picture reaches.
+    """The head box, its shorter side extended to the longer as far as the picture reaches.
 
     Raises RetrievalError for a sample without a head box.
     """
     height, width = sample.image.shape[:2]
-    x0, y0, x1, y1 = _head_box(sample)
+    x0, y0, x1, y1 = _require_head_box(sample)
     side = max(x1 - x0, y1 - y0)
-    left, right = _grown(x0, x1, side, width)
-    top, bottom = _grown(y0, y1, side, height)
+    left, right = _extend(x0, x1, side, width)
+    top, bottom = _extend(y0, y1, side, height)
     return Region((left, top, right, bottom))
 
 
 def find_clothes_region(sample: Sample) -> Region:
-    """The picture below the head box; where that leaves too little, all but the head box.
+    """The picture below the head box, or all but the head box if too little is below.
 
     Raises RetrievalError for a sample without a head box.
     """
     height, width = sample.image.shape[:2]
-    box = _head_box(sample)
-    if box[3] > LOWEST_HEAD_BORDER * height or box[3] >= height:
+    box = _require_head_box(sample)
+    if box[3] > LOWEST_HEAD_BORDER * height:
         return Region((0, 0, width, height), blank=box)
     return Region((0, box[3], width, height))
 
@@ -64,16 +57,15 @@ def cut_reference(
     *,
     remove_background: bool = False,
     view: View = UNCHANGED,
-    colour: np.ndarray | None = None,
 ) -> Reference:
-    """Cut `concept` out of a sample as a reference of `size` x `size` pixels.
+    """Cuts `concept` out of a sample as a reference of `size` x `size` pixels.
 
-    fill: colour of padding, removed background and blanked head. remove_background: fill
-    outside the sample's mask, so that the reference's mask is the figure; without it, or where
-    the sample has no mask or the part shows nothing of it, the mask is all but the padding.
-    view, colour: augmentation, see `augment.py`.
+    fill: colour of padding, removed background and blanked head. remove_background: fill the
+    picture outside the sample's mask, so that the reference's mask is the figure. Otherwise, or if
+    the sample has no mask or the region shows nothing of it, the mask is all but the padding.
+    view: augmentation.
 
-    Raises RetrievalError for an unknown concept, or without a head box where one is needed.
+    Raises RetrievalError for an unknown concept, or if the concept needs a missing head box.
     """
     if concept not in _REGIONS:
         raise RetrievalError(
@@ -81,47 +73,28 @@ def cut_reference(
         )
     region = _REGIONS[concept](sample)
     placement = place_region(region, size, view)
-    image = recolour(sample.image, colour)
+    image, parts = sample.image, sample.parts
     mask = sample.mask if remove_background else None
-    if mask is not None and region.blank is not None:
-        mask = _blanked(mask, region.blank, False)
-    if mask is not None and not _part(mask, region.content).any():
+    if region.blank is not None:
+        image = _fill_box(image, region.blank, fill)
+        mask = None if mask is None else _fill_box(mask, region.blank, False)
+        parts = None if parts is None else _fill_box(parts, region.blank, 0)
+    if mask is not None and not _crop(mask, region.content).any():
         mask = None
     if mask is not None:
         image = np.where(mask[..., None], image, np.array(fill, np.uint8))
-    elif region.blank is not None:
-        image = _blanked(image, region.blank, fill)
-    square = place_picture(image, placement, fill)
-    if mask is not None:
         mask = place_mask(mask, placement)
-        if not mask.any():  # thinner than half a pixel, or out of this view
+        if not mask.any():  # thinner than half a pixel, or outside this view
             mask = None
     if mask is None and placement.inside != (0, 0, size, size):
-        mask = mask_box(placement.mirrored(placement.inside), size)
-    parts = sample.parts
-    if parts is not None:
-        if region.blank is not None:
-            parts = _blanked(parts, region.blank, 0)
-        parts = place_parts(parts, placement)
-    return Reference(square, mask, concept, parts)
+        mask = mask_box(placement.mirror(placement.inside), size)
+    square = place_picture(image, placement, fill)
+    return Reference(
+        square, mask, concept, None if parts is None else place_parts(parts, placement)
+    )
 
 
-def figure_reference(sample: Sample, size: int, fill: Colour = NEUTRAL, **options) -> Reference:
-    """The whole picture as a reference; options as in `cut_reference`."""
-    return cut_reference(sample, "figure", size, fill, **options)
-
-
-def face_reference(sample: Sample, size: int, fill: Colour = NEUTRAL, **options) -> Reference:
-    """The head box, filling the square; options as in `cut_reference`."""
-    return cut_reference(sample, "face", size, fill, **options)
-
-
-def clothes_reference(sample: Sample, size: int, fill: Colour = NEUTRAL, **options) -> Reference:
-    """What is below the head, or all but the head; options as in `cut_reference`."""
-    return cut_reference(sample, "clothes", size, fill, **options)
-
-
-def _head_box(sample: Sample) -> Box:
+def _require_head_box(sample: Sample) -> Box:
     if sample.head_box is None:
         raise RetrievalError(
             "A face or clothes reference needs the head box, and this sample has none; "
@@ -130,18 +103,18 @@ def _head_box(sample: Sample) -> Box:
     return sample.head_box
 
 
-def _grown(low: int, high: int, side: int, limit: int) -> tuple[int, int]:
-    """`low` .. `high` grown evenly to `side`, pushed back into 0 .. `limit` where it can be."""
+def _extend(low: int, high: int, side: int, limit: int) -> tuple[int, int]:
+    """`low` .. `high` extended evenly to `side`, moved and then clipped into 0 .. `limit`."""
     start = low - (side - (high - low)) // 2
     start = max(0, min(start, limit - side))
     return start, min(start + side, limit)
 
 
-def _part(pixels: np.ndarray, box: Box) -> np.ndarray:
+def _crop(pixels: np.ndarray, box: Box) -> np.ndarray:
     return pixels[box[1] : box[3], box[0] : box[2]]
 
 
-def _blanked(pixels: np.ndarray, box: Box, value: Colour | bool | int) -> np.ndarray:
+def _fill_box(pixels: np.ndarray, box: Box, value: Colour | bool | int) -> np.ndarray:
     pixels = pixels.copy()
-    _part(pixels, box)[:] = value
+    _crop(pixels, box)[:] = value
     return pixels

@@ -1,4 +1,4 @@
-"""Putting a part of a picture on a square: padded, never squashed (§4.3)."""
+"""Places a region of a picture on a square: padded, never squashed (§4.3)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .sample import Box, Colour
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a picture: only pixels inside `content` are shown, all else is padding.
+    """A region of a picture: only pixels inside `content` are shown, all else is padding.
 
-    content: whole pixels of the picture. The square shown is centred on it, with its longer
-    side. blank: box to be filled with the padding colour, or None.
+    content: box in whole pixels. The square shown is centred on it and has its longer side.
+    blank: box to be filled with the padding colour, or None.
     """
 
     content: Box
@@ -26,10 +26,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a region comes to lie on a square of `size` pixels.
+    """The mapping of a region to a square of `size` pixels.
 
-    origin, zoom: picture point p comes to lie at (p - origin) * zoom (before mirroring).
-    inside: pixels of the square, half open, that lie wholly in the content (before mirroring).
+    origin, zoom: picture point p maps to (p - origin) * zoom, before mirroring.
+    inside: box of the square's pixels that lie wholly in the content, before mirroring.
     """
 
     size: int
@@ -39,25 +39,25 @@ class Placement:
     content: Box
     flip: bool
 
-    def mirrored(self, box: Box) -> Box:
-        """A box on the square as it is after mirroring, if there is any."""
+    def mirror(self, box: Box) -> Box:
+        """A box of the square before mirroring as the box after it; unchanged without `flip`."""
         x0, y0, x1, y1 = box
         return (self.size - x1, y0, self.size - x0, y1) if self.flip else box
 
-    def box(self, box: Box) -> Box:
-        """A box of the picture on the square, in whole pixels, cut to `inside`."""
+    def place_box(self, box: Box) -> Box:
+        """Maps a box of the picture to the square, in whole pixels, clipped to `inside`."""
         (ox, oy), (x0, y0, x1, y1) = self.origin, self.inside
         left, right = ((edge - ox) * self.zoom for edge in (box[0], box[2]))
         top, bottom = ((edge - oy) * self.zoom for edge in (box[1], box[3]))
         left, right = max(round(left), x0), min(round(right), x1)
         top, bottom = max(round(top), y0), min(round(bottom), y1)
-        return self.mirrored((left, top, max(right, left), max(bottom, top)))
+        return self.mirror((left, top, max(right, left), max(bottom, top)))
 
 
 def place_region(region: Region, size: int, view: View = UNCHANGED) -> Placement:
-    """Where `region` lies on a square of `size` pixels under `view`.
+    """Maps `region` to a square of `size` pixels under `view`.
 
-    The view is moved back as far as needed for the centre of the square to stay on the content.
+    The view's shift is limited so that the square's centre stays on the content.
     """
     x0, y0, x1, y1 = region.content
     side = max(x1 - x0, y1 - y0)
@@ -69,7 +69,7 @@ def place_region(region: Region, size: int, view: View = UNCHANGED) -> Placement
         # Whole pixels only: a pixel that is partly padding would blend the padding in.
         first = max(0, math.ceil((low - start) * size / shown - 1e-6))
         last = min(size, math.floor((high - start) * size / shown + 1e-6))
-        if last <= first:  # thinner than a pixel: a line is still shown
+        if last <= first:  # thinner than a pixel: still shown as a line
             first = min(max(0, math.floor((low - start) * size / shown)), size - 1)
             last = first + 1
         origin.append(start)
@@ -83,20 +83,20 @@ def place_picture(image: np.ndarray, placement: Placement, fill: Colour) -> np.n
     """uint8 [H, W, 3] -> [S, S, 3], Lanczos (area-aware when shrinking), padded with `fill`."""
     square = np.empty((placement.size, placement.size, 3), np.uint8)
     square[:] = fill
-    return _put(image, placement, square, Image.Resampling.LANCZOS)
+    return _resample(image, placement, square, Image.Resampling.LANCZOS)
 
 
 def place_mask(mask: np.ndarray, placement: Placement) -> np.ndarray:
-    """bool [H, W] -> [S, S]; True where half a pixel or more is; False in the padding."""
+    """bool [H, W] -> [S, S]; True where at least half a pixel is True; False in the padding."""
     square = np.zeros((placement.size, placement.size), np.uint8)
     levels = mask.view(np.uint8) * np.uint8(255)
-    return _put(levels, placement, square, Image.Resampling.BOX) > 127
+    return _resample(levels, placement, square, Image.Resampling.BOX) > 127
 
 
 def place_parts(parts: np.ndarray, placement: Placement) -> np.ndarray:
-    """uint8 [H, W] -> [S, S]; labels are never blended; 0 in the padding."""
+    """Part labels uint8 [H, W] -> [S, S]; nearest, so never blended; 0 in the padding."""
     square = np.zeros((placement.size, placement.size), np.uint8)
-    return _put(parts, placement, square, Image.Resampling.NEAREST)
+    return _resample(parts, placement, square, Image.Resampling.NEAREST)
 
 
 def mask_box(box: Box, size: int) -> np.ndarray:
@@ -106,13 +106,13 @@ def mask_box(box: Box, size: int) -> np.ndarray:
     return mask
 
 
-def _put(
+def _resample(
     pixels: np.ndarray, placement: Placement, square: np.ndarray, resampling: Image.Resampling
 ) -> np.ndarray:
-    """Resample the part of `pixels` that is seen into `square`, and mirror."""
+    """Resamples the visible pixels into `square` and mirrors them."""
     left, top, right, bottom = placement.inside
     (ox, oy), zoom, (x0, y0, x1, y1) = placement.origin, placement.zoom, placement.content
-    # Only a line thinner than a pixel, or rounding, can reach beyond the content.
+    # Rounding, or a line thinner than a pixel, may reach beyond the content.
     source = (
         min(max(ox + left / zoom, x0), x1),
         min(max(oy + top / zoom, y0), y1),
@@ -124,7 +124,7 @@ def _put(
     if exact and (whole[2] - whole[0], whole[3] - whole[1]) == (right - left, bottom - top):
         part = pixels[whole[1] : whole[3], whole[0] : whole[2]]
     else:
-        # Only the content may be sampled: the filter would reach over its edge otherwise.
+        # Cropped first: the filter would otherwise blend in pixels beyond the content's edge.
         picture = Image.fromarray(np.ascontiguousarray(pixels[y0:y1, x0:x1]))
         box = (source[0] - x0, source[1] - y0, source[2] - x0, source[3] - y0)
         part = np.asarray(picture.resize((right - left, bottom - top), resampling, box))

@@ -1,10 +1,9 @@
-"""Reference preparation at inference: from a file or an array to a padded square (§4.3, §5.1)."""
+"""Prepares references at inference: a file or an array becomes a padded square (§4.3, §5.1)."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from torch import Tensor
 from ..bank.tokens import check_weight
 from ..errors import RetrievalError
 from .placing import Region, place_picture, place_region
-from .sample import NEUTRAL, Box, Colour
+from .sample import NEUTRAL
 
-# Pillow only warns at this number of pixels, and the host may have switched its check off.
+# Pillow only warns at this number of pixels, and the host may have disabled its check.
 LARGEST_IMAGE = 89_478_485
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
@@ -29,9 +28,9 @@ _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 class PreparedReference:
     """A reference ready for the VAE.
 
-    image: float32 [3, S, S] in 0..1. mask: float32 [S, S] in 0..1, above 0 where content was
-    selected, or None where the whole square is content. concept: what to take from it.
-    weight: 0 or more; 0 leaves it out.
+    image: float32 [3, S, S] in 0..1. mask: float32 [S, S] in 0..1, above 0 on selected content,
+    or None if the whole square is content. concept: what to take from it. weight: 0 or more; 0
+    leaves it out.
     """
 
     image: Tensor
@@ -41,10 +40,10 @@ class PreparedReference:
 
 
 def load_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """An image file of any format that Pillow reads, upright by its EXIF rotation.
+    """Loads an image file of any format that Pillow reads, rotated upright by its EXIF tag.
 
     Palettes, greys, 16 bits, CMYK and alpha are converted; of an animation the first frame is
-    taken. What is transparent is laid on neutral grey.
+    used. Transparent pixels are composited on neutral grey.
 
     Returns:
         uint8 [H, W, 3] and the alpha channel, float32 [H, W] in 0..1, or None if all is opaque.
@@ -87,54 +86,47 @@ def load_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
 
 
 def pad_to_square(
-    image: np.ndarray, mask: np.ndarray | Tensor | None, size: int, colour: Colour = NEUTRAL
-) -> tuple[np.ndarray, np.ndarray, Box]:
-    """The image scaled to fit a square of `size` pixels, centred, never squashed (§4.3).
+    image: np.ndarray, mask: np.ndarray | None, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scales an image to fit a square of `size` pixels, centred and never squashed (§4.3).
 
-    An edge that would come out below a pixel is kept at one pixel.
+    The shorter edge comes out at least one pixel long.
 
     Args:
-        image: uint8 [H, W, 3]. mask: [H, W] in 0..1, or None for all of it.
-        colour: of the padding, RGB in 0..255.
+        image: uint8 [H, W, 3]. mask: float32 [H, W] in 0..1, or None for the whole image.
 
     Returns:
-        The square, uint8 [S, S, 3]; what of it is content and in the mask, float32 [S, S] in
-        0..1 and above 0 wherever a pixel holds any of the mask; the content's box.
-
-    Raises:
-        RetrievalError: no image of that shape, a size below 1, or a mask `fit_mask` refuses.
+        The square, uint8 [S, S, 3], padded with `NEUTRAL`, and its mask, float32 [S, S] in 0..1:
+        0 in the padding, above 0 in every pixel that covers any of the mask.
     """
-    image = _as_uint8(image)
-    if size < 1:
-        raise RetrievalError(f"The reference size is {size} pixels; it must be 1 or more.")
     height, width = image.shape[:2]
     placement = place_region(Region((0, 0, width, height)), size)
-    square = place_picture(image, placement, colour)
+    square = place_picture(image, placement, NEUTRAL)
     left, top, right, bottom = placement.inside
     inside = np.zeros((size, size), np.float32)
     if mask is None:
         inside[top:bottom, left:right] = 1
     else:
-        # Pooling over every pixel touched: no part of a selection is lost, however thin.
-        fitted = torch.from_numpy(fit_mask(mask, height, width))
-        pooled = F.adaptive_avg_pool2d(fitted[None, None], (bottom - top, right - left))
+        # Pooled over every pixel touched, so that no selection is too thin to remain.
+        given = torch.from_numpy(mask)[None, None]
+        pooled = F.adaptive_avg_pool2d(given, (bottom - top, right - left))
         inside[top:bottom, left:right] = pooled[0, 0].numpy()
-    return square, inside, placement.inside
+    return square, inside
 
 
-def fill_background(image: np.ndarray, mask: np.ndarray, colour: Colour = NEUTRAL) -> np.ndarray:
-    """uint8 [H, W, 3] with `colour` where the mask [H, W] is 0, blended below 1 (§4.3)."""
-    opacity = Image.fromarray(np.rint(np.asarray(mask, np.float32) * 255).astype(np.uint8))
+def fill_background(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Blends uint8 [H, W, 3] with `NEUTRAL` by a mask [H, W]: 1 is the image, 0 grey (§4.3)."""
+    opacity = Image.fromarray(np.rint(mask * 255).astype(np.uint8))
     picture = Image.fromarray(image)
-    return np.array(Image.composite(picture, Image.new("RGB", picture.size, colour), opacity))
+    return np.array(Image.composite(picture, Image.new("RGB", picture.size, NEUTRAL), opacity))
 
 
 def fit_mask(mask: np.ndarray | Tensor, height: int, width: int) -> np.ndarray:
-    """A mask as float32 [height, width] in 0..1, resized bilinearly as the host does.
+    """Converts a mask to float32 [height, width] in 0..1, resized bilinearly as ComfyUI does.
 
     Args:
-        mask: [H, W] or [1, H, W] of another size or the same; bool, float in 0..1, or integers
-            (0 and 1, or 0..255).
+        mask: [H, W] or [1, H, W] of any size; bool, float in 0..1, or integers (0 and 1, or
+            0..255).
 
     Raises:
         RetrievalError: another shape, NaN in it, or nothing selected.
@@ -168,21 +160,6 @@ def fit_mask(mask: np.ndarray | Tensor, height: int, width: int) -> np.ndarray:
     return values.numpy()
 
 
-def check_reference_weights(weights: Sequence[float]) -> list[float]:
-    """The weights of all references as floats; 0 leaves one out.
-
-    Raises:
-        RetrievalError: one of them NaN, infinite or negative, or all of them 0.
-    """
-    values = [check_weight(weight) for weight in weights]
-    if values and not any(values):
-        raise RetrievalError(
-            f"All reference weights are zero ({values}), which leaves nothing to retrieve; give at "
-            "least one reference a weight above 0, or use strength 0 for the base model."
-        )
-    return values
-
-
 def prepare(
     image: np.ndarray | Tensor,
     mask: np.ndarray | Tensor | None = None,
@@ -190,29 +167,32 @@ def prepare(
     weight: float = 1.0,
     size: int = 64,
 ) -> PreparedReference:
-    """One reference from an image: background filled where there is a mask, padded, as tensors.
+    """Prepares one reference: fills the background outside a mask, pads, converts to tensors.
 
     Args:
-        image: [H, W, 3], uint8 or float in 0..1 (one image of the host's batch).
+        image: [H, W, 3], uint8 or float in 0..1 (one image of ComfyUI's batch).
         mask: [H, W] of any size, or None for the whole image. size: edge of the square in pixels.
 
     Raises:
-        RetrievalError: what `pad_to_square`, `fit_mask` and `check_weight` refuse.
+        RetrievalError: no image of that shape or type, a size below 1, or a mask or weight that
+            `fit_mask` or `check_weight` refuses.
     """
     weight = check_weight(weight)
+    if size < 1:
+        raise RetrievalError(f"The reference size is {size} pixels; it must be 1 or more.")
     pixels = _as_uint8(image)
     if mask is not None:
         # At full resolution, before any resampling could blend the background in.
         mask = fit_mask(mask, *pixels.shape[:2])
         pixels = fill_background(pixels, mask)
-    square, inside, _ = pad_to_square(pixels, mask, size)
+    square, inside = pad_to_square(pixels, mask, size)
     tensor = torch.from_numpy(square).permute(2, 0, 1).float().div(255).contiguous()
     whole = mask is None and bool((inside > 0).all())
     return PreparedReference(tensor, None if whole else torch.from_numpy(inside), concept, weight)
 
 
 def _decode(file: Any, path: Path) -> Image.Image:
-    """An open file as an upright image of mode RGB or RGBA."""
+    """Decodes an open file to an upright image of mode RGB or RGBA."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -225,7 +205,7 @@ def _decode(file: Any, path: Path) -> Image.Image:
             )
         image.load()
         image = ImageOps.exif_transpose(image)
-        return _eight_bits(image)
+        return _convert_mode(image)
     except RetrievalError:
         raise
     except Image.DecompressionBombError as error:
@@ -243,12 +223,12 @@ def _decode(file: Any, path: Path) -> Image.Image:
         ) from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Mode RGB or RGBA; Pillow itself would clip greys of more than eight bits to white."""
+def _convert_mode(image: Image.Image) -> Image.Image:
+    """Converts to RGB or RGBA; Pillow itself would clip greys of more than eight bits to white."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, np.float32), posinf=0.0, neginf=0.0)
         highest = float(values.max())
-        # Floating-point greys are 0..1 by custom; integers fill their own number of bits.
+        # Floating-point greys are 0..1 by convention; integers fill their number of bits.
         limits = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
         limit = next((limit for limit in limits if highest <= limit), highest)
         grey = Image.fromarray(np.rint((values / limit).clip(0, 1) * 255).astype(np.uint8))
@@ -258,14 +238,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             return Image.merge("RGBA", (grey, grey, grey, opacity))
         return grey.convert("RGB")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        # Modes with premultiplied alpha go to RGBA only by way of their plain sibling.
+        # Pillow converts premultiplied La only to LA.
         image = image.convert("LA") if image.mode == "La" else image
         return image.convert("RGBA")
     return image.convert("RGB")
 
 
 def _as_uint8(image: np.ndarray | Tensor) -> np.ndarray:
-    """uint8 [H, W, 3] of an image given so, or as floats in 0..1."""
+    """Converts an image of bytes, or of floats in 0..1, to uint8 [H, W, 3]."""
     pixels = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise RetrievalError(

@@ -1,4 +1,4 @@
-"""What a data set is made of: annotated pictures, and the references cut from them."""
+"""`Sample`, an annotated picture of a data set, and `Reference`, a concept cut from one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NEUTRAL: Colour = (127, 127, 127)  # padding and background at inference
 class Sample:
     """One picture of a character.
 
-    image: uint8 [H, W, 3]. mask: bool [H, W], True on the figure, or None where unknown.
-    parts: uint8 [H, W], a number for what each pixel shows (hair, upper garment, ...), 0 for what
-    no reference is to give, or None where unknown; see `training.correspondence`.
-    head_box: (x0, y0, x1, y1) in pixels, half open, or None; cut to the image.
-    tags: what the text prompt says of it.
+    image: uint8 [H, W, 3]. mask: bool [H, W], True on the figure, or None if unknown.
+    head_box: (x0, y0, x1, y1) in pixels, half open, or None; clipped to the image.
+    tags: content of the text prompt.
+    parts: uint8 [H, W], part labels (hair, upper garment, ...), 0 where nothing may be retrieved,
+    or None if unknown; see `training.correspondence`.
 
     Raises RetrievalError on other shapes or types, or a head box outside the image.
     """
@@ -69,9 +69,9 @@ class Sample:
 class Reference:
     """One reference image as the encoder takes it.
 
-    image: uint8 [S, S, 3]. mask: bool [S, S], True on what may be taken (never the padding), or
-    None for all of it.
-    concept: what to take. parts: uint8 [S, S] as in `Sample`, 0 in the padding, or None.
+    image: uint8 [S, S, 3]. mask: bool [S, S], True on content (never on padding), or None if the
+    whole square is content. concept: what to take from it. parts: uint8 [S, S], part labels as in
+    `Sample`, 0 in the padding, or None.
     """
 
     image: np.ndarray

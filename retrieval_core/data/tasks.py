@@ -1,27 +1,30 @@
-"""The two tasks of §3.3: which references a target gets, and how both are varied (§4.3, §5.1)."""
+"""The two tasks of §3.3: how a target's references are drawn and both are varied (§4.3, §5.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import RetrievalError
-from .augment import Augmentation, recolour
+from .augment import RandomView
 from .concepts import cut_reference, find_figure_region
 from .placing import mask_box, place_picture, place_region
-from .sample import NEUTRAL, Colour, Concept, Reference, Sample
+from .sample import Colour, Concept, Reference, Sample
+
+# For each concept: how many references, and the indices of the samples that may be drawn.
+Wanted = list[tuple[Concept, int, Sequence[int]]]
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """size: side of targets and references in pixels. The probabilities are 0 to 1:
+    """Options of both tasks; RetrievalError for values out of range.
 
-    text_drop: of no tags (§5.4's default). reference_drop: of no references at all.
-    remove_background: of a reference's background being filled (the paper's number is lost in
-    the text at hand). random_fill: padding colours at random, else neutral.
-    vary_count: draw the number of references from 1 up instead of always the full number.
+    size: side of targets and references in pixels.
+    text_drop: probability of no tags (§5.4's default). reference_drop: of no references.
+    remove_background: of filling a reference's background (the paper's number is lost in the text
+    at hand).
     target, source: augmentation of targets and of references, drawn independently.
     """
 
@@ -29,25 +32,25 @@ class TaskOptions:
     text_drop: float = 0.5
     reference_drop: float = 0.05
     remove_background: float = 0.5
-    random_fill: bool = True
-    vary_count: bool = False
-    target: Augmentation = field(default_factory=Augmentation)
-    source: Augmentation = field(default_factory=Augmentation)
+    target: RandomView = RandomView()
+    source: RandomView = RandomView()
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise RetrievalError(f"The image size is {self.size}; it must be 1 pixel or more.")
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, float) and not 0 <= value <= 1:
-                raise RetrievalError(f"The {option.name} probability is {value}; give 0 to 1.")
+        for name in ("text_drop", "reference_drop", "remove_background"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise RetrievalError(f"The {name} probability is {value}; give 0 to 1.")
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingItem:
-    """target: uint8 [S, S, 3]. content: bool [S, S], False in the padding. face: bool [S, S],
-    True in the head box (all False without one); lies within `content`.
-    tags: empty where the text was dropped. references: empty where they were dropped.
+    """A target and its references.
+
+    target: uint8 [S, S, 3]. content: bool [S, S], False in the padding. face: bool [S, S], True
+    in the head box (all False without one), within `content`.
+    tags: empty if the text was dropped. references: empty if they were dropped.
     """
 
     target: np.ndarray
@@ -68,14 +71,14 @@ def draw_same_character(
 ) -> TrainingItem:
     """Same-character task: `count` whole figures of the target's character.
 
-    indices: samples that may be references, all by default. The target never is; where there
-    are fewer than `count` others, some are drawn more than once.
-    Raises RetrievalError where no other sample is left.
+    indices: samples that may be references, all by default. The target never is; with fewer than
+    `count` others, some are drawn more than once.
+    Raises RetrievalError if no other sample is left.
     """
-    wanted: list[tuple[Concept, int, Sequence[int]]] = [
-        ("figure", count, range(len(samples)) if indices is None else indices)
-    ]
-    return _item(samples, target_index, rng, options or TaskOptions(), wanted)
+    pool = range(len(samples)) if indices is None else indices
+    return _draw_item(
+        samples, target_index, rng, options or TaskOptions(), [("figure", count, pool)]
+    )
 
 
 def draw_composition(
@@ -89,28 +92,26 @@ def draw_composition(
     face_indices: Sequence[int] | None = None,
     body_indices: Sequence[int] | None = None,
 ) -> TrainingItem:
-    """Concept composition: `faces` faces and `bodies` bodies, sampled separately (§3.3).
+    """Concept composition: `faces` faces and `bodies` bodies, drawn separately (§3.3).
 
     face_indices, body_indices: samples with the target's face and with its clothes, all by
-    default; those without a head box are passed over. Otherwise like `draw_same_character`.
+    default; those without a head box are skipped. Otherwise like `draw_same_character`.
     """
     every = range(len(samples))
-    headed = [i for i in every if samples[i].head_box is not None]
-    pools = [headed if p is None else [i for i in p if samples[i].head_box is not None]
-             for p in (face_indices, body_indices)]  # fmt: skip
-    wanted: list[tuple[Concept, int, Sequence[int]]] = [
-        ("face", faces, pools[0]),
-        ("clothes", bodies, pools[1]),
-    ]
-    return _item(samples, target_index, rng, options or TaskOptions(), wanted)
+    face_pool, body_pool = (
+        [i for i in (every if pool is None else pool) if samples[i].head_box is not None]
+        for pool in (face_indices, body_indices)
+    )
+    wanted: Wanted = [("face", faces, face_pool), ("clothes", bodies, body_pool)]
+    return _draw_item(samples, target_index, rng, options or TaskOptions(), wanted)
 
 
-def _item(
+def _draw_item(
     samples: Sequence[Sample],
     target_index: int,
     rng: np.random.Generator,
     options: TaskOptions,
-    wanted: list[tuple[Concept, int, Sequence[int]]],
+    wanted: Wanted,
 ) -> TrainingItem:
     if not 0 <= target_index < len(samples):
         raise RetrievalError(
@@ -118,29 +119,22 @@ def _item(
         )
     target = samples[target_index]
     tags = [] if rng.random() < options.text_drop else list(target.tags)
-    image, content, face = _target(target, rng, options)
+    image, content, face = _place_target(target, rng, options)
     drop = rng.random() < options.reference_drop
     references = []
     for concept, count, pool in wanted:
-        for index in _draw(target_index, pool, count, concept, rng, options.vary_count):
-            references.append(_source(samples[index], concept, rng, options))
+        for index in _draw_indices(target_index, pool, count, concept, rng):
+            references.append(_cut_source(samples[index], concept, rng, options))
     return TrainingItem(image, content, face, tags, [] if drop else references)
 
 
-def _draw(
-    target_index: int,
-    pool: Sequence[int],
-    count: int,
-    concept: Concept,
-    rng: np.random.Generator,
-    vary_count: bool,
+def _draw_indices(
+    target_index: int, pool: Sequence[int], count: int, concept: Concept, rng: np.random.Generator
 ) -> list[int]:
-    """Indices of the references, all different where there are enough."""
-    others = [index for index in pool if index != target_index]
-    if vary_count and count > 1:
-        count = int(rng.integers(1, count + 1))
+    """Indices of the references, all different if there are enough."""
     if count < 1:
         return []
+    others = [index for index in pool if index != target_index]
     if not others:
         raise RetrievalError(
             f"Sample {target_index} has no other sample to take a {concept} reference from; "
@@ -150,33 +144,32 @@ def _draw(
     return [others[i] for i in chosen]
 
 
-def _fill(rng: np.random.Generator, options: TaskOptions) -> Colour:
+def _draw_fill(rng: np.random.Generator) -> Colour:
     red, green, blue = rng.integers(0, 256, 3).tolist()
-    return (red, green, blue) if options.random_fill else NEUTRAL
+    return red, green, blue
 
 
-def _target(
+def _place_target(
     sample: Sample, rng: np.random.Generator, options: TaskOptions
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    view, colour = options.target.view.draw(rng), options.target.colour.draw(rng)
+    """Target, content and face as in `TrainingItem`."""
+    view = options.target.draw(rng)
     placement = place_region(find_figure_region(sample), options.size, view)
-    pixels = recolour(sample.image, colour)
-    image = place_picture(pixels, placement, _fill(rng, options))
-    content = mask_box(placement.mirrored(placement.inside), options.size)
+    image = place_picture(sample.image, placement, _draw_fill(rng))
+    content = mask_box(placement.mirror(placement.inside), options.size)
     head = sample.head_box
-    face = mask_box((0, 0, 0, 0) if head is None else placement.box(head), options.size)
+    face = mask_box((0, 0, 0, 0) if head is None else placement.place_box(head), options.size)
     return image, content, face
 
 
-def _source(
+def _cut_source(
     sample: Sample, concept: Concept, rng: np.random.Generator, options: TaskOptions
 ) -> Reference:
     return cut_reference(
         sample,
         concept,
         options.size,
-        _fill(rng, options),
+        _draw_fill(rng),
         remove_background=bool(rng.random() < options.remove_background),
-        view=options.source.view.draw(rng),
-        colour=options.source.colour.draw(rng),
+        view=options.source.draw(rng),
     )

@@ -1,4 +1,4 @@
-"""Who is drawn: a character's references, and what is known of it."""
+"""Characters: references, and true attributes where they are known."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SIZE = 512
 
 @dataclass(frozen=True, eq=False)
 class Character:
-    """One character: its references, and the truth about it where that is known.
+    """One character and its references.
 
-    truth: attribute -> value, for a scorer; empty where nobody knows.
+    truth: attribute -> value, for a scorer; empty if unknown.
     """
 
     name: str

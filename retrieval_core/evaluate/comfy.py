@@ -1,4 +1,4 @@
-"""A running ComfyUI, asked through its HTTP API (/upload/image, /prompt, /history, /view)."""
+"""Client of a running ComfyUI's HTTP API (/upload/image, /prompt, /history, /view)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..data.prepare import LARGEST_IMAGE
 from ..errors import RetrievalError
+from ..sheets import convert_to_pil
 from .characters import Character
 from .protocol import Run
 from .workflow import Workflow
 
 SERVER = "http://127.0.0.1:8188"
-_POLL = (0.05, 1.0)  # seconds between two looks, growing from the first to the second
+_POLL = (0.05, 1.0)  # seconds between two requests, growing from the first to the second
 _ANSWER_LIMIT = 256 << 20
 
 
@@ -43,7 +44,7 @@ class Client:
         self.address, self.timeout = address.rstrip("/"), timeout
 
     def upload(self, name: str, data: bytes) -> str:
-        """Stores a PNG among the server's inputs; the name that Load Image takes."""
+        """Stores a PNG among the server's inputs and returns its name for Load Image."""
         boundary = uuid.uuid4().hex
         fields = {"overwrite": "true", "type": "input", "subfolder": "retrieval_evaluate"}
         body = b"".join(
@@ -56,19 +57,19 @@ class Client:
         ).encode()
         body += data + f"\r\n--{boundary}--\r\n".encode()
         kind = f"multipart/form-data; boundary={boundary}"
-        stored = self._json("/upload/image", body, kind)
+        stored = self._request_json("/upload/image", body, kind)
         folder, name = stored.get("subfolder") or "", stored.get("name") or name
         return f"{folder}/{name}" if folder else name
 
     def run(self, graph: Mapping[str, Any]) -> dict[str, Any]:
-        """Queues a graph and waits for it: node id -> its outputs.
+        """Queues a graph and waits for it; returns node id -> outputs.
 
         Raises:
             RetrievalError: the graph is refused, a node fails, the run is interrupted, or it takes
                 longer than the timeout.
         """
         body = json.dumps({"prompt": graph, "client_id": uuid.uuid4().hex}).encode()
-        queued = self._json("/prompt", body, "application/json")
+        queued = self._request_json("/prompt", body, "application/json")
         number = str(queued.get("prompt_id") or "")
         if not number:
             raise RetrievalError(
@@ -76,9 +77,9 @@ class Client:
             )
         pause, end = _POLL[0], time.monotonic() + self.timeout
         while time.monotonic() < end:
-            entry = self._json(f"/history/{urllib.parse.quote(number)}").get(number)
+            entry = self._request_json(f"/history/{urllib.parse.quote(number)}").get(number)
             if entry is not None:
-                return _outputs(entry)
+                return _read_outputs(entry)
             time.sleep(pause)
             pause = min(_POLL[1], pause * 1.5)
         raise RetrievalError(
@@ -86,13 +87,13 @@ class Client:
             "--timeout, or look at its console."
         )
 
-    def picture(self, place: Mapping[str, Any]) -> Tensor:
-        """A picture [3, H, W] in 0..1 from an output's {filename, subfolder, type}."""
-        query = {name: str(place.get(name, "")) for name in ("filename", "subfolder", "type")}
-        return decode(self._bytes(f"/view?{urllib.parse.urlencode(query)}"))
+    def fetch_picture(self, image: Mapping[str, Any]) -> Tensor:
+        """A picture [3, H, W] in 0..1 of an output's {filename, subfolder, type}."""
+        query = {name: str(image.get(name, "")) for name in ("filename", "subfolder", "type")}
+        return decode(self._request_bytes(f"/view?{urllib.parse.urlencode(query)}"))
 
-    def _json(self, path: str, body: bytes | None = None, kind: str = "") -> dict[str, Any]:
-        data = self._bytes(path, body, kind)
+    def _request_json(self, path: str, body: bytes | None = None, kind: str = "") -> dict[str, Any]:
+        data = self._request_bytes(path, body, kind)
         try:
             found = json.loads(data)
         except ValueError:
@@ -104,7 +105,7 @@ class Client:
             )
         return found
 
-    def _bytes(self, path: str, body: bytes | None = None, kind: str = "") -> bytes:
+    def _request_bytes(self, path: str, body: bytes | None = None, kind: str = "") -> bytes:
         headers = {"Content-Type": kind} if kind else {}
         request = urllib.request.Request(self.address + path, body, headers)
         try:
@@ -112,7 +113,8 @@ class Client:
                 return answer.read(_ANSWER_LIMIT)
         except urllib.error.HTTPError as error:
             with error:
-                raise RetrievalError(_refusal(path, error.code, error.read(1 << 20))) from error
+                message = _explain_refusal(path, error.code, error.read(1 << 20))
+                raise RetrievalError(message) from error
         except (urllib.error.URLError, OSError) as error:
             reason = getattr(error, "reason", None) or error
             raise RetrievalError(
@@ -124,7 +126,7 @@ class Client:
 class ComfyMethod:
     """Any workflow of a running ComfyUI as a method of the protocol.
 
-    Where the workflow has no place for the number of samples, each sample is a run of its own.
+    If the workflow has no slot for the number of samples, each sample is a separate run.
     """
 
     batch = 1
@@ -133,7 +135,7 @@ class ComfyMethod:
         self, name: str, workflow: Workflow, client: Client, weights: Sequence[float] = ()
     ):
         self.name, self.workflow, self.client = name, workflow, client
-        has_strength = "strength" in workflow.places and weights
+        has_strength = "strength" in workflow.slots and weights
         self.weights: tuple[float | None, ...] = tuple(weights) if has_strength else (None,)
         self.digest = workflow.digest()
         self._uploaded: dict[tuple[str, int], str] = {}
@@ -155,12 +157,12 @@ class ComfyMethod:
             )
         for number in range(1, self.workflow.references + 1):
             values[f"reference{number}"] = self._upload(character, number - 1)
-        if "samples" in self.workflow.places:
+        if "samples" in self.workflow.slots:
             queued = [{**values, "seed": run.seed, "samples": run.samples}]
         else:
             seeds = [run.seed * 1000 + sample for sample in range(run.samples)]
             queued = [{**values, "seed": seed} for seed in seeds]
-        found = [picture for filled in queued for picture in self._pictures(filled)]
+        found = [picture for filled in queued for picture in self._fetch_pictures(filled)]
         if len(found) != run.samples:
             raise RetrievalError(
                 f"'{self.workflow.name}' gave {len(found)} pictures where {run.samples} were asked "
@@ -171,14 +173,14 @@ class ComfyMethod:
             raise RetrievalError(f"'{self.workflow.name}' gave pictures of different sizes.")
         return torch.stack(found)
 
-    def _pictures(self, values: Mapping[str, Any]) -> list[Tensor]:
+    def _fetch_pictures(self, values: Mapping[str, Any]) -> list[Tensor]:
         outputs = self.client.run(self.workflow.fill(values))
         chosen = self.workflow.output
         if chosen is not None:
             outputs = {chosen: outputs.get(chosen, {})}
-        places = [image for node in outputs.values() for image in node.get("images", [])]
-        saved = [place for place in places if place.get("type") == "output"]
-        return [self.client.picture(place) for place in saved or places]
+        images = [image for node in outputs.values() for image in node.get("images", [])]
+        saved = [image for image in images if image.get("type") == "output"]
+        return [self.client.fetch_picture(image) for image in saved or images]
 
     def _upload(self, character: Character, index: int) -> str:
         key = (character.name, index)
@@ -191,14 +193,13 @@ class ComfyMethod:
 
 def encode(picture: Tensor) -> bytes:
     """A picture [3, H, W] in 0..1 as the bytes of a PNG."""
-    pixels = (picture.clamp(0, 1).movedim(0, -1).cpu().numpy() * 255).round().astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    convert_to_pil(picture).save(file, "PNG")
     return file.getvalue()
 
 
 def decode(data: bytes) -> Tensor:
-    """The bytes of an image as [3, H, W] in 0..1; RetrievalError if they are none."""
+    """The bytes of an image file as [3, H, W] in 0..1; RetrievalError if they are none."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > LARGEST_IMAGE:
@@ -211,8 +212,8 @@ def decode(data: bytes) -> Tensor:
     return torch.from_numpy(pixels.copy()).movedim(-1, 0).float() / 255
 
 
-def _outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The outputs of a finished run, or one sentence on why there are none."""
+def _read_outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The outputs of a finished run; RetrievalError if it failed or was interrupted."""
     status = entry.get("status") or {}
     for kind, about in status.get("messages") or []:
         if kind == "execution_error":
@@ -228,8 +229,8 @@ def _outputs(entry: Mapping[str, Any]) -> dict[str, Any]:
     return dict(entry.get("outputs") or {})
 
 
-def _refusal(path: str, code: int, body: bytes) -> str:
-    """One sentence on an HTTP error, with what ComfyUI says is wrong with the graph."""
+def _explain_refusal(path: str, code: int, body: bytes) -> str:
+    """One sentence on an HTTP error, with ComfyUI's message about the graph."""
     said = ""
     try:
         answer = json.loads(body)

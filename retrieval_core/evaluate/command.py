@@ -1,4 +1,4 @@
-"""What the evaluation's commands share: arguments, the workflows as methods, running and reporting.
+"""Shared parts of the evaluation's commands: arguments, workflows as methods, running, reporting.
 
 `python -m retrieval_core.evaluate` takes a folder of characters, `python -m
 retrieval_core.paperdoll.evaluate_dolls` the paper-doll world.
@@ -12,16 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..errors import RetrievalError
 from . import summary
 from .characters import Character
 from .comfy import SERVER, Client, ComfyMethod
-from .evaluation import Evaluation, list_means
+from .evaluation import Evaluation
 from .methods import Method
 from .protocol import Protocol
 from .scores import Scorer
@@ -35,7 +33,7 @@ Prompts = Mapping[str, tuple[str, ...]]
 
 
 def add_arguments(parser: argparse.ArgumentParser, presets: Prompts) -> None:
-    """Adds the arguments that every evaluation has; `presets` are the prompts that have names."""
+    """Adds the arguments of every evaluation; presets: name -> prompts."""
     paper = Protocol()
     out = parser.add_argument_group("where")
     out.add_argument("--out", type=Path, default=Path("output/evaluation"))
@@ -67,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser, presets: Prompts) -> None:
 
 
 def read_protocol(options: argparse.Namespace, presets: Prompts, masked: bool = False) -> Protocol:
-    """The protocol that the command line asks for."""
+    """The protocol of the command line."""
     paper = Protocol()
     counts = {}
     for name in ("in_domain", "held_out", "seeds", "samples"):
@@ -133,7 +131,7 @@ def evaluate(
     characters: Sequence[Character],
     scorer: Scorer,
 ) -> None:
-    """Runs the methods, writes the reports and prints where they are.
+    """Runs the methods, writes the reports and prints their paths.
 
     Raises:
         RetrievalError: no method, or two of one name; see `Evaluation`.
@@ -149,13 +147,11 @@ def evaluate(
     with torch.inference_mode():
         for method in methods:
             for weight in method.weights:
-                title = method.name if weight is None else f"{method.name} {weight:g}"
-                with tqdm(desc=title, unit="run", disable=None) as bar:
-                    evaluation.run(method, weight, lambda done, total: _show(bar, done, total))
+                evaluation.run(method, weight)
     paths = evaluation.report()
     lines = summary.summarise(evaluation.ledger.rows, evaluation.scorer)
     if options.json:
-        print(json.dumps({"protocol": protocol.to_dict(), "lines": list_means(lines)}))
+        print(json.dumps({"protocol": protocol.to_dict(), "lines": summary.list_means(lines)}))
         return
     print(paths[1].read_text(encoding="utf-8"))
     for path in paths:
@@ -163,13 +159,8 @@ def evaluate(
     print(f"It took {time.perf_counter() - started:.0f} s.")
 
 
-def _show(bar: Any, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
-
-
 def run(work: Callable[[], None]) -> int:
-    """The exit status of a command: one sentence for what the user can mend, and for Ctrl-C."""
+    """Runs a command; its exit status, after one sentence on a RetrievalError or Ctrl-C."""
     try:
         work()
     except RetrievalError as error:

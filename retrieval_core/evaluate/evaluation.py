@@ -1,14 +1,16 @@
-"""Runs the protocol: draws what is not drawn yet, scores it, and writes table, plot and sheet."""
+"""Runs the protocol: draws missing pictures, scores them, and writes table, plot and sheet."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..data.prepare import load_image
 from ..files import atomic_write, write_text
@@ -26,16 +28,13 @@ PICTURES = "pictures"
 # Rows of the sheet for each kind of characters, and pictures beside the references.
 _SHEET_ROWS, _SHEET_RESULTS = 4, 8
 
-# (runs done, runs in all)
-Progress = Callable[[int, int], None]
-
 
 class Evaluation:
     """One folder of results.
 
     Args:
-        folder: where everything goes; what is there already is kept and gone on from.
-        protocol, characters, scorer: what all methods in the folder share.
+        folder: of the results; an interrupted evaluation in it is resumed.
+        protocol, characters, scorer: shared by all methods in the folder.
 
     Raises:
         RetrievalError: the folder holds results of another protocol, other characters, other
@@ -53,22 +52,23 @@ class Evaluation:
             settings[f"references of {name}"] = digest_references(character)
         self.ledger = Ledger(folder, settings)
 
-    def run(self, method: Method, weight: float | None, on_run: Progress | None = None) -> None:
-        """A method at a weight; runs that have their row are not done again."""
-        done = self.ledger.done(method.name, weight, method.digest)
+    def run(self, method: Method, weight: float | None) -> None:
+        """Runs a method at a weight under a progress bar, without the runs that have a row."""
+        done = self.ledger.list_done(method.name, weight, method.digest)
         runs = list(self.protocol.runs(list(self.characters)))
-        for start in range(0, len(runs), method.batch):
-            # A batch that a kill cut through is drawn whole again, so that its other pictures
-            # come out to the last bit as they would have.
-            batch = runs[start : start + method.batch]
-            if not all(run.key in done for run in batch):
-                drawn = method.draw(batch, self.characters, weight)
-                pairs = [(r, p) for r, p in zip(batch, drawn, strict=True) if r.key not in done]
-                self.ledger.append([self._row(method, weight, r, p) for r, p in pairs])
-            if on_run is not None:
-                on_run(min(start + method.batch, len(runs)), len(runs))
+        title = name_method(method.name, weight)
+        with tqdm(desc=title, total=len(runs), unit="run", disable=None) as bar:
+            for start in range(0, len(runs), method.batch):
+                # An interrupted batch is drawn whole again, so that its other pictures are the
+                # same to the last bit.
+                batch = runs[start : start + method.batch]
+                if not all(run.key in done for run in batch):
+                    drawn = method.draw(batch, self.characters, weight)
+                    pairs = [(r, p) for r, p in zip(batch, drawn, strict=True) if r.key not in done]
+                    self.ledger.append([self._make_row(method, weight, r, p) for r, p in pairs])
+                bar.update(len(batch))
 
-    def _row(
+    def _make_row(
         self, method: Method, weight: float | None, run: Run, pictures: Tensor
     ) -> dict[str, Any]:
         character = self.characters[run.character]
@@ -77,7 +77,7 @@ class Evaluation:
         for sample, picture in enumerate(pictures):
             name = name_picture(method.name, weight, run, sample)
             data = encode(picture)
-            atomic_write(self.folder / name, lambda path, data=data: _write(path, data))
+            atomic_write(self.folder / name, lambda path, data=data: path.write_bytes(data))
             names.append(name)
         return {
             "method": method.name,
@@ -93,19 +93,19 @@ class Evaluation:
         }
 
     def report(self) -> list[Path]:
-        """Writes table.csv, table.md, frontier.png and sheet.png from all rows there are."""
+        """Writes table.csv, table.md, frontier.png and sheet.png from all rows."""
         lines = summary.summarise(self.ledger.rows, self.scorer)
         paths = [self.folder / n for n in ("table.csv", "table.md", "frontier.png", "sheet.png")]
         write_text(paths[0], summary.write_csv(lines))
         write_text(paths[1], summary.write_markdown(lines))
         write_frontier(paths[2], lines, self.scorer)
-        rows = self._sheet_rows()
+        rows = self._make_sheet_rows()
         subtitle = "Each row: one character and prompt, one seed. The numbers are weights."
         if rows:
             write_sheet(paths[3], "References and pictures", subtitle, rows)
         return paths if rows else paths[:3]
 
-    def _sheet_rows(self) -> list[Row]:
+    def _make_sheet_rows(self) -> list[Row]:
         """The first characters of each kind, each with another prompt, by every method."""
         found = {Ledger.key(row) for row in self.ledger.rows}
         kinds = list(dict.fromkeys((row["method"], row["weight"]) for row in self.ledger.rows))
@@ -120,9 +120,9 @@ class Evaluation:
                     seed, prompt = self.protocol.seed, self.protocol.prompts[number]
                     run = Run(character.name, f"P{number + 1}", prompt, seed, 1)
                     if (method, weight, *run.key) in found:
-                        picture = _read(self.folder / name_picture(method, weight, run, 0))
-                        label = method if weight is None else f"{method} {weight:g}"
-                        tiles.append(Tile(picture, label))
+                        pixels, _ = load_image(self.folder / name_picture(method, weight, run, 0))
+                        picture = torch.from_numpy(pixels).movedim(-1, 0).float() / 255
+                        tiles.append(Tile(picture, name_method(method, weight)))
                 if tiles:
                     references = [
                         Tile(r.image, r.concept, choose_colour(j))
@@ -133,39 +133,18 @@ class Evaluation:
         return rows
 
 
+def name_method(method: str, weight: float | None) -> str:
+    return method if weight is None else f"{method} {weight:g}"
+
+
 def name_picture(method: str, weight: float | None, run: Run, sample: int) -> str:
-    """A picture's path in the folder, of characters that every file system takes."""
+    """A picture's path in the folder, of characters that every file system accepts."""
     kind = method if weight is None else f"{method}_{weight:g}"
     file = f"{run.character}_{run.prompt_name}_{run.seed}_{sample + 1}.png"
-    return f"{PICTURES}/{_plain(kind)}/{_plain(file)}"
+    return f"{PICTURES}/{_make_plain(kind)}/{_make_plain(file)}"
 
 
-def _plain(name: str) -> str:
+def _make_plain(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")
-    # Two names must not fall together.
+    # Different names must stay different.
     return plain if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:6]}"
-
-
-def _read(path: Path) -> Tensor:
-    import torch
-
-    pixels, _ = load_image(path)
-    return torch.from_numpy(pixels).movedim(-1, 0).float() / 255
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def list_means(lines: Sequence[summary.Line]) -> list[Mapping[str, Any]]:
-    """The lines as JSON-able dicts of means."""
-    return [
-        {
-            "method": line.method,
-            "weight": line.weight,
-            "characters": line.domain,
-            "pictures": line.pictures,
-            **{name: round(estimate.mean, 3) for name, estimate in line.scores.items()},
-        }
-        for line in lines
-    ]

@@ -1,4 +1,4 @@
-"""The results so far: one JSON line a run, appended whole, read back after any interruption."""
+"""The file of results: one JSON line per run, appended whole, readable after any interruption."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Ledger:
 
     Args:
         folder: made if it is missing.
-        settings: what must be equal for rows to stand in one table.
+        settings: must be equal for all rows of a table.
 
     Raises:
         RetrievalError: the folder holds results of other settings, or is damaged.
@@ -27,26 +27,26 @@ class Ledger:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         self.folder, self.path = folder, folder / ROWS
-        self._agree(json.loads(json.dumps(settings)))
+        self._check_settings(json.loads(json.dumps(settings)))
         self.rows = self._read()
 
-    def _agree(self, settings: dict[str, Any]) -> None:
+    def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / SETTINGS
         if not path.is_file():
             write_text(path, json.dumps(settings, indent=2) + "\n")
             return
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+            held = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError) as error:
             raise RetrievalError(
                 f"The settings '{path}' cannot be read ({error}); choose another folder."
             ) from error
-        for name in sorted({*settings, *held} if isinstance(held, dict) else {"settings"}):
-            old = held.get(name) if isinstance(held, dict) else held
-            if old != settings.get(name):
+        for name in sorted({*settings, *held}):
+            old, new = held.get(name), settings.get(name)
+            if old != new:
                 raise RetrievalError(
-                    f"'{self.folder}' holds results with {name} {_short(old)} and this run has "
-                    f"{_short(settings.get(name))}; choose another folder, or the same settings."
+                    f"'{self.folder}' holds results with {name} {_shorten(old)} and this run has "
+                    f"{_shorten(new)}; choose another folder, or the same settings."
                 )
 
     def _read(self) -> list[dict[str, Any]]:
@@ -72,14 +72,16 @@ class Ledger:
 
     @staticmethod
     def key(row: Mapping[str, Any]) -> tuple:
-        """What no two rows share."""
+        """Identifies a row."""
         return row["method"], row["weight"], row["character"], row["prompt"], row["seed"]
 
-    def done(self, method: str, weight: float | None, digest: str) -> set[tuple[str, str, int]]:
-        """`Run.key` of each run that a method has behind it at a weight.
+    def list_done(
+        self, method: str, weight: float | None, digest: str
+    ) -> set[tuple[str, str, int]]:
+        """`Run.key` of each finished run of a method at a weight.
 
         Raises:
-            RetrievalError: rows of that name were made by something else (another digest).
+            RetrievalError: rows of that name have another digest.
         """
         found = set()
         for row in self.rows:
@@ -112,6 +114,6 @@ class Ledger:
         self.rows += new
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""What draws the pictures; `comfy` has the method that asks a running ComfyUI."""
+"""The protocol of methods that draw pictures; `comfy` has the one for a running ComfyUI."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Method(Protocol):
 
     Attributes:
         name: of its curve. weights: the settings of its strength; (None,) where it has none.
-        digest: changes with whatever changes its pictures, beside the weight.
-        batch: runs that are best drawn together.
+        digest: changes with every setting that changes its pictures, except the weight.
+        batch: number of runs to draw in one call.
     """
 
     name: str

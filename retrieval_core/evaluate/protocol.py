@@ -1,4 +1,4 @@
-"""What is generated: characters, prompts, seeds and samples (§5.3)."""
+"""The pictures to generate: characters, prompts, seeds and samples (§5.3)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Protocol:
 
     Attributes:
         in_domain, held_out: how many characters of each kind.
-        references: pictures of a character that a method is given.
+        references: pictures of a character given to a method.
         prompts: texts, named P1, P2, ... in their order.
         seeds: runs of one character and prompt, seeded `seed` to `seed + seeds - 1`.
         samples: pictures a run.
@@ -87,7 +87,7 @@ class Protocol:
         return characters * len(self.prompts) * self.seeds * self.samples
 
     def runs(self, characters: Sequence[str]) -> Iterator[Run]:
-        """Every run on these characters' names, in an order that never changes."""
+        """Every run for characters of these names, in a fixed order."""
         for character in characters:
             for number, prompt in enumerate(self.prompts, 1):
                 for seed in range(self.seed, self.seed + self.seeds):

@@ -1,4 +1,4 @@
-"""What is read off the pictures: CLIP's and DINO's similarity, and answers of a VQA model."""
+"""Scores of the pictures: CLIP's and DINO's similarity, and answers of a VQA model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from ..metrics import (
     DEFAULT_QUESTIONS,
     Answerer,
     ImageEmbedder,
-    TextEmbedder,
     VQADiversity,
     ask,
-    embed_images,
+    embed_references,
     score_answers,
     similarity,
     text_similarity,
@@ -25,11 +24,11 @@ from .protocol import Run
 
 
 class Scorer(Protocol):
-    """Scores in percent, one a picture.
+    """Scores in percent, one per picture.
 
     Attributes:
         similarity, text: the names of the two scores that are the axes of the frontier.
-        digest: what must be the same for scores to be compared.
+        digest: must be the same for scores to be comparable.
     """
 
     similarity: str
@@ -39,24 +38,24 @@ class Scorer(Protocol):
     def score(
         self, run: Run, character: Character, pictures: Tensor
     ) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-        """Scores by name, and answers by question ({} where nobody answers)."""
+        """Scores by name, and answers by question ({} without a VQA model)."""
         ...
 
     def diversity(
         self, answers: Mapping[str, Sequence[str]], similarity: Sequence[float]
     ) -> VQADiversity | None:
-        """Of all pictures of one character and prompt."""
+        """Diversity of all pictures of one character and prompt; None without answers."""
         ...
 
 
 class ModelScorer:
     """CLIP-I, CLIP-T and, with a DINO, DINO-I; diversity where there is a VQA model.
 
-    The references' embeddings are cached by the character's name, as long as the scorer lives.
+    The references' embeddings are cached by the character's name for the scorer's lifetime.
 
     Args:
         clip: an encoder of images and texts into one space. dino: of images.
-        names: of the models, which must be the same for scores to be compared.
+        names: of the models.
     """
 
     similarity, text = "CLIP-I", "CLIP-T"
@@ -67,10 +66,8 @@ class ModelScorer:
         dino: Any = None,
         vqa: Answerer | None = None,
         names: Sequence[str] = (),
-        embedder: TextEmbedder | None = None,
     ):
         self.clip, self.dino, self.vqa = clip, dino, vqa
-        self.embedder = embedder or clip
         self.digest = {"scores": list(names)}
         self._references: dict[tuple[str, str], np.ndarray] = {}
 
@@ -85,10 +82,8 @@ class ModelScorer:
             scores["DINO-I"] = self._compare(pictures, character, "DINO-I", self.dino)
         answers: dict[str, list[str]] = {}
         if self.vqa is not None:
-            # One at a time is enough here: a pair is only needed when all are compared.
-            doubled = pictures if len(pictures) > 1 else pictures.repeat(2, 1, 1, 1)
-            asked = ask(doubled, DEFAULT_QUESTIONS, self.vqa)
-            answers = {q: list(a[: len(pictures)]) for q, a in asked.items()}
+            asked = ask(pictures, DEFAULT_QUESTIONS, self.vqa)
+            answers = {question: list(given) for question, given in asked.items()}
         return scores, answers
 
     def _compare(
@@ -97,10 +92,10 @@ class ModelScorer:
         key = character.name, name
         if key not in self._references:
             images = [reference.image for reference in character.references]
-            self._references[key] = embed_images(images, encoder)
+            self._references[key] = embed_references(images, encoder)
         return similarity(encoder.embed_images(pictures), self._references[key]).tolist()
 
     def diversity(
         self, answers: Mapping[str, Sequence[str]], similarity: Sequence[float]
     ) -> VQADiversity | None:
-        return score_answers(answers, self.embedder, similarity) if answers else None
+        return score_answers(answers, self.clip, similarity) if answers else None

@@ -1,17 +1,17 @@
-"""The rows of an evaluation as a table: means over characters with bootstrap standard errors."""
+"""The rows of an evaluation as a table: means over characters with their standard errors."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..metrics import Estimate, bootstrap
+from ..metrics import Estimate, estimate_mean
 from .protocol import HELD_OUT, IN_DOMAIN
 from .scores import Scorer
 
@@ -47,64 +47,70 @@ def summarise(rows: Sequence[Row], scorer: Scorer) -> list[Line]:
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["method"], row["weight"], row["domain"]].append(row)
-    # In the order of weights, whatever order they were run in: a resumed run gives the same table.
+    # Sorted by weight, not by time, so that a resumed run gives the same table.
     methods = list(dict.fromkeys(row["method"] for row in rows))
     domains = [IN_DOMAIN, HELD_OUT]
 
-    def place(key: tuple) -> tuple:
+    def rank(key: tuple) -> tuple:
         method, weight, domain = key
         return methods.index(method), -1.0 if weight is None else weight, domains.index(domain)
 
-    return [_line(*key, groups[key], scorer) for key in sorted(groups, key=place)]
+    return [_summarise_group(*key, groups[key], scorer) for key in sorted(groups, key=rank)]
 
 
-def _line(
+def _summarise_group(
     method: str, weight: float | None, domain: str, rows: Sequence[Row], scorer: Scorer
 ) -> Line:
     rows = sorted(rows, key=lambda r: (r["character"], r["prompt"], r["seed"]))
-    names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    first = [name for name in (scorer.similarity, scorer.text) if name in names]
-    scores = {}
-    for name in [*first, *(n for n in names if n not in first)]:
-        scores[name] = _over_characters(rows, lambda r, n=name: r["scores"].get(n, []))
-    sets: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    # name of a score -> character -> values
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    conditionings: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        sets[row["character"], row["prompt"]].append(row)
-    plain, weighted = defaultdict(list), defaultdict(list)
+        for name, found in row["scores"].items():
+            values[name][row["character"]] += found
+        conditionings[row["character"], row["prompt"]].append(row)
     by_prompt = defaultdict(list)
-    for (character, prompt), one in sets.items():
-        answers = {
-            question: [a for row in one for a in row["answers"][question]]
-            for question in one[0]["answers"]
-        }
-        if sum(len(row["pictures"]) for row in one) < 2:
+    for (character, prompt), own in conditionings.items():
+        if sum(len(row["pictures"]) for row in own) < 2:
             continue
-        similarity = [s for row in one for s in row["scores"][scorer.similarity]]
+        answers = {
+            question: [answer for row in own for answer in row["answers"][question]]
+            for question in own[0]["answers"]
+        }
+        similarity = [s for row in own for s in row["scores"][scorer.similarity]]
         found = scorer.diversity(answers, similarity)
         if found is None:
             continue
-        plain[character].append(found.score.mean)
+        values[DIVERSITY][character].append(found.score.mean)
         by_prompt[prompt].append(found.score.mean)
         if found.weighted is not None:
-            weighted[character].append(found.weighted.mean)
-    for name, values in ((DIVERSITY, plain), (WEIGHTED, weighted)):
-        if values:
-            scores[name] = bootstrap([float(np.mean(v)) for v in values.values()])
+            values[WEIGHTED][character].append(found.weighted.mean)
+    first = [scorer.similarity, scorer.text]
+    scores = {
+        name: estimate_mean([float(np.mean(v)) for v in values[name].values()])
+        for name in sorted(values, key=lambda n: first.index(n) if n in first else len(first))
+    }
     pictures = sum(len(row["pictures"]) for row in rows)
-    means = {prompt: float(np.mean(values)) for prompt, values in sorted(by_prompt.items())}
+    means = {prompt: float(np.mean(v)) for prompt, v in sorted(by_prompt.items())}
     return Line(method, weight, domain, pictures, scores, means)
 
 
-def _over_characters(rows: Sequence[Row], values: Callable[[Row], Sequence[float]]) -> Estimate:
-    """Mean of the characters' means, and its bootstrap error over characters."""
-    of: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        of[row["character"]] += values(row)
-    return bootstrap([float(np.mean(v)) for v in of.values() if v])
+def list_means(lines: Sequence[Line]) -> list[Mapping[str, Any]]:
+    """The lines as dicts of means that JSON can hold."""
+    return [
+        {
+            "method": line.method,
+            "weight": line.weight,
+            "characters": line.domain,
+            "pictures": line.pictures,
+            **{name: round(estimate.mean, 3) for name, estimate in line.scores.items()},
+        }
+        for line in lines
+    ]
 
 
 def write_csv(lines: Sequence[Line]) -> str:
-    """Every mean and standard error in columns of their own."""
+    """The table as CSV, with a column for each mean and each standard error."""
     names = list(dict.fromkeys(name for line in lines for name in line.scores))
     prompts = sorted({prompt for line in lines for prompt in line.by_prompt})
     file = io.StringIO()
@@ -127,27 +133,27 @@ def write_csv(lines: Sequence[Line]) -> str:
 
 
 def write_markdown(lines: Sequence[Line]) -> str:
-    """The same to be read: mean ± standard error over characters, in percent."""
+    """The table as Markdown: mean ± standard error over characters, in percent."""
     names = list(dict.fromkeys(name for line in lines for name in line.scores))
     prompts = sorted({prompt for line in lines for prompt in line.by_prompt})
-    parts = ["All numbers in percent: mean ± bootstrap standard error over characters."]
+    parts = ["All numbers in percent: mean ± standard error over characters."]
     for domain in (IN_DOMAIN, HELD_OUT):
         own = [line for line in lines if line.domain == domain]
         if not own:
             continue
-        parts += ["", f"## {domain} characters", "", _row("method", "pictures", *names)]
-        parts.append(_row(*["---"] * (2 + len(names))))
+        parts += ["", f"## {domain} characters", "", _join_cells("method", "pictures", *names)]
+        parts.append(_join_cells(*["---"] * (2 + len(names))))
         for line in own:
             cells = [str(line.scores[n]) if n in line.scores else "" for n in names]
-            parts.append(_row(line.title, str(line.pictures), *cells))
+            parts.append(_join_cells(line.title, str(line.pictures), *cells))
         if prompts:
-            parts += ["", "Diversity by prompt (as Table 4):", "", _row("method", *prompts)]
-            parts.append(_row(*["---"] * (1 + len(prompts))))
+            parts += ["", "Diversity by prompt (as Table 4):", "", _join_cells("method", *prompts)]
+            parts.append(_join_cells(*["---"] * (1 + len(prompts))))
             for line in own:
                 cells = [f"{line.by_prompt[p]:.2f}" if p in line.by_prompt else "" for p in prompts]
-                parts.append(_row(line.title, *cells))
+                parts.append(_join_cells(line.title, *cells))
     return "\n".join(parts) + "\n"
 
 
-def _row(*cells: str) -> str:
+def _join_cells(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

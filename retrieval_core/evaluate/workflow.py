@@ -1,9 +1,9 @@
-"""A ComfyUI workflow (API form) with places for references, prompt, seed, strength and samples.
+"""A ComfyUI workflow (API form) with slots for references, prompt, seed, strength and samples.
 
-A place is found by, in this order: a binding `role=NODE.INPUT` (NODE an id or a title); a node
-whose title says `{role}`, or `{role:input}` where the node has several inputs; the one input of the
-whole workflow that is called like the role. Roles are `prompt`, `seed`, `strength`, `samples`,
-`reference1` to `referenceN`, and `pictures` for the node that shows the result.
+A slot is an input of a node. It is found by, in this order: a binding `role=NODE.INPUT` (NODE an id
+or a title); a node whose title says `{role}`, or `{role:input}` where the node has several inputs;
+the only input of the whole workflow whose name is the role. Roles are `prompt`, `seed`, `strength`,
+`samples`, `reference1` to `referenceN`, and `pictures` for the node that shows the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import RetrievalError
 
-# role -> names of inputs that stand for it, the usual ones first.
+# role -> usual names of its input, in the order in which they are tried.
 INPUTS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "text", "positive", "string", "value"),
     "seed": ("seed", "noise_seed", "value"),
@@ -29,11 +29,14 @@ INPUTS: dict[str, tuple[str, ...]] = {
 }
 _MARK = re.compile(r"\{\s*([a-z]+\d*)\s*(?::\s*([^}]+?)\s*)?\}", re.IGNORECASE)
 
-Place = tuple[str, str]
+Slot = tuple[str, str]  # node id, name of the input
 
 
 class Workflow:
-    """The graph and its places; `fill` makes the graph of one run.
+    """The graph and its slots; `fill` makes the graph of one run.
+
+    Attributes:
+        slots: role -> `Slot`.
 
     Args:
         graph: node id -> {"class_type", "inputs", "_meta"}, as "Export (API)" writes it.
@@ -41,112 +44,107 @@ class Workflow:
         name: for messages.
 
     Raises:
-        RetrievalError: not the API form, no place for the prompt, the seed or a reference, a place
-            found twice, or a binding to what is not there.
+        RetrievalError: not the API form, no slot for the prompt, the seed or a reference, two
+            slots for one role, or a binding to a missing node or input.
     """
 
     def __init__(
         self, graph: Any, bindings: Mapping[str, str] | None = None, name: str = "workflow"
     ):
         self.name = name
-        self.graph = _checked(graph, name)
-        self.places = self._found(dict(bindings or {}))
-        missing = [role for role in ("prompt", "seed", "reference1") if role not in self.places]
-        if missing:
-            role = missing[0]
-            raise RetrievalError(
-                f"'{name}' has no place for the {role}; write {{{role}}} into the title of the "
-                f"node that takes it, or add --bind {role}=NODE.INPUT."
-            )
+        self.graph = _check_graph(graph, name)
+        titles = {node: value.get("_meta") or {} for node, value in self.graph.items()}
+        self._titles = {node: str(meta.get("title", "")) for node, meta in titles.items()}
+        self.slots = self._find_slots(bindings or {})
+        for role in ("prompt", "seed", "reference1"):
+            if role not in self.slots:
+                raise RetrievalError(
+                    f"'{name}' has no slot for the {role}; write {{{role}}} into the title of the "
+                    f"node that takes it, or add --bind {role}=NODE.INPUT."
+                )
 
     @property
     def references(self) -> int:
-        """How many references it takes."""
-        return sum(role.startswith("reference") for role in self.places)
+        """Number of references that the workflow takes."""
+        return sum(role.startswith("reference") for role in self.slots)
 
     @property
     def output(self) -> str | None:
-        """The node whose pictures are the result; None for all that save."""
-        return self.places["pictures"][0] if "pictures" in self.places else None
+        """The node whose pictures are the result; None for all nodes that save."""
+        return self.slots["pictures"][0] if "pictures" in self.slots else None
 
     def digest(self) -> str:
-        """Of the graph and its places: other results, another digest."""
-        text = json.dumps([self.graph, sorted(self.places.items())], sort_keys=True)
+        """Changes with the graph and its slots."""
+        text = json.dumps([self.graph, sorted(self.slots.items())], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def fill(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The graph with `values` (role -> value) in its places; roles without one are left out."""
+        """The graph with values (role -> value) in its slots; roles without a slot are ignored."""
         graph = copy.deepcopy(self.graph)
         for role, value in values.items():
-            if role in self.places:
-                node, name = self.places[role]
+            if role in self.slots:
+                node, name = self.slots[role]
                 graph[node]["inputs"][name] = value
         return graph
 
-    def _found(self, bindings: dict[str, str]) -> dict[str, Place]:
-        places = {role: self._bound(role, text) for role, text in bindings.items()}
-        marked = set(places)
-        for node, name in ((n, t) for n, t in self._titles().items()):
-            for role, wanted in _MARK.findall(name):
+    def _find_slots(self, bindings: Mapping[str, str]) -> dict[str, Slot]:
+        slots = {role: self._bind(role, text) for role, text in bindings.items()}
+        for node, title in self._titles.items():
+            for role, wanted in _MARK.findall(title):
                 role = role.lower()
-                if _kind(role) not in INPUTS:
+                if _strip_number(role) not in INPUTS:
                     raise RetrievalError(
-                        f"The title '{name}' in '{self.name}' says {{{role}}}, which is no role; "
+                        f"The title '{title}' in '{self.name}' says {{{role}}}, which is no role; "
                         f"use one of {', '.join(INPUTS)}, references with their number."
                     )
-                if role in marked:
+                if role in bindings:
                     continue
-                if role in places:
+                if role in slots:
                     raise RetrievalError(
-                        f"'{self.name}' has two places for the {role}, nodes {places[role][0]} and "
+                        f"'{self.name}' has two slots for the {role}, nodes {slots[role][0]} and "
                         f"{node}; keep one, or bind it with --bind."
                     )
-                places[role] = (node, self._input(node, role, wanted))
+                slots[role] = (node, self._choose_input(node, role, wanted))
         for role in ("prompt", "seed", "strength", "samples"):
-            if role not in places:
-                named = [(n, role) for n, v in self.graph.items() if _literal(v, role)]
+            if role not in slots:
+                named = [(n, role) for n, v in self.graph.items() if _holds_value(v, role)]
                 if len(named) == 1:
-                    places[role] = named[0]
-        numbers = sorted(int(role[9:]) for role in places if re.fullmatch(r"reference\d+", role))
+                    slots[role] = named[0]
+        numbers = sorted(int(role[9:]) for role in slots if re.fullmatch(r"reference\d+", role))
         if numbers != list(range(1, len(numbers) + 1)):
             raise RetrievalError(
                 f"The references of '{self.name}' are numbered {numbers}; number them from 1 "
                 "without gaps."
             )
-        return places
+        return slots
 
-    def _titles(self) -> dict[str, str]:
-        return {
-            node: str((value.get("_meta") or {}).get("title", ""))
-            for node, value in self.graph.items()
-        }
-
-    def _bound(self, role: str, text: str) -> Place:
-        if _kind(role) not in INPUTS or role == "reference":
+    def _bind(self, role: str, text: str) -> Slot:
+        if _strip_number(role) not in INPUTS or role == "reference":
             raise RetrievalError(
                 f"There is no role '{role}' to bind; use one of {', '.join(INPUTS)}, references "
                 "with their number (reference1)."
             )
         node_name, _, wanted = text.rpartition(".") if role != "pictures" else (text, "", "")
         nodes = [node for node in self.graph if node == node_name]
-        nodes = nodes or [node for node, title in self._titles().items() if title == node_name]
+        nodes = nodes or [node for node, title in self._titles.items() if title == node_name]
         if len(nodes) != 1:
             raise RetrievalError(
                 f"'{self.name}' has {len(nodes)} nodes of the id or title '{node_name}' for the "
                 f"{role}; bind it as {role}=NODE.INPUT with the id of one."
             )
-        return nodes[0], self._input(nodes[0], role, wanted)
+        return nodes[0], self._choose_input(nodes[0], role, wanted)
 
-    def _input(self, node: str, role: str, wanted: str) -> str:
-        """The input that takes the role; the first of the usual ones that holds a value."""
-        kind = _kind(role)
+    def _choose_input(self, node: str, role: str, wanted: str) -> str:
+        """The `wanted` input, or the first of the role's usual ones that holds a value."""
+        kind = _strip_number(role)
         if kind == "pictures":
             return ""
         names = (wanted,) if wanted else INPUTS[kind]
         for name in names:
-            if _literal(self.graph[node], name):
+            if _holds_value(self.graph[node], name):
                 return name
-        held = ", ".join(n for n in self.graph[node]["inputs"] if _literal(self.graph[node], n))
+        inputs = self.graph[node]["inputs"]
+        held = ", ".join(n for n in inputs if _holds_value(self.graph[node], n))
         raise RetrievalError(
             f"Node {node} ({self.graph[node]['class_type']}) of '{self.name}' has no input "
             f"{' or '.join(names)} with a value for the {role}; it has {held or 'none'}."
@@ -154,7 +152,7 @@ class Workflow:
 
 
 def load_workflow(path: Path, bindings: Mapping[str, str] | None = None) -> Workflow:
-    """Reads a workflow's JSON file; RetrievalError if it is none, see `Workflow`."""
+    """Reads a workflow's JSON file; RetrievalError if it has another form, see `Workflow`."""
     try:
         graph = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -170,23 +168,23 @@ def parse_bindings(texts: Sequence[str]) -> dict[str, str]:
     """`role=NODE.INPUT` texts as a dict; RetrievalError for another form."""
     found = {}
     for text in texts:
-        role, equals, place = text.partition("=")
-        if not (role and equals and place):
+        role, _, slot = text.partition("=")
+        if not (role and slot):
             raise RetrievalError(f"The binding '{text}' is not of the form role=NODE.INPUT.")
-        found[role.strip().lower()] = place.strip()
+        found[role.strip().lower()] = slot.strip()
     return found
 
 
-def _kind(role: str) -> str:
+def _strip_number(role: str) -> str:
     return re.sub(r"\d+$", "", role) if role.startswith("reference") else role
 
 
-def _literal(node: Mapping[str, Any], name: str) -> bool:
-    """Whether the node's input holds a value, not a link ([node, slot])."""
+def _holds_value(node: Mapping[str, Any], name: str) -> bool:
+    """Whether the node has the input and it is a value, not a link ([node, output])."""
     return name in node["inputs"] and not isinstance(node["inputs"][name], list)
 
 
-def _checked(graph: Any, name: str) -> dict[str, Any]:
+def _check_graph(graph: Any, name: str) -> dict[str, Any]:
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise RetrievalError(
             f"'{name}' is a workflow as the editor saves it; export it in the API form (Workflow > "

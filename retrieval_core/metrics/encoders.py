@@ -1,4 +1,4 @@
-"""CLIP and DINO in the format of transformers as `ImageEmbedder` and `TextEmbedder`."""
+"""CLIP and DINO models in the format of transformers as `ImageEmbedder` and `TextEmbedder`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RetrievalError
-from .pretrained import load_model, load_part, pictures, read_config, to_model
+from ..sheets import convert_to_pil
+from .pretrained import load_model, load_part, move_inputs, read_config
 
+# Images or texts that are encoded at a time.
 BATCH = 16
 # model_type -> options of its class. DINO's ViT has no pooling layer; its CLS token is the feature.
 DINO_KINDS: dict[str, dict[str, Any]] = {
@@ -29,19 +31,18 @@ class ClipEncoder:
         model: transformers' CLIPModel. Whoever owns it may move it; inputs follow its parameters.
     """
 
-    def __init__(
-        self, model: nn.Module, image_processor: Any, tokenizer: Any, batch_size: int = BATCH
-    ) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: nn.Module, image_processor: Any, tokenizer: Any) -> None:
+        self.model = model
         self._image_processor, self._tokenizer = image_processor, tokenizer
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """Features [N, D] float32 of images [N, 3, H, W] in 0..1, not normalised, on the CPU."""
         rows = []
-        for some in images.split(self.batch_size):
-            inputs = self._image_processor(images=pictures(some), return_tensors="pt")
-            pooled = self.model.vision_model(**to_model(inputs, self.model)).pooler_output
+        for some in images.split(BATCH):
+            pils = [convert_to_pil(image) for image in some]
+            inputs = self._image_processor(images=pils, return_tensors="pt")
+            pooled = self.model.vision_model(**move_inputs(inputs, self.model)).pooler_output
             rows.append(self.model.visual_projection(pooled).float().cpu())
         return torch.cat(rows)
 
@@ -49,15 +50,15 @@ class ClipEncoder:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Features [N, D] float32 of texts, cut off where CLIP's context (77 tokens) ends."""
         rows = []
-        for start in range(0, len(texts), self.batch_size):
+        for start in range(0, len(texts), BATCH):
             inputs = self._tokenizer(
-                list(texts[start : start + self.batch_size]),
+                list(texts[start : start + BATCH]),
                 padding=True,
                 truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings,
                 return_tensors="pt",
             )
-            pooled = self.model.text_model(**to_model(inputs, self.model)).pooler_output
+            pooled = self.model.text_model(**move_inputs(inputs, self.model)).pooler_output
             rows.append(self.model.text_projection(pooled).float().cpu())
         return torch.cat(rows)
 
@@ -70,32 +71,27 @@ class DinoEncoder:
             its parameters.
     """
 
-    def __init__(self, model: nn.Module, image_processor: Any, batch_size: int = BATCH) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: nn.Module, image_processor: Any) -> None:
+        self.model = model
         self._image_processor = image_processor
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """CLS tokens [N, D] float32 of images [N, 3, H, W] in 0..1, not normalised, on the CPU."""
         rows = []
-        for some in images.split(self.batch_size):
-            inputs = self._image_processor(images=pictures(some), return_tensors="pt")
-            hidden = self.model(**to_model(inputs, self.model)).last_hidden_state
+        for some in images.split(BATCH):
+            pils = [convert_to_pil(image) for image in some]
+            inputs = self._image_processor(images=pils, return_tensors="pt")
+            hidden = self.model(**move_inputs(inputs, self.model)).last_hidden_state
             rows.append(hidden[:, 0].float().cpu())
         return torch.cat(rows)
 
 
-def load_clip(
-    folder: str | PathLike[str],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    batch_size: int = BATCH,
-) -> ClipEncoder:
+def load_clip(folder: str | PathLike[str], device: torch.device | str | None = None) -> ClipEncoder:
     """CLIP from a folder in the format of transformers, such as openai/clip-vit-large-patch14.
 
     Args:
-        device: where the model goes (the CPU by default). dtype: float32 by default.
-        batch_size: images or texts that are encoded at a time.
+        device: of the model, the CPU by default.
 
     Raises:
         RetrievalError: another kind of model, or see `pretrained`.
@@ -108,17 +104,11 @@ def load_clip(
             "encoder; use one such as openai/clip-vit-large-patch14."
         )
     tokenizer = load_part("AutoTokenizer", folder)
-    processor = _image_processor(folder)
-    return ClipEncoder(load_model("CLIPModel", folder, device, dtype), processor, tokenizer,
-                       batch_size)  # fmt: skip
+    processor = _load_image_processor(folder)
+    return ClipEncoder(load_model("CLIPModel", folder, device), processor, tokenizer)
 
 
-def load_dino(
-    folder: str | PathLike[str],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    batch_size: int = BATCH,
-) -> DinoEncoder:
+def load_dino(folder: str | PathLike[str], device: torch.device | str | None = None) -> DinoEncoder:
     """DINO ViT-S/16 (facebook/dino-vits16, the usual DINO-I) or DINOv2, as `load_clip`.
 
     Raises:
@@ -131,11 +121,10 @@ def load_dino(
             f"The model in '{folder}' is of the kind '{kind}' and not DINO "
             f"({', '.join(DINO_KINDS)}); use one such as facebook/dinov2-small."
         )
-    processor = _image_processor(folder)
-    model = load_model("AutoModel", folder, device, dtype, **DINO_KINDS[kind])
-    return DinoEncoder(model, processor, batch_size)
+    processor = _load_image_processor(folder)
+    return DinoEncoder(load_model("AutoModel", folder, device, **DINO_KINDS[kind]), processor)
 
 
-def _image_processor(folder: Path) -> Any:
+def _load_image_processor(folder: Path) -> Any:
     # The fast ones need torchvision and resize otherwise: scores would depend on the installation.
     return load_part("AutoImageProcessor", folder, use_fast=False)

@@ -1,4 +1,4 @@
-"""The images that a score takes."""
+"""The check of a batch of images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ..errors import RetrievalError
 
-Images = Tensor | Sequence[Tensor]
 
-
-def check_batch(images: Images, what: str = "image", least: int = 1) -> Tensor:
+def check_batch(images: Tensor | Sequence[Tensor], what: str = "image", least: int = 1) -> Tensor:
     """Images [N, 3, H, W] of a batch, or of a sequence of [3, H, W] of one size.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, huggingface_hub's cache, or the hub, from where it is fetched.
+"""Finds a model: in a folder, in huggingface_hub's cache, or on the hub, which it is fetched from.
 
 Only configuration, tokenizers, templates and safetensors weights are ever fetched.
 """
@@ -12,14 +12,13 @@ import re
 from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from ..errors import RetrievalError
 
 TIMEOUT = 30.0
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# InstructBLIP keeps the tokenizer of its Q-Former in a folder of that name.
+# InstructBLIP has the tokenizer of its Q-Former in a folder of that name.
 _SMALL = re.compile(r"(qformer_tokenizer/)?[\w-][\w.-]*\.(json|txt|model|jinja)")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
@@ -35,7 +34,7 @@ def find_model(
     """The folder of a model in the format of transformers.
 
     A folder on disk; else a hub name owner/name that huggingface_hub's cache holds whole, without
-    asking the hub; else it is fetched into that cache. What was broken off goes on.
+    asking the hub; else it is fetched into that cache, resuming an interrupted download.
 
     Args:
         name: path of a folder, or owner/name.
@@ -53,21 +52,20 @@ def find_model(
         check(folder)
         return folder
     _check_name(text)
-    found = _cached(text, cache_dir)
-    return found or _fetch(text, progress, cache_dir, endpoint)
+    return _find_cached(text, cache_dir) or _fetch(text, progress, cache_dir, endpoint)
 
 
 def check(folder: Path) -> None:
-    """Refuses a folder that lacks a configuration, safetensors weights or a processor.
+    """Checks that a folder holds a whole model.
 
     Raises:
-        RetrievalError: it does; one sentence says what is missing.
+        RetrievalError: it lacks a configuration, safetensors weights or a processor.
     """
     if not folder.is_dir():
         raise RetrievalError(f"There is no folder '{folder}'; check the model's path.")
     _check_files({path.name for path in folder.iterdir()}, f"The model folder '{folder}'")
     if not (folder / WEIGHTS).is_file():
-        missing = [shard for shard in _shards(folder) if not (folder / shard).is_file()]
+        missing = [shard for shard in _list_shards(folder) if not (folder / shard).is_file()]
         if missing:
             raise RetrievalError(
                 f"The model folder '{folder}' lacks {len(missing)} of its weight files, such as "
@@ -92,7 +90,7 @@ def _check_files(names: Collection[str], what: str) -> None:
         )
 
 
-def _shards(folder: Path) -> list[str]:
+def _list_shards(folder: Path) -> list[str]:
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return sorted(set(index["weight_map"].values()))
@@ -117,8 +115,8 @@ def _check_name(text: str) -> None:
     )
 
 
-def _cached(name: str, cache_dir: str | PathLike[str] | None) -> Path | None:
-    """The model's folder in the cache; None if it is not there or not whole."""
+def _find_cached(name: str, cache_dir: str | PathLike[str] | None) -> Path | None:
+    """The model's folder in the cache; None if it is missing or incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
@@ -144,26 +142,24 @@ def _fetch(
         # One request, so that being offline shows at once.
         info = HfApi(endpoint=endpoint).model_info(name, files_metadata=True, timeout=TIMEOUT)
     except Exception as error:  # of requests or httpx, by the version
-        raise _refusal(name, error) from error
+        raise _explain_refusal(name, error) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     _check_files(sizes, f"The repository '{name}'")
     # Weights last: a cache that has them all has everything.
     wanted = sorted(file for file in sizes if _SMALL.fullmatch(file))
     wanted += [WEIGHTS] if WEIGHTS in sizes else sorted(f for f in sizes if _SHARD.fullmatch(f))
     done, total = 0, sum(sizes[file] for file in wanted)
-    told = "tqdm_class" in inspect.signature(hf_hub_download).parameters
+    takes_bar = "tqdm_class" in inspect.signature(hf_hub_download).parameters
     for file in wanted:
         if progress is not None:
             progress(done, total)
-        bar: dict[str, Any] = {}
-        if told and progress is not None:
-            bar["tqdm_class"] = _bar(progress, done, total)
+        bar = {"tqdm_class": _make_bar(progress, done, total)} if takes_bar and progress else {}
         try:
             path = hf_hub_download(name, file, cache_dir=cache_dir, endpoint=endpoint, **bar)
         except _PassedOnError as stop:
             raise stop.error from None
         except Exception as error:
-            raise _refusal(name, error) from error
+            raise _explain_refusal(name, error) from error
         done += sizes[file]
         if file == "config.json":
             folder = Path(path).parent
@@ -174,13 +170,13 @@ def _fetch(
 
 
 class _PassedOnError(Exception):
-    """Holds what a progress function raised, to be told from a failing download."""
+    """Wraps the error of a progress function, which is not an error of the download."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
 
-def _bar(progress: Progress, before: int, total: int) -> type:
+def _make_bar(progress: Progress, before: int, total: int) -> type:
     """A progress bar of huggingface_hub that also reports to `progress`."""
     from huggingface_hub.utils import tqdm
 
@@ -198,13 +194,9 @@ def _bar(progress: Progress, before: int, total: int) -> type:
     return Bar
 
 
-def _refusal(name: str, error: Exception) -> RetrievalError:
-    """One sentence on why the hub did not give a model."""
-    from huggingface_hub.utils import (
-        GatedRepoError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+def _explain_refusal(name: str, error: Exception) -> RetrievalError:
+    """One sentence on why a model could not be fetched."""
+    from huggingface_hub.utils import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
         return RetrievalError(
@@ -228,7 +220,7 @@ def _refusal(name: str, error: Exception) -> RetrievalError:
 
 
 def explain(error: BaseException) -> str:
-    """The first line of an error or of what it wraps, short and without an end of sentence."""
+    """The first line of an error or of the error it wraps, shortened, without a full stop."""
     wrapped = getattr(error, "reason", None) or (error.args[0] if error.args else None)
     if isinstance(wrapped, BaseException):
         return explain(wrapped)

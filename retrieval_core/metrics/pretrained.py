@@ -1,6 +1,6 @@
-"""What models in the format of transformers share: reading one from a folder, and its inputs.
+"""Loading models in the format of transformers from a folder.
 
-Only safetensors, only files that are there, and no code that comes with a model.
+Only safetensors, only files in the folder, and no code that comes with a model.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import RetrievalError
@@ -25,7 +23,11 @@ _KERNEL = re.compile(r'attn_implementation\w*"\s*:\s*"[^"]*/')
 
 
 def import_transformers() -> ModuleType:
-    """transformers, with one sentence where it is not installed."""
+    """Imports transformers.
+
+    Raises:
+        RetrievalError: it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -40,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A model's config.json.
 
     Raises:
-        RetrievalError: see `model_folder.check`; a config.json that is none; one that asks for code
+        RetrievalError: see `model_folder.check`; a damaged config.json; one that asks for code
             from the hub.
     """
     check(folder)
@@ -67,7 +69,7 @@ def load_model(
     """The model in `folder` as transformers' class `kind`, in eval mode, float32 by default.
 
     Raises:
-        RetrievalError: it cannot be read, or weights that the model has are not in the files.
+        RetrievalError: it cannot be read, or the files lack weights of the model.
     """
     transformers = import_transformers()
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -85,7 +87,7 @@ def load_model(
             f"The model in '{folder}' cannot be loaded as {kind} ({explain(error)}); fetch it "
             "again, or use another model."
         ) from error
-    missing = _missing(model, info["missing_keys"])
+    missing = _list_missing(model, info["missing_keys"])
     if missing:
         raise RetrievalError(
             f"The weights in '{folder}' lack {len(missing)} of {kind}, such as {missing[0]}; fetch "
@@ -99,7 +101,7 @@ def load_part(kind: str, folder: Path, **options: Any) -> Any:
     """The processor, image processor or tokenizer (transformers' class `kind`) in `folder`.
 
     Raises:
-        RetrievalError: it is not there or cannot be read.
+        RetrievalError: it is missing or cannot be read.
     """
     transformers = import_transformers()
     names = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
@@ -118,14 +120,8 @@ def load_part(kind: str, folder: Path, **options: Any) -> Any:
         ) from error
 
 
-def pictures(images: Tensor) -> list[Image.Image]:
-    """Images [N, 3, H, W] in 0..1 as what every processor takes, with the 8 bits of a saved one."""
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.movedim(1, -1).numpy()]
-
-
-def to_model(inputs: Any, model: nn.Module) -> dict[str, Tensor]:
-    """A processor's tensors on the model's device, and what is not an index in its precision."""
+def move_inputs(inputs: Any, model: nn.Module) -> dict[str, Tensor]:
+    """A processor's tensors on the model's device; those of floats in its precision."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     return {
         name: value.to(like.device, like.dtype if value.is_floating_point() else None)
@@ -134,7 +130,7 @@ def to_model(inputs: Any, model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _missing(model: nn.Module, names: list[str]) -> list[str]:
+def _list_missing(model: nn.Module, names: list[str]) -> list[str]:
     """Of `names`, the parameters that no loaded parameter is tied to."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {p.data_ptr() for name, p in parameters.items() if name not in set(names)}

@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import RetrievalError
-from .images import Images, check_batch
 from .protocols import ImageEmbedder
-from .statistics import Estimate, bootstrap
+from .statistics import Estimate, estimate_mean
 
 
 @dataclass(frozen=True, eq=False)
 class ImageScore:
-    """A score an image, in percent, [N] float64; `estimate` is their mean."""
+    """One score per image, in percent: `values` [N] float64."""
 
     values: np.ndarray
-    estimate: Estimate
+
+    @property
+    def estimate(self) -> Estimate:
+        return estimate_mean(self.values)
 
 
 def normalise(embeddings: Any) -> np.ndarray:
-    """Embeddings [N, D] (tensor or array) at length one, float64.
+    """Embeddings [N, D] (tensor or array) scaled to length one, float64.
 
     Raises:
         RetrievalError: another shape, or an embedding that is zero or not finite.
@@ -50,82 +53,46 @@ def similarity(a: Any, b: Any) -> np.ndarray:
     """For each of a [N, D], the mean cosine similarity to all of b [M, D], in percent: [N].
 
     Not clipped: opposite directions are -100.
-
-    Raises:
-        RetrievalError: no embedding on one side, different widths, or see `normalise`.
     """
-    a, b = normalise(a), normalise(b)
-    if not len(a) or not len(b):
-        raise RetrievalError(
-            f"There are {len(a)} images and {len(b)} to compare them with; give at least one each."
-        )
-    _check_widths(a, b)
     # The mean of the products is the product with the mean: no [N, M] matrix is needed.
-    return 100 * (a @ b.mean(0))
+    return 100 * (normalise(a) @ normalise(b).mean(0))
 
 
 def paired_similarity(a: Any, b: Any) -> np.ndarray:
     """Cosine similarity of a[i] with b[i], [N, D] each, in percent: [N]."""
-    a, b = normalise(a), normalise(b)
-    if len(a) != len(b):
-        raise RetrievalError(
-            f"There are {len(a)} images and {len(b)} texts; give one text for all, or one each."
-        )
-    _check_widths(a, b)
-    return 100 * (a * b).sum(1)
+    return 100 * (normalise(a) * normalise(b)).sum(1)
 
 
-def _check_widths(a: np.ndarray, b: np.ndarray) -> None:
-    if a.shape[1] != b.shape[1]:
-        raise RetrievalError(
-            f"Embeddings of {a.shape[1]} and {b.shape[1]} values cannot be compared; use one model "
-            "for both."
-        )
-
-
-def image_similarity(images: Images, references: Images, encoder: ImageEmbedder) -> ImageScore:
+def image_similarity(
+    images: Tensor, references: Sequence[Tensor] | Tensor, encoder: ImageEmbedder
+) -> ImageScore:
     """CLIP-I or DINO-I by the encoder: each image's mean cosine similarity to the references.
 
     Args:
-        images: [N, 3, H, W]; references: [M, 3, h, w], of sizes of their own (a sequence may mix
-            them).
-
-    Raises:
-        RetrievalError: no image or no reference, or images of different sizes.
+        images: [N, 3, H, W]. references: one or more [3, h, w], which may differ in size.
     """
-    embedded = encoder.embed_images(check_batch(images))
-    return _scored(similarity(embedded, embed_images(references, encoder)))
+    embedded = encoder.embed_images(images)
+    return ImageScore(similarity(embedded, embed_references(references, encoder)))
 
 
-def embed_images(references: Images, encoder: ImageEmbedder) -> np.ndarray:
-    """Embeddings [M, D] of references, of length one.
-
-    Raises:
-        RetrievalError: no reference.
-    """
-    if not len(references):
-        raise RetrievalError("There are no references to compare with; give at least one.")
-    theirs = [encoder.embed_images(check_batch([r], "reference")) for r in references]
-    return np.concatenate([normalise(t) for t in theirs])
+def embed_references(references: Sequence[Tensor] | Tensor, encoder: ImageEmbedder) -> np.ndarray:
+    """Embeddings [M, D] at length one of references [3, h, w], encoded one by one."""
+    return np.concatenate([normalise(encoder.embed_images(r[None])) for r in references])
 
 
-def text_similarity(images: Images, prompts: str | Sequence[str], encoder: Any) -> ImageScore:
+def text_similarity(images: Tensor, prompts: str | Sequence[str], encoder: Any) -> ImageScore:
     """CLIP-T: cosine similarity of each image with its prompt (one for all, or one each).
 
     torchmetrics' CLIPScore is the mean of these values, with a mean below zero raised to zero.
 
     Args:
+        images: [N, 3, H, W].
         encoder: both `ImageEmbedder` and `TextEmbedder`, into one space.
 
     Raises:
-        RetrievalError: no image, an empty prompt, or another number of prompts than of images.
+        RetrievalError: another number of prompts than of images.
     """
-    images = check_batch(images)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts or not all(text.strip() for text in texts):
-        raise RetrievalError(
-            "The prompt to compare with is empty; give the text that the images should follow."
-        )
     if len(texts) == 1:
         texts = texts * len(images)
     if len(texts) != len(images):
@@ -135,8 +102,4 @@ def text_similarity(images: Images, prompts: str | Sequence[str], encoder: Any) 
         )
     distinct = list(dict.fromkeys(texts))
     embedded = normalise(encoder.embed_texts(distinct))[[distinct.index(t) for t in texts]]
-    return _scored(paired_similarity(encoder.embed_images(images), embedded))
-
-
-def _scored(values: np.ndarray) -> ImageScore:
-    return ImageScore(values, bootstrap(values))
+    return ImageScore(paired_similarity(encoder.embed_images(images), embedded))

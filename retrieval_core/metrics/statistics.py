@@ -7,19 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import RetrievalError
-
-RESAMPLES = 1000
-# Rows of resampling counts held at a time: 10,000 images then need 5 MB.
-CHUNK = 64
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its bootstrap standard error, in the unit of what was averaged.
+    """A mean and its standard error, in the unit of the averaged values.
 
-    standard_error is nan where it cannot be estimated: see the function that made it. count: the
-    number of values (images, conditionings) that were resampled.
+    standard_error is nan where the values are too few to estimate it: see the function that
+    returns the estimate. count: number of values (images, characters, conditionings).
     """
 
     mean: float
@@ -31,36 +25,11 @@ class Estimate:
         return f"{self.mean:.2f}{error}"
 
 
-def resampling_counts(count: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of `count` items is drawn, with replacement: [resamples, count] float64."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
+def estimate_mean(values: Sequence[float] | np.ndarray) -> Estimate:
+    """Mean of n >= 1 independent values and its standard error, std / sqrt(n); nan for one value.
 
-
-def bootstrap(
-    values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0
-) -> Estimate:
-    """Mean of independent values and its bootstrap standard error (Efron, 1979).
-
-    The standard error is the standard deviation of the means of `resamples` draws of as many values
-    with replacement; nan for a single value. `seed` decides the draws.
-
-    Raises:
-        RetrievalError: no value, or one that is not finite.
+    The standard deviation is the unbiased one, with n - 1 in its denominator.
     """
-    values = np.asarray(values, np.float64).reshape(-1)
-    if values.size == 0:
-        raise RetrievalError("There are no values to average; score at least one image.")
-    if not np.isfinite(values).all():
-        raise RetrievalError(
-            f"Value {int(np.flatnonzero(~np.isfinite(values))[0]) + 1} of {values.size} is not "
-            "finite; leave that image out, or score it again."
-        )
-    if values.size == 1:
-        return Estimate(float(values[0]), float("nan"), 1)
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, CHUNK):
-        rows = min(CHUNK, resamples - start)
-        means.append(values[rng.integers(values.size, size=(rows, values.size))].mean(1))
-    return Estimate(float(values.mean()), float(np.concatenate(means).std(ddof=1)), values.size)
+    values = np.asarray(values, np.float64)
+    error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
+    return Estimate(float(values.mean()), float(error), values.size)

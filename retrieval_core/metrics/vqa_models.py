@@ -1,4 +1,4 @@
-"""VQA models in the format of transformers as `Answerer`: InstructBLIP, BLIP, and chat models."""
+"""VQA models in the format of transformers: InstructBLIP, BLIP, and chat models."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import RetrievalError
-from .pretrained import (
-    import_transformers,
-    load_model,
-    load_part,
-    pictures,
-    read_config,
-    to_model,
-)
+from ..sheets import convert_to_pil
+from .pretrained import import_transformers, load_model, load_part, move_inputs, read_config
 
-# What CLIP's text encoder reads of an answer: 77 tokens, two of them its own.
+# CLIP's text encoder reads 77 tokens, of which two mark the start and the end.
 MAX_NEW_TOKENS = 75
 BATCH = 4
-# Kinds whose processor takes the question as it is; all others are asked through a chat template.
+# Kinds whose processor takes the plain question; all others take it in a chat template.
 PLAIN_KINDS = {
     "blip": "BlipForQuestionAnswering",
     "instructblip": "InstructBlipForConditionalGeneration",
@@ -38,7 +31,7 @@ class VQAModel:
 
     Attributes:
         model: transformers' model. Whoever owns it may move it; inputs follow its parameters.
-        max_new_tokens: the longest answer. batch_size: images that are asked at a time.
+        max_new_tokens: the longest answer. batch_size: images per call of the model.
     """
 
     def __init__(
@@ -46,16 +39,15 @@ class VQAModel:
         model: nn.Module,
         processor: Any,
         chat: bool,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        batch_size: int = BATCH,
+        max_new_tokens: int,
+        batch_size: int,
     ) -> None:
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.chat = model, processor, chat
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self._put = _as_chat if chat else _as_it_is
 
     @torch.no_grad()
     def answer(self, images: Tensor, question: str, progress: Progress | None = None) -> list[str]:
-        """One answer an image, without the question; images [N, 3, H, W] in 0..1.
+        """One answer per image, without the question; images [N, 3, H, W] in 0..1.
 
         Args:
             progress: called with (images done, images in all) before the first batch and after
@@ -65,7 +57,7 @@ class VQAModel:
         for some in images.split(self.batch_size):
             if progress is not None:
                 progress(len(answers), len(images))
-            inputs = to_model(self._put(self.processor, pictures(some), question), self.model)
+            inputs = move_inputs(self._process(some, question), self.model)
             tokens = self.model.generate(
                 **inputs,
                 do_sample=False,
@@ -75,12 +67,30 @@ class VQAModel:
                 top_k=None,
                 max_new_tokens=self.max_new_tokens,
             )
-            tokens = _without_prompt(tokens, inputs["input_ids"])
+            tokens = _remove_prompt(tokens, inputs["input_ids"])
             texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             answers += [text.strip() for text in texts]
         if progress is not None:
             progress(len(answers), len(images))
         return answers
+
+    def _process(self, images: Tensor, question: str) -> Any:
+        """The processor's tensors of images and question."""
+        pils = [convert_to_pil(image) for image in images]
+        if not self.chat:
+            questions = [question] * len(pils)
+            return self.processor(images=pils, text=questions, return_tensors="pt")
+        # Images of one size and one question give prompts of one length: nothing is padded.
+        contents = [
+            [{"type": "image", "image": pil}, {"type": "text", "text": question}] for pil in pils
+        ]
+        return self.processor.apply_chat_template(
+            [[{"role": "user", "content": content}] for content in contents],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
 
 
 def load_vqa(
@@ -96,15 +106,15 @@ def load_vqa(
     template (LLaVA, Qwen2-VL, Idefics3, SmolVLM, ...).
 
     Args:
-        max_new_tokens: the longest answer. batch_size: images that are asked at a time.
-        device: where the model goes (the CPU by default). dtype: float32 by default.
+        max_new_tokens: the longest answer. batch_size: images per call of the model.
+        device: of the model, the CPU by default. dtype: float32 by default.
 
     Raises:
-        RetrievalError: a kind that answers no questions, a chat model without template, or see
+        RetrievalError: a kind that answers no questions, a chat model without a template, or see
             `pretrained`.
     """
     folder = Path(folder)
-    kind = _model_class(folder, read_config(folder))
+    kind = _find_class(folder, read_config(folder))
     processor = load_part("AutoProcessor", folder)
     chat = kind not in PLAIN_KINDS.values()
     if chat and not getattr(processor, "chat_template", None):
@@ -121,7 +131,7 @@ def load_vqa(
     return VQAModel(model, processor, chat, max_new_tokens, batch_size)
 
 
-def _model_class(folder: Path, config: dict[str, Any]) -> str:
+def _find_class(folder: Path, config: dict[str, Any]) -> str:
     """The name of transformers' class for a model that answers questions about images."""
     kind, architectures = config["model_type"], config.get("architectures") or []
     import_transformers()
@@ -139,32 +149,7 @@ def _model_class(folder: Path, config: dict[str, Any]) -> str:
     return "AutoModelForImageTextToText"
 
 
-def _as_it_is(processor: Any, images: list[Image.Image], question: str) -> Any:
-    return processor(images=images, text=[question] * len(images), return_tensors="pt")
-
-
-def _as_chat(processor: Any, images: list[Image.Image], question: str) -> Any:
-    # Images of one size and one question give prompts of one length: nothing is padded.
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": image}, {"type": "text", "text": question}],
-            }
-        ]
-        for image in images
-    ]
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-
-
-def _without_prompt(tokens: Tensor, prompt: Tensor) -> Tensor:
-    """Decoders give the prompt back before the answer; encoder-decoders do not."""
+def _remove_prompt(tokens: Tensor, prompt: Tensor) -> Tensor:
+    """The tokens of the answer: decoders repeat the prompt before it, encoder-decoders do not."""
     length = prompt.shape[1]
-    given_back = tokens.shape[1] >= length and torch.equal(tokens[:, :length], prompt)
-    return tokens[:, length:] if given_back else tokens
+    return tokens[:, length:] if torch.equal(tokens[:, :length], prompt) else tokens

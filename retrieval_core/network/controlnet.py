@@ -1,9 +1,9 @@
-"""The whole retrieval network: encoder, retrieval sites, optional decoder weights, and its file.
+"""The retrieval network: encoder, retrieval sites, optional decoder weights, and its file.
 
 File format (DESIGN, "File format"): one safetensors file, keys `encoder.*`, `retrieval.<site>.*`
 and optionally `decoder.*` in the base model's own names; metadata `format`, `format_version`,
 `base`, `config`, `recommended`, `training`, and `query_pooling` where queries are pooled. The
-decoder is the trained decoder's difference to the base that it was trained on; in version 1 it was
+decoder is the trained decoder minus that of the base that it was trained on; in version 1 it was
 the trained decoder itself.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RetrievalError
-from ..files import parse_json, read_safetensors, save_safetensors
+from ..files import check_format, parse_json, read_safetensors, save_safetensors
 from .encoder import RetrievalEncoder
 from .retrieval_site import RetrievalSite, choose_query_pools
 from .unet import (
@@ -37,7 +37,7 @@ FORMAT = "retrieval_controlnet"
 FORMAT_VERSION = 2
 BASES = ("sd15", "sd21", "sdxl", "paperdoll")
 DECODER_PARTS = ("output_blocks.", "out.")
-# By base; a paper doll's full-resolution sites have 16 x 16 positions only.
+# Factor by base; a paper doll's full-resolution sites have only 16 x 16 positions.
 QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
 MOST_POOLING = 8
 
@@ -47,7 +47,7 @@ GUIDANCES: tuple[str, ...] = get_args(Guidance)
 
 @dataclass(frozen=True)
 class Card:
-    """What a file says of itself beside its weights.
+    """Metadata of a network's file.
 
     `recommended` holds `strength` (the paper's default for faces is 1.5, §5.2) and `guidance`
     ("cond" or "both": the rows that retrieve); `training` is free-form provenance.
@@ -73,8 +73,8 @@ class RetrievalControlNet(nn.Module):
     Attributes:
         decoder: trained decoder weights under the base model's own names (`output_blocks.*`,
             `out.*`), or empty (§5.4).
-        decoder_is_difference: whether they are differences to the base they were trained on; in
-            files of version 1 they are the trained weights.
+        decoder_is_difference: whether `decoder` is the difference to the base that it was trained
+            on; in files of version 1 it is the trained weights.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class RetrievalControlNet(nn.Module):
     def from_base(
         cls, base: Mapping[str, Tensor], name: str, seed: int = 0, prefix: str = "", **kw: Any
     ) -> RetrievalControlNet:
-        """A fresh network for a base checkpoint: encoder copied (§4.1), zero convolutions zero.
+        """An untrained network for a base checkpoint, whose encoder it copies (§4.1).
 
         Args:
-            base: the checkpoint's tensors; the U-Net's are found under `prefix`.
+            base: the checkpoint's tensors; the U-Net's begin with `prefix`.
             name: one of `BASES`.
             seed: of the retrieval layers' initial rotation.
-            kw: `config`, read off the checkpoint's shapes by default, and what the class takes.
+            kw: of the class, and `config` (by default from the checkpoint's shapes).
 
         Raises:
             RetrievalError: the checkpoint is not a U-Net of this family.
@@ -145,12 +145,12 @@ class RetrievalControlNet(nn.Module):
         return {s: (f.flatten(2).transpose(1, 2)[:, None], tuple(f.shape[2:])) for s, f in features}
 
     def apply_decoder(self, unet: UNet, strength: float = 1.0) -> UNet:
-        """A U-Net that shares the base's encoder and has the trained decoder, if there is one.
+        """A U-Net with the base's encoder and the trained decoder, or the base if there is none.
 
-        For inference, with torch's own layers and attention; the base itself is not touched.
+        For inference, with torch's own layers and attention. The base is not changed.
 
         Args:
-            strength: of the difference, up to 1.
+            strength: scale of the difference, limited to 1.
         """
         if not self.decoder:
             return unet
@@ -160,12 +160,12 @@ class RetrievalControlNet(nn.Module):
             decoder = {k: own[k] + min(strength, 1.0) * v for k, v in decoder.items()}
         with torch.device("meta"):
             patched = UNet(unet.config).requires_grad_(False)
-        # Detached: assigning the base's own parameters would set their requires_grad too.
+        # As a state dict, detached: assigning the base's parameters would set their requires_grad.
         patched.load_state_dict({**own, **decoder}, assign=True)
         return patched.eval()
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Writes the network's file atomically, its weights as `dtype` (default: as they are)."""
+        """Writes the network's file atomically, weights as `dtype` (default: unchanged)."""
         tensors = dict(self.state_dict())
         tensors |= {f"decoder.{k}": v for k, v in self.decoder.items()}
         if dtype is not None:
@@ -186,22 +186,6 @@ class RetrievalControlNet(nn.Module):
         }
 
 
-def check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Refuses a file of another format or of a newer version, in one sentence that names both."""
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format") or "no format field"
-        raise RetrievalError(
-            f"'{path}' is not a retrieval network: its metadata has {found!r} where {FORMAT!r} is "
-            "expected; choose a file of models/retrieval_controlnet."
-        )
-    version = metadata.get("format_version", "")
-    if version not in ("1", str(FORMAT_VERSION)):
-        raise RetrievalError(
-            f"'{path}' has format version {version or 'none'} and this pack reads up to "
-            f"{FORMAT_VERSION}; update the pack."
-        )
-
-
 def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> RetrievalControlNet:
     """Reads a network's file; see `build_network`."""
     return build_network(*read_safetensors(path), path, base, **kw)
@@ -215,20 +199,21 @@ def build_network(
     load_weights: Callable[[nn.Module, dict[str, Tensor]], object] = nn.Module.load_state_dict,
     **kw: Any,
 ) -> RetrievalControlNet:
-    """The network of a file that was read.
+    """Builds the network of a file.
 
     Args:
         tensors, metadata: of a safetensors file written by `RetrievalControlNet.save`.
         path: of the file, for messages.
-        base: the base model it is wanted for, one of `BASES`; None accepts any.
-        load_weights: loads weights that fit a module.
+        base: the base model in use, one of `BASES`; None accepts any.
+        load_weights: called with a module and weights that fit it.
         kw: `operations`, `attend`, `device`, `dtype` of the layers.
 
     Raises:
-        RetrievalError: another format, a newer version, another base, metadata that do not make
-            sense, or missing, unexpected or misshapen keys.
+        RetrievalError: another format, a newer version, another base, impossible metadata, or
+            missing, unexpected or misshapen keys.
     """
-    check_metadata(path, metadata)
+    remedy = "choose a retrieval network of models/retrieval_controlnet"
+    check_format(path, metadata, FORMAT, remedy, FORMAT_VERSION)
     found = metadata.get("base", "")
     if found not in BASES:
         raise RetrievalError(
@@ -240,26 +225,27 @@ def build_network(
             f"'{path}' was trained for base '{found}' and the model given is '{base}'; choose the "
             f"file for '{base}' or load a model of '{found}'."
         )
-    config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
-    recommended = _recommended(parse_json(metadata.get("recommended"), "recommended", path), path)
-    training = parse_json(metadata.get("training"), "training", path)
-    card, pooling = Card(found, recommended, training), _query_pooling(path, metadata)
+    shape, recommended, training = (
+        parse_json(metadata.get(key), key, path) for key in ("config", "recommended", "training")
+    )
+    config, pooling = UNetConfig.from_dict(shape), _parse_pooling(path, metadata)
+    card = Card(found, _check_recommended(recommended, path), training)
     decoder = {k[len("decoder.") :]: v for k, v in tensors.items() if k.startswith("decoder.")}
     rest = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
-    # Shapes by the configuration: a host's layers may have no weights before they are loaded.
+    # Compared on the meta device: a host's layers may have no weights before they are loaded.
     with torch.device("meta"):
         check_weights(RetrievalControlNet(config, card).state_dict(), rest, f"network '{path}'")
         if decoder:
             check_weights(select_decoder(UNet(config)), decoder, f"decoder of '{path}'")
     network = RetrievalControlNet(config, card, query_pooling=pooling, **kw)
     load_weights(network, rest)
-    # Copies: what safetensors hands out is a view of the file, which may be overwritten.
+    # Copies: safetensors maps the file, which may be overwritten.
     network.decoder = {k: v.clone() for k, v in decoder.items()}
     network.decoder_is_difference = metadata["format_version"] != "1"
     return network
 
 
-def _query_pooling(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> int:
+def _parse_pooling(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> int:
     value = metadata.get("query_pooling", "1")
     if not value.isdecimal() or not 1 <= int(value) <= MOST_POOLING:
         raise RetrievalError(
@@ -269,8 +255,8 @@ def _query_pooling(path: str | os.PathLike[str], metadata: Mapping[str, str]) ->
     return int(value)
 
 
-def _recommended(values: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The file's recommended settings, its gaps filled, or one sentence on what is wrong."""
+def _check_recommended(values: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The file's recommended settings, completed by the defaults."""
     values = {**Card("").recommended, **values}
     strength, guidance = values["strength"], values["guidance"]
     number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
@@ -290,5 +276,5 @@ def select_decoder(unet: UNet) -> dict[str, Tensor]:
 def subtract_decoder(
     trained: Mapping[str, Tensor], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What training changed in a decoder: `select_decoder` of it less that of its base."""
+    """The difference of a trained decoder to its base's, both from `select_decoder`."""
     return {k: v.detach() - base[k].detach().to(v) for k, v in trained.items()}

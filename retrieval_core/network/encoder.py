@@ -1,4 +1,4 @@
-"""The retrieval encoder E (§4.1): the U-Net's encoder half, reading clean reference latents."""
+"""The retrieval encoder E (§4.1): the U-Net's encoder half, applied to clean reference latents."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .unet import UNetEncoder
 class RetrievalEncoder(UNetEncoder):
     """A copy of the base U-Net's time embedding, encoder and middle block.
 
-    It takes the clean VAE latent of a reference at timestep 0, and a text context of its own that
-    says what to take from it ("face", "clothes", "figure", or tags).
+    Its inputs are the clean VAE latent of a reference, timestep 0, and a text context that says
+    what to take from the reference ("face", "clothes", "figure", or tags).
     """
 
     def forward(
@@ -21,8 +21,8 @@ class RetrievalEncoder(UNetEncoder):
         """Features f_s of every site.
 
         Args:
-            latents: [R, C, H, W], scaled as the base model's latents are. An inpainting base's
-                encoder, of 2 C + 1 input channels, reads them as pictures with nothing to fill in.
+            latents: [R, C, H, W], scaled as the base model's latents are. For an inpainting base
+                (2 C + 1 input channels) an empty mask and the latents themselves are appended.
             context: [R, L, D] text context of each reference.
             y: [R, A] vector conditioning where the base has one (SDXL).
 

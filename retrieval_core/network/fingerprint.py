@@ -1,4 +1,4 @@
-"""Tells networks apart by their weights."""
+"""Hashes a network's weights, so that networks can be told apart."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ def fingerprint_weights(
 ) -> str:
     """A hash over names, shapes and evenly spread values of all weights.
 
-    Values are compared as float16, so that it is the same for a file loaded as float16 and as
-    float32.
+    Values are hashed as float16, so that a file loaded as float16 and as float32 has one hash.
 
     Args:
-        types: the type that each weight is used in, where it is another than it is stored in.
+        types: the type that a weight is used in, where it differs from the stored type.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):

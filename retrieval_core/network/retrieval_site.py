@@ -3,9 +3,10 @@
 r = W_o softmax(q K^T / sqrt(d) + log w) V,   q = W_q LN(h),  K = W_k LN(f),  V = W_v LN(f)
 h <- h + strength * gate(sigma) * region(x, y) * zero_conv(r)
 
-Beyond the paper, a site may pool its queries: each p x p block of positions shares one query, and
-what the queries retrieve is interpolated bilinearly. Keys and values keep every token. At the
-full-resolution sites, where most of a step's cost is, p = 2 takes that cost to a fourth.
+Keys and values of all references are computed once (`bank.site_bank`). Beyond the paper, a site may
+pool its queries: each p x p block of positions shares one query, and the retrieved values are
+interpolated bilinearly. At the full-resolution sites, where most of a step's cost is, p = 2 cuts
+that cost to a fourth.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def cross_attention(
 ) -> Tensor:
     """softmax(q K^T / sqrt(d) + bias) V for queries [B, Q, C].
 
-    Rows that share keys are folded into one long query, so that these are never repeated.
+    Rows that share keys are folded into one long query, so that keys are never repeated.
 
     Args:
         keys, values: [G, N, C]; each of the G serves B / G consecutive rows. bias: [G, N] or None.
@@ -79,10 +80,10 @@ def cross_attention(
 
 
 class RetrievalSite(nn.Module):
-    """The layers of one site, for features of `channels` channels.
+    """Retrieval layers of one site with features of `channels` channels.
 
     Nothing after the attention has a bias, so a position that retrieves only the null token, whose
-    value is zero, is left exactly as it was. The null key is the weight of an embedding, not a bare
+    value is zero, does not change. The null key is the weight of an embedding, not a bare
     parameter: hosts cast and offload layers.
 
     Args:
@@ -111,10 +112,10 @@ class RetrievalSite(nn.Module):
         self.zero_conv = ops.Conv2d(channels, channels, 1, bias=False, **kw)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Starts the site so that retrieval works by likeness and changes nothing.
+        """Initialises the weights for training.
 
-        Queries and keys share one rotation, so that before any training a position attends to what
-        looks like it; the zero convolution is zero, so that nothing reaches the image yet (§4.2).
+        Queries and keys share one rotation, so that a position attends to similar features before
+        any training; the zero convolution is zero, so that nothing reaches the image yet (§4.2).
         """
         with torch.no_grad():
             for norm in (self.norm_query, self.norm_reference):
@@ -139,6 +140,6 @@ class RetrievalSite(nn.Module):
         """q [B, Q, C] of the features h [B, C, H, W]."""
         return self.to_q(self.norm_query(pool_queries(h, self.pool)))
 
-    def null(self, like: Tensor) -> Tensor:
+    def embed_null(self, like: Tensor) -> Tensor:
         """The null token's key [1, C], on the device and of the type of `like`."""
         return self.null_key(torch.zeros(1, dtype=torch.long, device=like.device)).to(like)

@@ -22,7 +22,7 @@ from ..errors import RetrievalError
 
 AttentionFunction = Callable[..., Tensor]
 SkipHook = Callable[[str, Tensor], Tensor]
-# (layer, (height, width), q, k, v, heads) -> attended, in the place of a self-attention's attend.
+# (layer, (height, width), q, k, v, heads) -> attended; replaces attention in self-attention layers.
 SelfAttentionHook = Callable[..., Tensor]
 
 MIDDLE = "middle"
@@ -49,12 +49,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a U-Net; every list that depends on its depth is derived from this.
+    """Architecture of a U-Net: widths, depths and heads.
 
-    `num_res_blocks` and `transformer_depth` have one entry a level; `transformer_depth` counts the
-    transformer blocks behind each residual block of that level (0: none). Exactly one of
-    `num_heads` and `num_head_channels` is set. `adm_in_channels` is the width of SDXL's vector
-    conditioning, None where there is none.
+    Attributes:
+        channel_mult, num_res_blocks, transformer_depth: one entry per level;
+            `transformer_depth` is the number of transformer blocks after each residual block.
+        num_heads, num_head_channels: exactly one of them is set.
+        adm_in_channels: width of SDXL's vector conditioning, None without one.
     """
 
     model_channels: int
@@ -84,10 +85,6 @@ class UNetConfig:
                 f"The U-Net configuration sets num_heads={self.num_heads} and num_head_channels="
                 f"{self.num_head_channels}; set exactly one of them."
             )
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        """Refuses what no U-Net can be built from; group norms have 32 groups in this family."""
         least = {"model_channels": 1, "context_dim": 1, "in_channels": 1, "out_channels": 1}
         least |= {"middle_depth": 0, "num_res_blocks": 0, "transformer_depth": 0}
         least |= {"channel_mult": 1, "num_heads": 1, "num_head_channels": 1, "adm_in_channels": 1}
@@ -100,7 +97,7 @@ class UNetConfig:
                     "more."
                 )
         for width in (self.model_channels, *(self.model_channels * m for m in self.channel_mult)):
-            if width % 32 or width % self.heads(width):
+            if width % 32 or width % self.heads(width):  # group norms have 32 groups
                 raise RetrievalError(
                     f"The U-Net configuration has a width of {width} channels and "
                     f"{self.heads(width)} heads; both 32 and the number of heads must divide it."
@@ -143,7 +140,7 @@ class UNetConfig:
         return sites
 
     def site_downsampling(self) -> dict[str, int]:
-        """How many latent pixels one token of each site spans along an edge."""
+        """Downsampling factor of each site: latent pixels per token along an edge."""
         factor, factors = 1, [1]
         for kind, *_ in self.encoder_plan():
             factor *= 2 if kind == "down" else 1
@@ -207,17 +204,16 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _onto(fresh: Tensor, x: Tensor) -> Tensor:
-    """fresh + x, written over `fresh`: what a convolution or a linear layer has just given.
+def _add_residual(fresh: Tensor, x: Tensor) -> Tensor:
+    """In-place residual add into a layer's fresh output; saves one activation-sized allocation.
 
-    A sum of its own costs as much memory again, and its pages are new each time. Gradients need
-    neither layer's output. Of two types (autocast) the sum has the wider one.
+    Gradients need neither summand. Of two types (autocast) the sum has the wider one.
     """
     return fresh.add_(x) if fresh.dtype == x.dtype else fresh + x
 
 
 class ResBlock(nn.Module):
-    """x [B, C, H, W] and the time embedding [B, T] to [B, C', H, W], with a residual path."""
+    """Residual block with time embedding: x [B, C, H, W], emb [B, T] -> [B, C', H, W]."""
 
     def __init__(
         self, in_channels: int, out_channels: int, time_channels: int, ops: Any, **kw: Any
@@ -240,12 +236,12 @@ class ResBlock(nn.Module):
             self.skip_connection = ops.Conv2d(in_channels, out_channels, 1, **kw)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = _onto(self.in_layers(x), self.emb_layers(emb)[:, :, None, None])
-        return _onto(self.out_layers(h), self.skip_connection(x))
+        h = _add_residual(self.in_layers(x), self.emb_layers(emb)[:, :, None, None])
+        return _add_residual(self.out_layers(h), self.skip_connection(x))
 
 
 class Attention(nn.Module):
-    """x [B, N, C] attends to the context [B, L, D], or to itself without one."""
+    """Multi-head attention of x [B, N, C] to a context [B, L, D], or to x itself without one."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, attend: Any, ops: Any, **kw: Any):
         super().__init__()
@@ -264,7 +260,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """[..., C] to [..., inner]: one half of a projection gated by the GELU of the other."""
+    """Gated linear unit, [..., C] -> [..., inner]: half a projection times the GELU of the rest."""
 
     def __init__(self, dim: int, inner: int, ops: Any, **kw: Any):
         super().__init__()
@@ -273,12 +269,12 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
         gate = F.gelu(gate)
-        # In place where no gradient needs the gate: it is the widest tensor of the whole pass.
+        # In place where no gradient needs the gate, the largest activation of the U-Net.
         return x * gate if torch.is_grad_enabled() else gate.mul_(x)
 
 
 class FeedForward(nn.Module):
-    """The transformer's feed-forward part, four times as wide inside."""
+    """Feed-forward part of a transformer block, with a hidden width of 4 C."""
 
     def __init__(self, dim: int, ops: Any, **kw: Any):
         super().__init__()
@@ -290,7 +286,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward, on tokens [B, N, C]."""
+    """Self-attention, cross-attention to the text and feed-forward on tokens [B, N, C]."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, attend: Any, ops: Any, **kw: Any):
         super().__init__()
@@ -304,13 +300,13 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, attend: AttentionFunction | None = None
     ) -> Tensor:
-        x = _onto(self.attn1(self.norm1(x), attend=attend), x)
-        x = _onto(self.attn2(self.norm2(x), context), x)
-        return _onto(self.ff(self.norm3(x)), x)
+        x = _add_residual(self.attn1(self.norm1(x), attend=attend), x)
+        x = _add_residual(self.attn2(self.norm2(x), context), x)
+        return _add_residual(self.ff(self.norm3(x)), x)
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the places of x [B, C, H, W], between two projections."""
+    """Transformer blocks over the positions of x [B, C, H, W], between two projections."""
 
     def __init__(
         self, channels: int, depth: int, config: UNetConfig, attend: Any, ops: Any, **kw: Any
@@ -341,7 +337,7 @@ class SpatialTransformer(nn.Module):
         h = self.norm(x)
         if not self.linear:
             h = self.proj_in(h)
-        # Laid out once: every norm would copy a transposed view, and sums with it are slow.
+        # Contiguous: every norm would copy a transposed view, and sums with it are slow.
         h = h.flatten(2).transpose(1, 2).contiguous()
         if self.linear:
             h = self.proj_in(h)
@@ -353,11 +349,11 @@ class SpatialTransformer(nn.Module):
         h = h.transpose(1, 2).contiguous().unflatten(2, (height, width))
         if not self.linear:
             h = self.proj_out(h)
-        return _onto(h, x)
+        return _add_residual(h, x)
 
 
 class Downsample(nn.Module):
-    """[B, C, H, W] to half the edges, rounded up."""
+    """Strided convolution: [B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)]."""
 
     def __init__(self, channels: int, ops: Any, **kw: Any):
         super().__init__()
@@ -368,20 +364,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B, C, H, W] to `size`, or to twice the edges."""
+    """Nearest-neighbour interpolation of [B, C, H, W] to `size`, and a convolution."""
 
     def __init__(self, channels: int, ops: Any, **kw: Any):
         super().__init__()
         self.conv = ops.Conv2d(channels, channels, 3, padding=1, **kw)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        # Odd latent sizes lose a row going down: the next skip's size is what must come back.
-        size = size or (x.shape[-2] * 2, x.shape[-1] * 2)
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Block(nn.Sequential):
-    """Layers in a row, each given what it takes (openaimodel's TimestepEmbedSequential)."""
+    """Calls each layer with the arguments that it takes (openaimodel's TimestepEmbedSequential)."""
 
     def forward(  # type: ignore[override]
         self,
@@ -404,13 +398,13 @@ class Block(nn.Sequential):
 
 
 class UNetEncoder(nn.Module):
-    """Time embedding, input blocks and middle block: the half that the retrieval encoder copies.
+    """Encoder half of the U-Net: time embedding, input blocks and middle block.
 
     Args:
         config: the U-Net's shape.
         operations: namespace with Linear, Conv2d, GroupNorm, LayerNorm.
         attend: attention function, see `attention`.
-        device, dtype: where and how the weights are made.
+        device, dtype: of the weights.
     """
 
     def __init__(
@@ -425,17 +419,14 @@ class UNetEncoder(nn.Module):
         kw = {"device": device, "dtype": dtype}
         ops, time = operations, config.time_channels
         self.config = config
-        self.time_embed = nn.Sequential(
-            ops.Linear(config.model_channels, time, **kw), nn.SiLU(), ops.Linear(time, time, **kw)
-        )
+
+        def embedding(width: int) -> nn.Sequential:
+            first = ops.Linear(width, time, **kw)
+            return nn.Sequential(first, nn.SiLU(), ops.Linear(time, time, **kw))
+
+        self.time_embed = embedding(config.model_channels)
         if config.adm_in_channels is not None:
-            self.label_emb = nn.Sequential(
-                nn.Sequential(
-                    ops.Linear(config.adm_in_channels, time, **kw),
-                    nn.SiLU(),
-                    ops.Linear(time, time, **kw),
-                )
-            )
+            self.label_emb = nn.Sequential(embedding(config.adm_in_channels))
         first = ops.Conv2d(config.in_channels, config.model_channels, 3, padding=1, **kw)
         self.input_blocks = nn.ModuleList([Block(first)])
         for kind, in_channels, out_channels, depth in config.encoder_plan():
@@ -472,7 +463,7 @@ class UNetEncoder(nn.Module):
         context: Tensor,
         self_attention: SelfAttentionHook | None = None,
     ) -> list[Tensor]:
-        """Skip features of every input block, in order, then the middle block's output."""
+        """Output of every input block (the skip features), then that of the middle block."""
         features = []
         for block in self.input_blocks:
             x = block(x, emb, context, self_attention=self_attention)
@@ -484,11 +475,10 @@ class UNetEncoder(nn.Module):
 class UNet(UNetEncoder):
     """The whole U-Net: forward(x [B, C, H, W], timesteps [B], context [B, L, D]) -> [B, C', H, W].
 
-    `skip_hook(site, h)` sees each skip feature just before the decoder joins it, and the middle
-    block's output before the decoder starts, under the names of `UNetConfig.site_channels`.
-    `self_attention(layer, (height, width), q, k, v, heads)` takes the place of the attention
-    function in every self-attention layer (`attn1`, the `Attention` itself is passed); q, k and v
-    are [B, H * W, heads * d], and so is what it returns.
+    `skip_hook(site, h)` replaces each skip feature before the decoder concatenates it, and the
+    middle block's output; sites are named as in `UNetConfig.site_channels`.
+    `self_attention(layer, (height, width), q, k, v, heads)` replaces the attention function of
+    every self-attention layer (`attn1`); q, k, v and its result are [B, H * W, heads * d].
     """
 
     def __init__(
@@ -538,6 +528,7 @@ class UNet(UNetEncoder):
             skip = skips.pop()
             if skip_hook is not None:
                 skip = skip_hook(f"input_{len(skips)}", skip)
+            # An odd edge is rounded up going down; upsampling restores the next skip's size.
             size = tuple(skips[-1].shape[-2:]) if skips else None
             x = block(torch.cat([x, skip], dim=1), emb, context, size, self_attention)
         return self.out(x)
@@ -551,14 +542,14 @@ class UNet(UNetEncoder):
         skip_hook: SkipHook | None = None,
         self_attention: SelfAttentionHook | None = None,
     ) -> Tensor:
-        """See the class; y: [B, A] where there is a vector conditioning, else RetrievalError."""
+        """Prediction [B, C', H, W], see the class; y: [B, A], for a vector conditioning only."""
         emb = self.embed(timesteps, y, x.dtype)
         features = self.encode(x, emb, context, self_attention)
         return self.decode(features, emb, context, skip_hook, self_attention)
 
 
 def detect_config(weights: Mapping[str, Tensor], prefix: str = "") -> UNetConfig:
-    """Reads the configuration off a checkpoint's own shapes (SD 1.x, 2.x, SDXL and their like).
+    """Derives the configuration from the shapes of a checkpoint of SD 1.x, SD 2.x or SDXL.
 
     Args:
         weights: tensors under `prefix` in the original layout.
@@ -594,7 +585,7 @@ def detect_config(weights: Mapping[str, Tensor], prefix: str = "") -> UNetConfig
         if res is not None:
             level_blocks, width = level_blocks + 1, res[0]
             depth = transformer_depth(f"input_blocks.{index}.1")
-        if res is None:
+        else:
             mults.append(width // base)
             blocks.append(level_blocks)
             depths.append(depth)
@@ -603,26 +594,25 @@ def detect_config(weights: Mapping[str, Tensor], prefix: str = "") -> UNetConfig
                 break
         index += 1
     keys = (k for k in weights if k.startswith(prefix) and k.endswith("attn2.to_k.weight"))
-    cross = next((tuple(weights[k].shape) for k in keys), None)
-    if cross is None:
+    context_dim = next((weights[k].shape[1] for k in keys), None)
+    if context_dim is None:
         raise RetrievalError(
             "These weights have no cross-attention, so they are not a text-to-image U-Net of "
             "SD 1.x, SD 2.x or SDXL; give such a checkpoint."
         )
-    projections = (
-        k for k in weights if k.startswith(prefix + "input") and k.endswith("proj_in.weight")
+    linear = any(
+        k.startswith(prefix + "input") and k.endswith("proj_in.weight") and w.ndim == 2
+        for k, w in weights.items()
     )
-    projection = next(projections, None)
-    linear = projection is not None and weights[projection].ndim == 2
     adm = shape("label_emb.0.0.weight")
-    old_heads = cross[1] == 768
+    old_heads = context_dim == 768
     return UNetConfig(
         model_channels=base,
         channel_mult=tuple(mults),
         num_res_blocks=tuple(blocks),
         transformer_depth=tuple(depths),
         middle_depth=transformer_depth("middle_block.1"),
-        context_dim=cross[1],
+        context_dim=context_dim,
         in_channels=first[1],
         out_channels=last[0] if last else 4,
         num_heads=8 if old_heads else None,
@@ -632,38 +622,24 @@ def detect_config(weights: Mapping[str, Tensor], prefix: str = "") -> UNetConfig
     )
 
 
-def load_unet(
-    weights: Mapping[str, Tensor], config: UNetConfig | None = None, prefix: str = "", **kw: Any
-) -> UNet:
-    """A `UNet` with the weights found under `prefix`, loaded strictly.
-
-    Raises:
-        RetrievalError: keys are missing, left over, or of another shape.
-    """
-    own = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
-    unet = UNet(config or detect_config(own), **kw)
-    load_strictly(unet, own, "U-Net")
-    return unet
-
-
 def check_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
     """Raises RetrievalError, in one sentence, unless keys and shapes are exactly as expected."""
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected)
     common = sorted(expected.keys() & weights.keys())
     wrong = [k for k in common if expected[k].shape != weights[k].shape]
     if missing or extra or wrong:
-        parts = [
+        problems = [
             f"{len(keys)} {kind} (first: {keys[0]})"
             for kind, keys in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
             if keys
         ]
         raise RetrievalError(
-            f"The {what} weights do not fit: {', '.join(parts)} keys; use a file made for this "
+            f"The {what} weights do not fit: {', '.join(problems)} keys; use a file made for this "
             "model by this version of the pack."
         )
 
 
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """`load_state_dict` after `check_weights`: nothing is half loaded."""
+    """`load_state_dict` after `check_weights`, so that a refused file changes nothing."""
     check_weights(module.state_dict(), weights, what)
     module.load_state_dict(dict(weights))

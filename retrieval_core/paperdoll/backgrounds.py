@@ -1,4 +1,4 @@
-"""The paper-doll world's backgrounds: eight places, each in seeded variants."""
+"""The paper-doll world's backgrounds: eight motifs, each in seeded variants."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .world import BACKGROUNDS, SIZE, Colour
 
 @lru_cache(maxsize=1024)
 def draw_background(name: str, seed: int) -> Image.Image:
-    """An RGB image of 64x64 pixels; the same for the same name and seed. Do not draw on it."""
+    """RGB image of 64x64 pixels; deterministic. It is cached: callers must not draw on it."""
     rng = np.random.default_rng([BACKGROUNDS.index(name), seed])
     picture = Image.new("RGB", (SIZE, SIZE))
     pen = ImageDraw.Draw(picture)
-    _PLACES[name](pen, rng)
+    _MOTIFS[name](pen, rng)
     return picture
 
 
@@ -95,7 +95,7 @@ def _sunset(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     _gradient(pen, (120, 50, 80), (60, 24, 60), 44, SIZE)
 
 
-_PLACES = {
+_MOTIFS = {
     "studio": _studio,
     "sky": _sky,
     "beach": _beach,

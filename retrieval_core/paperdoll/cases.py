@@ -1,8 +1,7 @@
-"""Test cases on characters held out of training: references, prompts, and what must come out."""
+"""Test cases on characters held out of training: references, prompts and expected attributes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,13 +11,14 @@ from ..data import Sample, cut_reference
 from ..data.prepare import PreparedReference
 from ..data.sample import Concept
 from .draw import Rendering, render
-from .judge import FACE, GARMENTS, list_truth
+from .judge import FACE, GARMENTS, SCENE, Attributes, list_truth
 from .world import (
     BACKGROUNDS,
     SIZE,
     Figure,
     Identity,
     Outfit,
+    Scene,
     random_identity,
     random_outfit,
     random_scene,
@@ -29,16 +29,16 @@ REFERENCES = 4
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One conditioning: the prompt, the references' pictures, and the truth to be matched.
+    """One conditioning: the prompt, the references, and the true attributes.
 
     wanted: the attributes that must come from the references. said: those that the prompt names.
-    reference_background: the one background of all references, drawn independently of the prompt.
+    reference_background: shared by all references, drawn independently of the prompt.
     """
 
     prompt: str
     references: list[PreparedReference]
-    wanted: dict[str, str]
-    said: dict[str, str]
+    wanted: Attributes
+    said: Attributes
     reference_background: str
     sources: list[Rendering]
 
@@ -54,11 +54,31 @@ def prepare_rendering(
     return PreparedReference(image, mask, concept, 1.0)
 
 
-def _pictures(
+def _render_sources(
     who: Identity, clothes: Outfit, background: str, count: int, rng: np.random.Generator
 ) -> list[Rendering]:
     scenes = [replace(random_scene(rng), background=background) for _ in range(count)]
     return [render(Figure(who, clothes, scene)) for scene in scenes]
+
+
+def _make_case(
+    target: Figure, sources: list[Rendering], concepts: tuple[Concept, ...], masked: bool
+) -> Case:
+    """The case of drawing `target`, from one reference per source and concept."""
+    values = list_truth(target)
+    return Case(
+        ", ".join(target.scene.tags()),
+        [prepare_rendering(*pair, masked) for pair in zip(sources, concepts, strict=True)],
+        {name: values[name] for name in (*FACE, *GARMENTS)},
+        {name: values[name] for name in SCENE},
+        sources[0].figure.scene.background,
+        sources,
+    )
+
+
+def _draw_setting(rng: np.random.Generator) -> tuple[str, Scene]:
+    """The background of the references, and the scene of the prompt."""
+    return BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))], random_scene(rng)
 
 
 def make_character_case(
@@ -67,50 +87,27 @@ def make_character_case(
     """Case `index` of the same-character task: `count` whole figures of one held-out character."""
     rng = np.random.default_rng([seed, index, 10])
     who, clothes = random_identity(rng, True), random_outfit(rng, True)
-    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    scene = random_scene(rng)
-    sources = _pictures(who, clothes, background, count, rng)
-    values = list_truth(Figure(who, clothes, scene))
-    return Case(
-        ", ".join(scene.tags()),
-        [prepare_rendering(source, "figure", masked) for source in sources],
-        {name: values[name] for name in (*FACE, *GARMENTS)},
-        {name: values[name] for name in ("pose", "expression", "background")},
-        background,
-        sources,
-    )
+    background, scene = _draw_setting(rng)
+    sources = _render_sources(who, clothes, background, count, rng)
+    return _make_case(Figure(who, clothes, scene), sources, ("figure",) * count, masked)
 
 
 def make_composition_case(seed: int, index: int, masked: bool = False) -> Case:
     """Case `index` of concept composition: two faces of one character, two bodies of another.
 
-    Both are held out of training, and both wear or have something else than what is wanted.
+    Both are held out of training. The unrequested attributes of each (the first one's clothes, the
+    second one's face) are drawn independently of the target's.
     """
     rng = np.random.default_rng([seed, index, 11])
     who, clothes = random_identity(rng, True), random_outfit(rng, True)
     other, others_clothes = random_identity(rng, True), random_outfit(rng, True)
-    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    scene = random_scene(rng)
-    faces = _pictures(who, others_clothes, background, 2, rng)
-    bodies = _pictures(other, clothes, background, 2, rng)
-    values = list_truth(Figure(who, clothes, scene))
-    references = [prepare_rendering(face, "face", masked) for face in faces]
-    references += [prepare_rendering(body, "clothes", masked) for body in bodies]
-    return Case(
-        ", ".join(scene.tags()),
-        references,
-        {name: values[name] for name in (*FACE, *GARMENTS)},
-        {name: values[name] for name in ("pose", "expression", "background")},
-        background,
-        [*faces, *bodies],
-    )
+    background, scene = _draw_setting(rng)
+    faces = _render_sources(who, others_clothes, background, 2, rng)
+    bodies = _render_sources(other, clothes, background, 2, rng)
+    concepts = ("face", "face", "clothes", "clothes")
+    return _make_case(Figure(who, clothes, scene), [*faces, *bodies], concepts, masked)
 
 
 def drop_prompt(case: Case) -> Case:
     """The same conditioning with an empty prompt."""
     return replace(case, prompt="", said={})
-
-
-def list_references(cases: Sequence[Case]) -> list[list[PreparedReference]]:
-    """The references of each case, as `generate.encode_groups` takes them."""
-    return [case.references for case in cases]

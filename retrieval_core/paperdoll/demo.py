@@ -1,4 +1,4 @@
-"""`python run.py demo`: shows the whole method on the bundled weights and writes PNG sheets."""
+"""`python run.py demo`: runs the whole method on the bundled weights and writes PNG sheets."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..bank.tokens import Tokens
 from ..data.prepare import PreparedReference, load_image, prepare
 from ..errors import RetrievalError
 from ..sampling.attention_map import draw_overlay
 from ..sheets import Row, Tile, choose_colour, write_sheet
 from .bundle import Bundle, load_bundle
-from .cases import Case, list_references, make_character_case, make_composition_case
+from .cases import REFERENCES, Case, make_character_case, make_composition_case
 from .generate import Sampling, apply_bank, encode_group, encode_groups, generate
 from .measure import compute_chance_levels, measure_matches
 from .text import CONCEPTS
 from .world import SIZE
 
 SHOWN = 6
+BATCH = 12
 
 
 def read_reference(text: str) -> PreparedReference:
@@ -33,7 +35,7 @@ def read_reference(text: str) -> PreparedReference:
         RetrievalError: an unknown concept, a bad weight, or a file that is no image.
     """
     path, concept, weight = text, "figure", 1.0
-    # From the right, and only what is not part of a file's name (Windows paths hold a colon).
+    # From the right, and only where no file has that name (Windows paths contain a colon).
     if not Path(path).exists() and ":" in path:
         path, last = path.rsplit(":", 1)
         concept = last
@@ -57,32 +59,32 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def draw_noise(bundle: Bundle, seed: int, count: int) -> Tensor:
-    return bundle.base.noise(count, torch.Generator().manual_seed(seed))
-
-
 def draw_pictures(
-    bundle: Bundle, cases: Sequence[Case], seed: int, how: Sampling
+    bundle: Bundle, prompts: Sequence[str], tokens: Tokens, count: int, seed: int, how: Sampling
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Without retrieval, with it, and the map over the latter, from the same prompts and noise."""
-    prompts, noise = [case.prompt for case in cases], draw_noise(bundle, seed, len(cases))
+    """Without retrieval, with it, and the latter's retrieval map, from the same prompts and noise.
+
+    count: number of references.
+    """
+    noise = bundle.base.noise(len(prompts), torch.Generator().manual_seed(seed))
     plain = generate(bundle, prompts, noise, None, how)
-    tokens = encode_groups(bundle.base, bundle.network, list_references(cases))
     retrieval = apply_bank(bundle.network, tokens, how)
     found = generate(bundle, prompts, noise, retrieval, how)
-    colours = [choose_colour(i) for i in range(len(cases[0].references))]
+    colours = [choose_colour(i) for i in range(count)]
     return plain, found, draw_overlay(found, retrieval.shares.mean(), colours)
 
 
 def show_task(
     bundle: Bundle, name: str, title: str, cases: list[Case], out: Path, seed: int, how: Sampling
 ) -> Path:
-    """One task: writes its sheet and prints its match rates."""
-    parts = [
-        draw_pictures(bundle, cases[start : start + SHOWN * 2], seed + start, how)
-        for start in tqdm(range(0, len(cases), SHOWN * 2), desc=name, disable=None, leave=False)
-    ]
-    plain, found, maps = (torch.cat(column) for column in zip(*parts))
+    """Writes one task's sheet and prints its match rates."""
+    batches = []
+    for start in tqdm(range(0, len(cases), BATCH), desc=name, disable=None, leave=False):
+        batch = cases[start : start + BATCH]
+        tokens = encode_groups(bundle.base, bundle.network, [case.references for case in batch])
+        prompts = [case.prompt for case in batch]
+        batches.append(draw_pictures(bundle, prompts, tokens, REFERENCES, seed + start, how))
+    plain, found, maps = (torch.cat(column) for column in zip(*batches))
     rows = []
     for i, case in enumerate(cases[:SHOWN]):
         references = [
@@ -110,16 +112,10 @@ def show_task(
 def show_own(
     bundle: Bundle, references: list[str], prompt: str, out: Path, seed: int, how: Sampling
 ) -> Path:
-    """The user's own reference files: four seeds without and with retrieval, and the maps."""
+    """Writes the sheet of the user's own references: four pictures with and without, and maps."""
     prepared = [read_reference(reference) for reference in references]
     tokens = encode_group(bundle.base, bundle.network, prepared)
-    count = 4
-    noise = draw_noise(bundle, seed, count)
-    plain = generate(bundle, [prompt] * count, noise, None, how)
-    retrieval = apply_bank(bundle.network, tokens, how)
-    found = generate(bundle, [prompt] * count, noise, retrieval, how)
-    colours = [choose_colour(i) for i in range(len(prepared))]
-    maps = draw_overlay(found, retrieval.shares.mean(), colours)
+    plain, found, maps = draw_pictures(bundle, [prompt] * 4, tokens, len(prepared), seed, how)
     tiles = [
         Tile(r.image, f"{r.concept}, weight {r.weight:g}", choose_colour(i))
         for i, r in enumerate(prepared)

@@ -1,4 +1,4 @@
-"""Paper dolls as the characters of an evaluation, and the prompts that their world knows."""
+"""Paper dolls as the characters of an evaluation, and the prompts of the evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .draw import render
 from .judge import FACE, GARMENTS, list_truth
 from .world import BACKGROUNDS, Figure, random_identity, random_outfit, random_scene
 
-# As in Table 2, no prompt says everything, so there is something left to be diverse in.
+# As in Table 2, prompts leave some attributes open, so that diversity can be measured.
 PROMPTS = (
     "waving, smile, beach",
     "sitting, sad, night",
@@ -24,7 +24,7 @@ PROMPTS = (
 
 
 def draw_characters(protocol: Protocol) -> list[Character]:
-    """Paper dolls of training's identities and outfits in new pictures, then held-out ones."""
+    """Paper dolls of training's identities and outfits in new scenes, then held-out ones."""
     counts = ((IN_DOMAIN, protocol.in_domain), (HELD_OUT, protocol.held_out))
     return [_draw(protocol, domain, index) for domain, count in counts for index in range(count)]
 

@@ -18,11 +18,9 @@ from ..network.fingerprint import fingerprint_weights
 from ..network.unet import UNet
 from ..sampling.applications import Application, Retrieval
 from ..sampling.frozen_site import freeze_sites
-from ..sampling.sampler import make_guided_denoiser, sample
-from ..training_free import JointRetrieval, TrainingFree, name_layers
+from ..training_free import TrainingFree
 from .bundle import Bundle
-from .generate import Sampling, encode_groups
-from .measure_training_free import make_banks
+from .generate import Sampling, apply_training_free, draw_noise, encode_groups, sample_pictures
 from .model import PaperdollModel
 
 BATCH = 8
@@ -31,8 +29,8 @@ BATCH = 8
 class PaperdollMethod(ABC):
     """A method of the core on the paper-doll base model; weight 0 is no retrieval.
 
-    A picture's noise depends on its seed and sample only, so methods and weights are compared on
-    the same noise.
+    A picture's noise depends on its seed and sample only, so that all methods and weights start
+    from the same noise.
     """
 
     batch = BATCH
@@ -47,34 +45,25 @@ class PaperdollMethod(ABC):
 
     @abstractmethod
     def apply(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Application:
-        """One group of references a row, applied."""
+        """Retrieval from one group of references per row."""
 
     def unet(self) -> UNet:
-        """The U-Net that draws while retrieval is on."""
+        """The U-Net to sample with while retrieval is on."""
         return self.base.unet
 
     def draw(
         self, runs: Sequence[Run], characters: Mapping[str, Character], weight: float | None
     ) -> list[Tensor]:
         rows = [(run, sample) for run in runs for sample in range(run.samples)]
-        prompts, text = [run.prompt for run, _ in rows], self.base.text
-        noise = torch.cat([self.noise(run.seed, number) for run, number in rows])
+        prompts = [run.prompt for run, _ in rows]
+        noise = torch.cat([draw_noise(self.base, run.seed, number) for run, number in rows])
         with torch.inference_mode():
             unet, applied = self.base.unet, []
             if weight:
                 groups = [characters[run.character].references for run, _ in rows]
                 unet, applied = self.unet(), [self.apply(groups, weight)]
-            cond, uncond = text.encode(prompts), text.encode([""] * len(prompts))
-            schedule, how = self.base.schedule, self.how
-            denoise = make_guided_denoiser(unet, schedule, cond, uncond, how.cfg, applied)
-            latents = sample(denoise, noise, schedule, how.steps, how.sampler)
-            pictures = self.base.vae.decode(latents)
+            pictures = sample_pictures(self.base, unet, prompts, noise, applied, self.how)
         return list(pictures.split([run.samples for run in runs]))
-
-    def noise(self, seed: int, sample: int) -> Tensor:
-        """Unit noise of one picture."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
-        return self.base.noise(1, generator)
 
 
 class TrainedMethod(PaperdollMethod):
@@ -100,26 +89,12 @@ class TrainedMethod(PaperdollMethod):
 
 
 class TrainingFreeMethod(PaperdollMethod):
-    """The base model as its own retrieval network; the weight is the fidelity."""
+    """The training-free mode; the weight is its strength."""
 
-    def __init__(
-        self,
-        base: PaperdollModel,
-        weights: Sequence[float],
-        how: Sampling,
-        name: str = "training-free",
-    ):
-        self.network = TrainingFree.of(base.unet, "paperdoll")
-        super().__init__(base, weights, how, name, self.network.fingerprint)
+    def __init__(self, base: PaperdollModel, weights: Sequence[float], how: Sampling):
+        self.network = TrainingFree.from_unet(base.unet, "paperdoll")
+        super().__init__(base, weights, how, "training-free", self.network.fingerprint)
 
     def apply(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Application:
         guidance = self.how.guidance or self.network.card.recommended["guidance"]
-        return JointRetrieval(
-            make_banks(self.base, self.network, groups),
-            weight,
-            end=self.how.end,
-            guidance=guidance,
-            names=name_layers(self.base.unet),
-            timesteps=self.network.timesteps(),
-            adain=self.network.adain,
-        )
+        return apply_training_free(self.base, self.network, groups, weight, guidance, self.how.end)

@@ -1,4 +1,4 @@
-"""Scores of an evaluation on paper dolls: the judge reads attributes, the truth is known."""
+"""Scores of an evaluation on paper dolls: the judge's attributes against the known truth."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ..evaluate.protocol import Run
 from ..metrics import DEFAULT_QUESTIONS, VQADiversity, score_answers
 from ..metrics.word_embedder import WordEmbedder
 from ..network.fingerprint import fingerprint_weights
-from .judge import FACE, GARMENTS, Judge
+from .judge import Judge
 from .judge_scores import describe, match_attributes
+from .text import split_tags
 from .world import BACKGROUNDS, EXPRESSIONS, POSES, SIZE
 
 _SAID = {"pose": POSES, "expression": EXPRESSIONS, "background": BACKGROUNDS}
 
 
 class PaperdollScorer:
-    """The judge reads the attributes; the truth about references and prompt is known."""
+    """A `Scorer` that compares the judge's attributes with those of references and prompt."""
 
     similarity, text = "attribute match", "text match"
 
@@ -39,21 +40,20 @@ class PaperdollScorer:
                 f"The pictures are {width} x {height} pixels and the judge reads paper dolls of "
                 f"{SIZE} x {SIZE}; save them unscaled, or evaluate a folder of characters."
             )
-        readings = self.judge.read(pictures)
+        found = self.judge.read(pictures)
         said = parse_prompt(run.prompt)
-        wanted = {name: character.truth[name] for name in (*FACE, *GARMENTS)}
         scores = {
-            self.similarity: match_attributes(readings, [wanted]).values.tolist(),
+            self.similarity: match_attributes(found, character.truth).values.tolist(),
             "reference background": [
-                100.0 * (r["background"] == character.truth["background"]) for r in readings
+                100.0 * (f["background"] == character.truth["background"]) for f in found
             ],
         }
         if said:
             scores[self.text] = [
-                100 * float(np.mean([r[name] == value for name, value in said.items()]))
-                for r in readings
+                100 * float(np.mean([f[name] == value for name, value in said.items()]))
+                for f in found
             ]
-        answers = {q: [describe(r, q) for r in readings] for q in DEFAULT_QUESTIONS}
+        answers = {q: [describe(f, q) for f in found] for q in DEFAULT_QUESTIONS}
         return scores, answers
 
     def diversity(
@@ -64,5 +64,5 @@ class PaperdollScorer:
 
 def parse_prompt(prompt: str) -> dict[str, str]:
     """The attributes that a paper-doll prompt names."""
-    tags = [" ".join(tag.lower().replace("_", " ").split()) for tag in prompt.split(",")]
+    tags = split_tags(prompt)
     return {name: tag for name, values in _SAID.items() for tag in tags if tag in values}

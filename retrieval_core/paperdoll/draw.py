@@ -1,16 +1,15 @@
 """Draws a figure of the paper-doll world: 64x64 pixels, its mask and its head box.
 
-Parts are collected back to front in a sketch, in units of output pixels, and drawn three times
-as large: once a little grown in the outline's colour, so that the figure stands out on any
-background, then as they are. Averaging 3x3 pixels gives smooth edges.
+A sketch lists the shapes back to front, in units of output pixels. They are drawn at three times
+the size, first widened in the outline's colour, so that the figure stands out on any background,
+then in their own colours. Averaging 3x3 pixels gives smooth edges.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -32,7 +31,7 @@ SCALE = 3
 OUTLINE: Colour = (30, 24, 34)
 SHOE: Colour = (84, 56, 52)
 
-# What a pixel of the figure shows; 0 is all else: the background, outlines, shoes, the mouth.
+# Part that a pixel shows; 0 is everything else: the background, outlines, shoes, the mouth.
 NOTHING, HAIR, SKIN, EYES, UPPER, LOWER = range(6)
 PARTS = 6
 
@@ -41,9 +40,11 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """image: uint8 [64, 64, 3]. mask: bool [64, 64], True where the figure covers half a pixel or
-    more. parts: uint8 [64, 64], what each pixel's middle shows (HAIR, ...). head_box: (x0, y0, x1,
-    y1), half open: face and hair cap, without what hangs down.
+    """A drawn figure.
+
+    image: uint8 [64, 64, 3]. mask: bool [64, 64], True where the figure covers half a pixel or
+    more. parts: uint8 [64, 64], the part at each pixel's centre (HAIR, ...). head_box: (x0, y0, x1,
+    y1), half open, of the face and the hair on top, without hanging hair.
     """
 
     image: np.ndarray
@@ -55,9 +56,7 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Stance:
-    """Joints of a pose: hands and elbows (left, right), knees and feet, how far the body is moved
-    down, and whether the figure is upside down.
-    """
+    """Joints of a pose (left, right). drop: the body's downward shift. inverted: upside down."""
 
     hands: tuple[Point, Point]
     elbows: tuple[Point, Point]
@@ -67,7 +66,7 @@ class Stance:
     inverted: bool = False
 
 
-def _symmetric(hand: Point, elbow: Point, foot: Point, knee: Point, **kw: float) -> Stance:
+def _mirror_stance(hand: Point, elbow: Point, foot: Point, knee: Point, **kw: float) -> Stance:
     mirrored = [(64 - x, y) for x, y in (hand, elbow, foot, knee)]
     pairs = list(zip((hand, elbow, foot, knee), mirrored))
     return Stance(*pairs, **kw)  # type: ignore[arg-type]
@@ -75,23 +74,23 @@ def _symmetric(hand: Point, elbow: Point, foot: Point, knee: Point, **kw: float)
 
 _STRAIGHT = ((28.5, 60.0), (28.7, 52.0))
 STANCES: dict[str, Stance] = {
-    "standing": _symmetric((21.5, 46), (22.5, 40), *_STRAIGHT),
+    "standing": _mirror_stance((21.5, 46), (22.5, 40), *_STRAIGHT),
     "waving": Stance(
         ((21.5, 46), (52, 22)), ((22.5, 40), (47, 35)), ((28.5, 60), (35.5, 60)),
         ((28.7, 52), (35.3, 52)),
     ),
-    "arms up": _symmetric((11, 17), (17, 30), *_STRAIGHT),
-    "hands on hips": _symmetric((25, 45.5), (14.5, 41), *_STRAIGHT),
-    "arms spread": _symmetric((8, 36), (17, 36.5), *_STRAIGHT),
-    "sitting": _symmetric((18, 53), (21, 45), (17.5, 60), (20, 53.5), drop=4.5),
-    "jumping": _symmetric((11, 27), (18, 35), (15, 54), (22, 53), drop=-3),
-    "handstand": _symmetric((16, 9), (18, 24), (21, 60), (25.5, 53), inverted=True),
+    "arms up": _mirror_stance((11, 17), (17, 30), *_STRAIGHT),
+    "hands on hips": _mirror_stance((25, 45.5), (14.5, 41), *_STRAIGHT),
+    "arms spread": _mirror_stance((8, 36), (17, 36.5), *_STRAIGHT),
+    "sitting": _mirror_stance((18, 53), (21, 45), (17.5, 60), (20, 53.5), drop=4.5),
+    "jumping": _mirror_stance((11, 27), (18, 35), (15, 54), (22, 53), drop=-3),
+    "handstand": _mirror_stance((16, 9), (18, 24), (21, 60), (25.5, 53), inverted=True),
 }  # fmt: skip
 
 
 @dataclass
 class Sketch:
-    """Shapes back to front: (kind, points, width, colour, part); `part` is that of what follows."""
+    """Shapes back to front: (kind, points, width, colour, part). part: of the shapes added next."""
 
     shapes: list[tuple[str, Sequence[Point], float, Colour, int]] = field(default_factory=list)
     part: int = NOTHING
@@ -108,12 +107,12 @@ class Sketch:
 
 
 def render(figure: Figure) -> Rendering:
-    """Draws one figure; the same pixels for the same figure, always."""
+    """Draws one figure; deterministic."""
     scene = figure.scene
     stance = STANCES[scene.pose]
     sketch = Sketch()
     _draw_figure(sketch, figure, stance)
-    scaled = _placed(sketch, figure, stance)
+    placed = _place(sketch, figure, stance)
     picture = draw_background(scene.background, scene.background_seed)
     picture = picture.resize((SIZE * SCALE, SIZE * SCALE), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(picture)
@@ -121,16 +120,16 @@ def render(figure: Figure) -> Rendering:
     stencil = ImageDraw.Draw(cover)
     labels = Image.new("L", picture.size)
     marker = ImageDraw.Draw(labels)
-    for kind, points, width, _, _ in scaled:
+    for kind, points, width, _, _ in placed:
         _stroke(pen, kind, points, width, OUTLINE, 2.0)
         _stroke(stencil, kind, points, width, 255, 2.0)
-    for kind, points, width, colour, part in scaled:
+    for kind, points, width, colour, part in placed:
         _stroke(pen, kind, points, width, colour, 0.0)
         _stroke(marker, kind, points, width, part, 0.0)
     image = np.asarray(picture.reduce(SCALE))
     mask = np.asarray(cover.reduce(SCALE)) >= 128
     parts = np.asarray(labels)[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE]
-    return Rendering(image, mask, parts, _head_box(figure, stance), figure)
+    return Rendering(image, mask, parts, _find_head_box(figure, stance), figure)
 
 
 def _draw_figure(sketch: Sketch, figure: Figure, stance: Stance) -> None:
@@ -138,31 +137,31 @@ def _draw_figure(sketch: Sketch, figure: Figure, stance: Stance) -> None:
     skin, hair = SKIN_TONES[who.skin], HAIR_COLOURS[who.hair_colour]
     down = stance.drop
     sketch.part = HAIR
-    _hair_behind(sketch, who.hair_style, hair, down)
+    _draw_hair_behind(sketch, who.hair_style, hair, down)
     for foot, knee, hip in zip(stance.feet, stance.knees, ((28.7, 46), (35.3, 46))):
         sketch.part = SKIN
         sketch.line(skin, 5, (hip[0], hip[1] + down), knee, foot)
         sketch.part = NOTHING
         sketch.ellipse(SHOE, foot[0], foot[1], 3.4, 2.2)
     sketch.part = LOWER
-    _lower(sketch, clothes, stance)
+    _draw_lower(sketch, clothes, stance)
     sketch.part = SKIN
     for hand, elbow, shoulder in zip(stance.hands, stance.elbows, ((25.5, 34), (38.5, 34))):
         sketch.line(skin, 4.4, (shoulder[0], shoulder[1] + down), elbow, hand)
     sketch.polygon(skin, (29.5, 29 + down), (34.5, 29 + down), (34.5, 34 + down), (29.5, 34 + down))
     sketch.part = UPPER
-    _upper(sketch, clothes, stance)
+    _draw_upper(sketch, clothes, stance)
     if clothes.lower == "overalls":
         sketch.part = LOWER
-        _bib(sketch, GARMENT_COLOURS[clothes.lower_colour], down)
-    _face(sketch, who, figure.scene.expression, down)
+        _draw_bib(sketch, GARMENT_COLOURS[clothes.lower_colour], down)
+    _draw_face(sketch, who, figure.scene.expression, down)
     sketch.part = HAIR
-    _hair_front(sketch, who.hair_style, hair, down)
+    _draw_hair_front(sketch, who.hair_style, hair, down)
 
 
-def _placed(sketch: Sketch, figure: Figure, stance: Stance) -> list:
-    """The sketch in canvas pixels, turned, mirrored and shifted as the scene says."""
-    move = _mover(figure, stance)
+def _place(sketch: Sketch, figure: Figure, stance: Stance) -> list:
+    """The sketch's shapes in canvas pixels, inverted, mirrored and shifted as the scene says."""
+    move = _make_mover(figure, stance)
     placed = []
     for kind, points, width, colour, part in sketch.shapes:
         moved = [tuple(SCALE * c for c in move(p)) for p in points]
@@ -173,7 +172,7 @@ def _placed(sketch: Sketch, figure: Figure, stance: Stance) -> list:
     return placed
 
 
-def _mover(figure: Figure, stance: Stance):
+def _make_mover(figure: Figure, stance: Stance) -> Callable[[Point], Point]:
     right, down = figure.scene.shift
     mirror = figure.scene.mirror
 
@@ -203,8 +202,8 @@ def _stroke(pen, kind: str, points: Sequence[Point], width: float, colour, grow:
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
 
-def _head_box(figure: Figure, stance: Stance) -> tuple[int, int, int, int]:
-    move = _mover(figure, stance)
+def _find_head_box(figure: Figure, stance: Stance) -> tuple[int, int, int, int]:
+    move = _make_mover(figure, stance)
     (x0, y0), (x1, y1) = move((18, 4 + stance.drop)), move((46, 31 + stance.drop))
     left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
     edges = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
@@ -212,14 +211,14 @@ def _head_box(figure: Figure, stance: Stance) -> tuple[int, int, int, int]:
 
 
 def _tint(colour: Colour) -> Colour:
-    """A lighter shade, or a darker one of light colours: the pattern on a garment."""
+    """The colour of a pattern on a garment: lighter, or darker on light garments."""
     light = sum(colour) > 480
     target, share = (60, 0.32) if light else (255, 0.42)
     r, g, b = (round(c + (target - c) * share) for c in colour)
     return r, g, b
 
 
-def _part(start: Point, middle: Point, end: Point, share: float) -> list[Point]:
+def _shorten(start: Point, middle: Point, end: Point, share: float) -> list[Point]:
     """The first `share` of the path start - middle - end."""
     first, second = math.dist(start, middle), math.dist(middle, end)
     length = share * (first + second)
@@ -232,7 +231,7 @@ def _between(a: Point, b: Point, share: float) -> Point:
     return a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share
 
 
-def _lower(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
+def _draw_lower(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
     colour, kind, d = GARMENT_COLOURS[clothes.lower_colour], clothes.lower, stance.drop
     if kind in ("mini skirt", "long skirt"):
         hem = 52.5 if kind == "mini skirt" else 58.0
@@ -243,32 +242,32 @@ def _lower(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
     share, width = {"trousers": (0.93, 6.4), "overalls": (0.93, 6.8), "shorts": (0.45, 7.4)}[kind]
     sketch.polygon(colour, (25.6, 43 + d), (38.4, 43 + d), (38.8, 49 + d), (25.2, 49 + d))
     for foot, knee, x in zip(stance.feet, stance.knees, (28.7, 35.3)):
-        sketch.line(colour, width, *_part((x, 46 + d), knee, foot, share))
+        sketch.line(colour, width, *_shorten((x, 46 + d), knee, foot, share))
 
 
-def _upper(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
+def _draw_upper(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
     colour, kind, d = GARMENT_COLOURS[clothes.upper_colour], clothes.upper, stance.drop
     sleeve = {"t-shirt": 0.42, "sailor shirt": 0.42, "sweater": 0.9, "open jacket": 0.9}.get(kind)
     shoulders = ((25.5, 34 + d), (38.5, 34 + d))
     if sleeve is not None:
         for hand, elbow, shoulder in zip(stance.hands, stance.elbows, shoulders):
-            sketch.line(colour, 6.2, *_part(shoulder, elbow, hand, sleeve))
+            sketch.line(colour, 6.2, *_shorten(shoulder, elbow, hand, sleeve))
     if kind == "poncho":
         hem = (16.5, 46.5 + d), (47.5, 46.5 + d)
         sketch.polygon(colour, (28, 31 + d), (36, 31 + d), (44, 37 + d), *hem[::-1], (20, 37 + d))
-        _pattern(sketch, clothes, (21, 34 + d, 43, 45.5 + d))
+        _draw_pattern(sketch, clothes, (21, 34 + d, 43, 45.5 + d))
         return
     if kind == "tank top":
         sketch.polygon(colour, (27, 35 + d), (37, 35 + d), (38.2, 46 + d), (25.8, 46 + d))
         for x in (28.2, 35.8):
             sketch.line(colour, 2.2, (x, 32 + d), (x, 36 + d))
-        _pattern(sketch, clothes, (27, 36 + d, 37, 45.5 + d))
+        _draw_pattern(sketch, clothes, (27, 36 + d, 37, 45.5 + d))
         return
     sketch.polygon(
         colour, (26, 31.5 + d), (38, 31.5 + d), (39.5, 35 + d), (38.6, 46 + d), (25.4, 46 + d),
         (24.5, 35 + d),
     )  # fmt: skip
-    _pattern(sketch, clothes, (26, 34 + d, 38, 45.5 + d))
+    _draw_pattern(sketch, clothes, (26, 34 + d, 38, 45.5 + d))
     if kind == "open jacket":
         shirt = (250, 250, 250) if clothes.upper_colour != "white" else (150, 170, 190)
         sketch.polygon(shirt, (29.2, 31.5 + d), (34.8, 31.5 + d), (34, 46 + d), (30, 46 + d))
@@ -280,7 +279,7 @@ def _upper(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
         sketch.polygon(OUTLINE, (32, 37 + d), (35, 43.5 + d), (32, 42 + d), (29, 43.5 + d))
 
 
-def _pattern(sketch: Sketch, clothes: Outfit, box: tuple[float, float, float, float]) -> None:
+def _draw_pattern(sketch: Sketch, clothes: Outfit, box: tuple[float, float, float, float]) -> None:
     x0, y0, x1, y1 = box
     tint = _tint(GARMENT_COLOURS[clothes.upper_colour])
     kind = clothes.upper_pattern
@@ -299,13 +298,13 @@ def _pattern(sketch: Sketch, clothes: Outfit, box: tuple[float, float, float, fl
                 sketch.ellipse(tint, x, y, 1.0, 1.0)
 
 
-def _bib(sketch: Sketch, colour: Colour, d: float) -> None:
+def _draw_bib(sketch: Sketch, colour: Colour, d: float) -> None:
     sketch.polygon(colour, (28, 37 + d), (36, 37 + d), (37, 46 + d), (27, 46 + d))
     for x in (28.4, 35.6):
         sketch.line(colour, 1.7, (x, 32 + d), (x, 38 + d))
 
 
-def _face(sketch: Sketch, who: Identity, expression: str, d: float) -> None:
+def _draw_face(sketch: Sketch, who: Identity, expression: str, d: float) -> None:
     skin = SKIN_TONES[who.skin]
     sketch.part = SKIN
     sketch.ellipse(skin, 32, 20 + d, 11.2, 10.6)
@@ -318,11 +317,11 @@ def _face(sketch: Sketch, who: Identity, expression: str, d: float) -> None:
         sketch.ellipse((16, 12, 22), x, 21 + d, 1.0, 1.3)
         sketch.ellipse((255, 255, 255), x + 1.1, 19.3 + d, 0.7, 0.7)
     sketch.part = NOTHING
-    _brows(sketch, expression, d)
-    _mouth(sketch, expression, d)
+    _draw_brows(sketch, expression, d)
+    _draw_mouth(sketch, expression, d)
 
 
-def _brows(sketch: Sketch, expression: str, d: float) -> None:
+def _draw_brows(sketch: Sketch, expression: str, d: float) -> None:
     inner, outer = {
         "smile": (15.6, 15.8),
         "laughing": (14.9, 15.6),
@@ -335,7 +334,7 @@ def _brows(sketch: Sketch, expression: str, d: float) -> None:
         sketch.line(OUTLINE, 1.3, *ends)
 
 
-def _mouth(sketch: Sketch, expression: str, d: float) -> None:
+def _draw_mouth(sketch: Sketch, expression: str, d: float) -> None:
     if expression == "smile":
         sketch.line(OUTLINE, 1.1, (28.4, 25.8 + d), (30.2, 27.4 + d), (33.8, 27.4 + d),
                     (35.6, 25.8 + d))  # fmt: skip
@@ -355,7 +354,7 @@ def _mouth(sketch: Sketch, expression: str, d: float) -> None:
         sketch.ellipse((120, 20, 36), 32, 27.2 + d, 2.0, 2.4)
 
 
-def _hair_behind(sketch: Sketch, style: str, colour: Colour, d: float) -> None:
+def _draw_hair_behind(sketch: Sketch, style: str, colour: Colour, d: float) -> None:
     if style == "bob":
         sketch.ellipse(colour, 32, 21 + d, 14.6, 12.5)
     elif style == "long hair":
@@ -387,9 +386,8 @@ def _spikes(d: float) -> list[Point]:
     return points
 
 
-@cache
-def _cap(low: float, fringe: tuple[float, ...]) -> tuple[Point, ...]:
-    """The hair on top of the head: a dome down to `low` at the sides, its fringe in points."""
+def _make_cap(low: float, fringe: tuple[float, ...]) -> tuple[Point, ...]:
+    """Hair on top of the head: a dome down to y = `low` at the sides, and the fringe's heights."""
     dome = [
         (32 + 13 * math.cos(math.radians(a)), 18.5 + 13 * math.sin(math.radians(a)))
         for a in range(-180, 1, 12)
@@ -410,7 +408,7 @@ _CAPS: dict[str, tuple[float, tuple[float, ...]]] = {
 }
 
 
-def _hair_front(sketch: Sketch, style: str, colour: Colour, d: float) -> None:
+def _draw_hair_front(sketch: Sketch, style: str, colour: Colour, d: float) -> None:
     if style == "mohawk":
         sketch.polygon(
             colour, (29, 14 + d), (27.5, 6 + d), (26.5, 2 + d), (30, 4 + d), (32, 0.5 + d),
@@ -421,4 +419,4 @@ def _hair_front(sketch: Sketch, style: str, colour: Colour, d: float) -> None:
         for x in (20, 44):
             sketch.ellipse(colour, x, 7.5 + d, 5.6, 5.6)
     low, fringe = _CAPS[style]
-    sketch.polygon(colour, *((x, y + d) for x, y in _cap(low, fringe)))
+    sketch.polygon(colour, *((x, y + d) for x, y in _make_cap(low, fringe)))

@@ -1,36 +1,40 @@
-"""Generates paper-doll pictures in the core: prompts and references in, pictures out."""
+"""Generates paper-doll pictures in the core, from prompts and references."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from ..bank.encoding import batch_features, encode_references
-from ..bank.site_bank import make_network_bank
+from ..bank.encoding import Features, batch_features, encode_references
+from ..bank.site_bank import make_bank, make_network_bank
 from ..bank.token_budget import Budget
 from ..bank.tokens import Tokens, join_references
 from ..data.prepare import PreparedReference
 from ..network.controlnet import Guidance, RetrievalControlNet
+from ..network.unet import UNet
 from ..sampling.applications import Application
 from ..sampling.attention_map import RecordedRetrieval, choose_map_site
 from ..sampling.frozen_site import freeze_sites
 from ..sampling.sampler import Sampler, make_guided_denoiser, sample
+from ..training_free import JointRetrieval, TrainingFree, name_layers, record
 from .bundle import Bundle
 from .model import PaperdollModel
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made.
+    """Settings of sampling and retrieval.
 
     Attributes:
         strength, guidance: None for what the network's file recommends.
         token_budget: see `token_budget.choose_budgets`.
-        end: the part of sampling after which references no longer act; below 1, pose follows the
-            text a little better for the same attribute match.
+        end: fraction of sampling after which retrieval stops; below 1, pose follows the text a
+            little better for the same attribute match.
     """
 
     steps: int = 16
@@ -45,7 +49,7 @@ class Sampling:
 def encode_group(
     base: PaperdollModel, network: RetrievalControlNet, references: Sequence[PreparedReference]
 ) -> Tokens:
-    """Any number of references with their masks and weights, for one bank for a whole batch."""
+    """Tokens of any number of references with masks and weights, for one bank per batch."""
     if not references:
         return Tokens()
     images = torch.stack([reference.image for reference in references])
@@ -64,29 +68,54 @@ def encode_group(
 def encode_groups(
     base: PaperdollModel,
     network: RetrievalControlNet,
-    references: Sequence[Sequence[PreparedReference]],
+    groups: Sequence[Sequence[PreparedReference]],
 ) -> Tokens:
-    """Equally many references for each of a batch of banks (masks count, weights do not)."""
-    flat = [reference for group in references for reference in group]
-    used = torch.ones(len(references), len(references[0]), dtype=torch.bool)
-    images = torch.stack([reference.image for reference in flat])
+    """One group of references per row of a batch, equally many each; weights are ignored."""
+    return _batch_groups(base, groups, network.encode_features)
+
+
+def apply_training_free(
+    base: PaperdollModel,
+    network: TrainingFree,
+    groups: Sequence[Sequence[PreparedReference]],
+    strength: float,
+    guidance: Guidance,
+    end: float = 1.0,
+) -> JointRetrieval:
+    """Joint retrieval from one group of references per row, as in `encode_groups`."""
+    tokens = _batch_groups(base, groups, partial(record, base.unet, base.schedule, network))
     with torch.inference_mode():
-        latents = base.vae.encode(images)
+        bank = make_bank(tokens, None, network.site_downsampling())
+    return JointRetrieval(
+        bank,
+        strength,
+        end=end,
+        guidance=guidance,
+        names=name_layers(base.unet),
+        timesteps=network.timesteps(),
+        adain=network.adain,
+    )
+
+
+def _batch_groups(
+    base: PaperdollModel,
+    groups: Sequence[Sequence[PreparedReference]],
+    encode: Callable[[Tensor, Tensor], Features],
+) -> Tokens:
+    flat = [reference for group in groups for reference in group]
+    used = torch.ones(len(groups), len(groups[0]), dtype=torch.bool)
+    unmasked = torch.ones(flat[0].image.shape[-2:])
+    masks = torch.stack([unmasked if r.mask is None else r.mask for r in flat])
+    with torch.inference_mode():
+        latents = base.vae.encode(torch.stack([reference.image for reference in flat]))
         context = base.text.encode([reference.concept for reference in flat])
-        features = network.encode_features(latents, context)
-        return batch_features(features, latents.shape[2:], used, stack_masks(flat))
-
-
-def stack_masks(references: Sequence[PreparedReference]) -> Tensor:
-    """The references' masks, [R, S, S]; of one without, ones."""
-    whole = torch.ones(references[0].image.shape[-2:])
-    return torch.stack([whole if r.mask is None else r.mask for r in references])
+        return batch_features(encode(latents, context), latents.shape[2:], used, masks)
 
 
 def apply_bank(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> RecordedRetrieval:
-    """The tokens' bank applied, with the recommended settings where `how` gives none.
+    """Retrieval from the tokens' bank, with the recommended settings where `how` gives none.
 
-    It records where the picture looked, at the site `choose_map_site`, for the retrieval map.
+    It records attention at the site `choose_map_site`, for the retrieval map.
     """
     recommended = network.card.recommended
     strength = how.strength if how.strength is not None else float(recommended["strength"])
@@ -113,24 +142,36 @@ def generate(
     noise: Tensor,
     retrieval: Application | None = None,
     how: Sampling | None = None,
-    on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Pictures [B, 3, 64, 64] in 0..1 for prompts, from unit noise [B, C, 16, 16].
 
     Args:
-        retrieval: of references; None, strength 0 or an empty bank gives the base model's own
+        retrieval: of references; None, strength 0 or an empty bank gives the base model's
             pictures, bit for bit.
-        how: see `Sampling`.
-        on_step: called with (steps done, steps in all).
     """
-    how = how or Sampling()
-    base = bundle.base
-    if retrieval is not None and (retrieval.strength == 0 or retrieval.bank.empty):
-        retrieval = None
-    unet = base.unet if retrieval is None else bundle.network.apply_decoder(base.unet)
+    base, how = bundle.base, how or Sampling()
+    if retrieval is None or retrieval.strength == 0 or retrieval.bank.empty:
+        return sample_pictures(base, base.unet, prompts, noise, [], how)
+    unet = bundle.network.apply_decoder(base.unet)
+    return sample_pictures(base, unet, prompts, noise, [retrieval], how)
+
+
+def sample_pictures(
+    base: PaperdollModel,
+    unet: UNet,
+    prompts: Sequence[str],
+    noise: Tensor,
+    applied: Sequence[Application],
+    how: Sampling,
+) -> Tensor:
+    """Pictures as `generate`'s, from the base model with `unet` in place of its U-Net."""
     with torch.inference_mode():
         cond, uncond = base.text.encode(prompts), base.text.encode([""] * len(prompts))
-        applied = [] if retrieval is None else [retrieval]
         denoise = make_guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, applied)
-        latents = sample(denoise, noise, base.schedule, how.steps, how.sampler, on_step)
-        return base.vae.decode(latents)
+        return base.vae.decode(sample(denoise, noise, base.schedule, how.steps, how.sampler))
+
+
+def draw_noise(base: PaperdollModel, seed: int, index: int, width: int = 1) -> Tensor:
+    """Unit noise [1, C, 16, 16 * width] of picture `index`; it depends on nothing else."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    return rearrange(base.noise(width, generator), "n c h w -> 1 c h (n w)")

@@ -1,22 +1,20 @@
-"""The judge: reads the attributes of a figure off its pixels, to measure what was generated.
+"""The judge: classifies the attributes of generated figures from their pixels.
 
-A small convolutional classifier with one head an attribute, trained on rendered figures with blur,
-noise and the VAE's rounding. It sees neither prompts nor references. Its own error on known truth
-is measured by the tests and printed beside every measurement. Of a garment's pattern, one or two
-pixels wide, it is less sure than of the rest; no line of the measurement asks for it.
+A small convolutional classifier with one head per attribute, trained on rendered figures with
+blur, noise and the VAE's reconstruction error. It sees neither prompts nor references. Its error on
+known truth is tested and printed with every measurement. It is least accurate on a garment's
+pattern, one or two pixels wide, which no line of the measurement uses.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import RetrievalError
-from ..files import read_safetensors, save_safetensors
+from ..files import check_format, read_safetensors, save_safetensors
 from ..network.unet import load_strictly
 from .world import (
     BACKGROUNDS,
@@ -34,6 +32,8 @@ from .world import (
 )
 
 FORMAT = "paperdoll_judge"
+
+Attributes = dict[str, str]  # attribute -> value, of one figure
 
 # attribute -> its values, in the order of the head's outputs (part of the trained weights).
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -54,10 +54,11 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 FACE = ("hair style", "hair colour", "eye colour")
 GARMENTS = ("upper", "upper colour", "lower", "lower colour")
 SCENE = ("pose", "expression", "background")
+BATCH = 256
 
 
-def list_truth(figure: Figure) -> dict[str, str]:
-    """The attributes of a figure, as the judge names them."""
+def list_truth(figure: Figure) -> Attributes:
+    """The true attributes of a figure, named as in `ATTRIBUTES`."""
     who, clothes, scene = figure.identity, figure.outfit, figure.scene
     return {
         "hair style": who.hair_style,
@@ -109,15 +110,15 @@ class Judge(nn.Module):
         return {"loss": torch.stack(losses).mean()}
 
     @torch.inference_mode()
-    def read(self, images: Tensor, batch: int = 256) -> list[dict[str, str]]:
-        """The most likely value of every attribute, one dict an image."""
-        columns = []
-        for part in images.split(batch):
-            columns.append(torch.stack([logits.argmax(1) for logits in self(part)], 1))
-        named = list(ATTRIBUTES.items())
-        rows = torch.cat(columns).tolist() if columns else []
+    def read(self, images: Tensor) -> list[Attributes]:
+        """The most likely value of every attribute, one dict per image."""
+        indices = [
+            torch.stack([logits.argmax(1) for logits in self(batch)], 1)
+            for batch in images.split(BATCH)
+        ]
         return [
-            {name: values[i] for (name, values), i in zip(named, row, strict=True)} for row in rows
+            {name: values[i] for (name, values), i in zip(ATTRIBUTES.items(), row, strict=True)}
+            for row in torch.cat(indices).tolist()
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -126,7 +127,7 @@ class Judge(nn.Module):
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images as a generator might make them: some blurred, all noisy, brightness off a little."""
+    """Imitates a generator's errors: blurs some images, adds noise and a brightness gain to all."""
     count = images.shape[0]
     kernel = torch.tensor([0.25, 0.5, 0.25])
     kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
@@ -140,25 +141,14 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def load_judge(path: str | os.PathLike[str]) -> Judge:
-    """Reads a judge's file; RetrievalError if it is none."""
+    """Reads a judge's file; RetrievalError if the format is another."""
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT:
-        raise RetrievalError(
-            f"'{path}' has format {metadata.get('format')!r}, not {FORMAT!r}; use the judge "
-            "bundled with the pack."
-        )
+    check_format(path, metadata, FORMAT, "use the judge bundled with the pack")
     judge = Judge()
     load_strictly(judge, {k: v.float() for k, v in tensors.items()}, f"judge '{path}'")
     return judge.eval().requires_grad_(False)
 
 
 def compute_chance(attribute: str) -> float:
-    """The share of right answers that guessing gets."""
+    """The accuracy of guessing."""
     return 1 / len(ATTRIBUTES[attribute])
-
-
-def matches(
-    read: Mapping[str, str], wanted: Mapping[str, str], attributes: tuple[str, ...]
-) -> list[bool]:
-    """Attribute by attribute, whether what was read is what was wanted."""
-    return [read[name] == wanted[name] for name in attributes]

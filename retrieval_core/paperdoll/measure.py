@@ -1,7 +1,7 @@
 """Measures the bundled weights on held-out characters: see `main` for the command.
 
-Everything is read off generated pictures by the judge, whose own error on known truth is printed
-too. Numbers are percentages of figures unless they say otherwise.
+The judge classifies the generated pictures; its error on known truth is printed too. Numbers are
+percentages of figures unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,23 +24,17 @@ from tqdm import tqdm
 
 from ..errors import RetrievalError
 from ..network.controlnet import RetrievalControlNet
-from ..sampling.applications import Retrieval
-from .batches import render_any, to_images
+from .batches import render_any, stack_images
 from .bundle import Bundle, load_bundle
-from .cases import (
-    Case,
-    drop_prompt,
-    list_references,
-    make_character_case,
-    make_composition_case,
-)
-from .generate import Sampling, apply_bank, encode_group, encode_groups, generate
-from .judge import ATTRIBUTES, SCENE, compute_chance, list_truth
+from .cases import Case, drop_prompt, make_character_case, make_composition_case
+from .generate import Sampling, apply_bank, draw_noise, encode_group, encode_groups, generate
+from .judge import ATTRIBUTES, SCENE, Attributes, compute_chance, list_truth
+from .model import PaperdollModel
 
 BATCH = 40
 SEEDS_EACH = 10
 
-# The lines of the measurement: a name and the judge's attributes averaged under it.
+# Line of the measurement -> the judge's attributes that it averages.
 LINES: dict[str, tuple[str, ...]] = {
     "hair style": ("hair style",),
     "hair colour": ("hair colour",),
@@ -48,76 +44,82 @@ LINES: dict[str, tuple[str, ...]] = {
 }
 FREE = ("pose", "expression", "background", "mirrored")
 
-Reading = dict[str, str]
+T = TypeVar("T")
 
 
-class Measurement:
-    """Generates and reads; `noise_seed` decides the noise of every figure."""
+def draw_in_batches(
+    base: PaperdollModel,
+    seed: int,
+    cases: Sequence[T],
+    draw: Callable[[Sequence[T], Tensor], Tensor],
+    title: str,
+    width: int = 1,
+) -> Tensor:
+    """One picture per case from `draw(cases of a batch, noise [B, C, 16, 16 * width])`.
 
-    def __init__(self, bundle: Bundle, how: Sampling, seed: int) -> None:
-        self.bundle, self.how, self.seed = bundle, how, seed
+    Picture i has the noise of `seed` and i, whatever the method.
+    """
+    pictures = []
+    for start in tqdm(range(0, len(cases), BATCH), desc=title, disable=None, leave=False):
+        batch = cases[start : start + BATCH]
+        noise = [draw_noise(base, seed, start + i, width) for i in range(len(batch))]
+        pictures.append(draw(batch, torch.cat(noise)))
+    return torch.cat(pictures)
 
-    def noise(self, start: int, count: int) -> Tensor:
-        base = self.bundle.base
-        rows = [
-            base.noise(1, torch.Generator().manual_seed(self.seed * 1_000_003 + start + i))
-            for i in range(count)
-        ]
-        return torch.cat(rows)
 
-    def _retrieval(self, cases: Sequence[Case]) -> Retrieval:
-        network = self.bundle.network
-        tokens = encode_groups(self.bundle.base, network, list_references(cases))
-        return apply_bank(network, tokens, self.how)
+def read_figures(
+    bundle: Bundle,
+    how: Sampling,
+    seed: int,
+    cases: Sequence[Case],
+    title: str,
+    retrieve: bool = True,
+) -> list[Attributes]:
+    """The judge's attributes of one generated figure per case."""
 
-    def read(self, cases: Sequence[Case], retrieve: bool, title: str) -> list[Reading]:
-        """What the judge reads off one figure a case."""
-        readings: list[Reading] = []
-        with tqdm(total=len(cases), desc=title, disable=None, leave=False) as bar:
-            for start in range(0, len(cases), BATCH):
-                part = cases[start : start + BATCH]
-                bundle = self.bundle
-                retrieval = self._retrieval(part) if retrieve else None
-                noise = self.noise(start, len(part))
-                pictures = generate(bundle, [c.prompt for c in part], noise, retrieval, self.how)
-                readings += bundle.judge.read(pictures)
-                bar.update(len(part))
-        return readings
+    def draw(batch: Sequence[Case], noise: Tensor) -> Tensor:
+        retrieval = None
+        if retrieve:
+            groups = [case.references for case in batch]
+            tokens = encode_groups(bundle.base, bundle.network, groups)
+            retrieval = apply_bank(bundle.network, tokens, how)
+        return generate(bundle, [case.prompt for case in batch], noise, retrieval, how)
+
+    return bundle.judge.read(draw_in_batches(bundle.base, seed, cases, draw, title))
 
 
 def to_percent(hits: Sequence[bool]) -> float:
     return round(100 * float(np.mean(hits)), 2) if hits else float("nan")
 
 
-def measure_matches(cases: Sequence[Case], readings: Sequence[Reading]) -> dict[str, float]:
+def measure_matches(cases: Sequence[Case], found: Sequence[Attributes]) -> dict[str, float]:
     """Share of figures whose attributes are the references', by line, and their mean."""
-    rates = {
-        line: mean(
-            to_percent([r[name] == c.wanted[name] for c, r in zip(cases, readings)])
-            for name in names
-        )
-        for line, names in LINES.items()
-    }
+    return _average_lines(
+        lambda name: to_percent([f[name] == c.wanted[name] for c, f in zip(cases, found)])
+    )
+
+
+def _average_lines(rate: Callable[[str], float]) -> dict[str, float]:
+    """The mean of `rate(attribute)` for each of `LINES`, after the mean of all lines."""
+    rates = {line: mean(rate(name) for name in names) for line, names in LINES.items()}
     return {"mean": round(mean(rates.values()), 2), **{k: round(v, 2) for k, v in rates.items()}}
 
 
-def measure_following(cases: Sequence[Case], readings: Sequence[Reading]) -> dict[str, float]:
+def measure_following(cases: Sequence[Case], found: Sequence[Attributes]) -> dict[str, float]:
     """Share of figures whose pose, expression and background are what the prompt says."""
     return {
-        name: to_percent([r[name] == c.said[name] for c, r in zip(cases, readings)])
-        for name in SCENE
+        name: to_percent([f[name] == c.said[name] for c, f in zip(cases, found)]) for name in SCENE
     }
 
 
-def measure_leak(cases: Sequence[Case], readings: Sequence[Reading]) -> float:
-    """Share of figures that stand before the references' background."""
-    pairs = zip(cases, readings)
-    return to_percent([r["background"] == c.reference_background for c, r in pairs])
+def measure_leak(cases: Sequence[Case], found: Sequence[Attributes]) -> float:
+    """Share of figures that show the references' background."""
+    return to_percent([f["background"] == c.reference_background for c, f in zip(cases, found)])
 
 
-def measure_diversity(readings: Sequence[Reading], each: int) -> dict[str, float]:
+def measure_diversity(found: Sequence[Attributes], each: int) -> dict[str, float]:
     """Share of pairs of one conditioning's figures (runs of `each`) that differ, by attribute."""
-    runs = [readings[i : i + each] for i in range(0, len(readings), each)]
+    runs = [found[i : i + each] for i in range(0, len(found), each)]
     return {
         name: to_percent([a[name] != b[name] for run in runs for a, b in combinations(run, 2)])
         for name in FREE
@@ -125,14 +127,14 @@ def measure_diversity(readings: Sequence[Reading], each: int) -> dict[str, float
 
 
 def compute_chance_levels() -> dict[str, float]:
-    rates = {line: 100 * mean(compute_chance(n) for n in names) for line, names in LINES.items()}
-    return {"mean": round(mean(rates.values()), 2), **{k: round(v, 2) for k, v in rates.items()}}
+    """The attribute match of guessing, as `measure_matches` gives it."""
+    return _average_lines(lambda name: 100 * compute_chance(name))
 
 
 def measure_judge(bundle: Bundle, seed: int, count: int) -> dict[str, float]:
-    """The judge's accuracy on rendered figures of known truth, as the VAE gives them back."""
+    """The judge's accuracy on rendered figures of known truth, encoded and decoded by the VAE."""
     drawn = render_any(seed + 90_000, count)
-    images = to_images(np.stack([d.image for d in drawn]))
+    images = stack_images(drawn)
     with torch.inference_mode():
         read = bundle.judge.read(bundle.base.vae.decode(bundle.base.vae.encode(images)))
     known = [list_truth(d.figure) for d in drawn]
@@ -142,7 +144,7 @@ def measure_judge(bundle: Bundle, seed: int, count: int) -> dict[str, float]:
 
 
 def check_exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
-    """Whether what must be the base model's output is that bit for bit (two figures each)."""
+    """Whether retrieval that must change nothing is bit for bit the base model (two figures)."""
     base, network = bundle.base, bundle.network
     prompts, noise = ["waving, smile, beach", ""], base.noise(2, torch.Generator().manual_seed(0))
     plain = generate(bundle, prompts, noise, None, how)
@@ -167,24 +169,18 @@ def check_exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
 
 
 def measure(bundle: Bundle, count: int, seed: int, how: Sampling | None = None) -> dict:
-    """All lines of the measurement on `count` figures each, as one JSON-able dict.
-
-    Raises:
-        RetrievalError: fewer than one figure.
-    """
-    if count < 1:
-        raise RetrievalError(f"Measuring {count} figures is not possible; give 1 or more.")
+    """All lines of the measurement on `count` figures each, as one JSON-able dict."""
     how = how or Sampling()
-    run = Measurement(bundle, how, seed)
+    read = partial(read_figures, bundle, how, seed)
     same = [make_character_case(seed, i) for i in range(count)]
     composed = [make_composition_case(seed, i) for i in range(count)]
     open_ended = [drop_prompt(same[i // SEEDS_EACH]) for i in range(count)]
-    plain = run.read(same, False, "without retrieval")
-    with_four = run.read(same, True, "four references")
-    with_parts = run.read(composed, True, "composition")
-    plain_parts = run.read(composed, False, "composition, without")
-    open_plain = run.read(open_ended, False, "empty prompt, without")
-    open_four = run.read(open_ended, True, "empty prompt")
+    plain = read(same, "without retrieval", retrieve=False)
+    with_four = read(same, "four references")
+    with_parts = read(composed, "composition")
+    plain_parts = read(composed, "composition, without", retrieve=False)
+    open_plain = read(open_ended, "empty prompt, without", retrieve=False)
+    open_four = read(open_ended, "empty prompt")
     followed = {
         "base": measure_following(same, plain),
         "four references": measure_following(same, with_four),
@@ -229,12 +225,33 @@ def measure(bundle: Bundle, count: int, seed: int, how: Sampling | None = None) 
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m retrieval_core.paperdoll.measure")
-    parser.add_argument("--count", type=int, default=500, help="figures a line")
+def make_parser(module: str, count: int) -> argparse.ArgumentParser:
+    """The options that all measurements share."""
+    parser = argparse.ArgumentParser(prog=f"python -m retrieval_core.paperdoll.{module}")
+    parser.add_argument("--count", type=int, default=count, help="figures a line")
     parser.add_argument("--seed", type=int, default=1, help="another seed, other characters")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     parser.add_argument("--weights", type=Path, help="folder of the weights, default: bundled")
+    return parser
+
+
+def print_result(options: argparse.Namespace, work: Callable[[], dict[str, Any]]) -> int:
+    """Prints a measurement as JSON, or what the user can mend; the exit status."""
+    try:
+        if options.count < 1:
+            raise RetrievalError(
+                f"Measuring {options.count} figures is not possible; give 1 or more."
+            )
+        result = work()
+    except RetrievalError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=None if options.json else 2))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser("measure", 500)
     parser.add_argument("--steps", type=int, default=Sampling.steps)
     parser.add_argument("--cfg", type=float, default=Sampling.cfg)
     parser.add_argument("--strength", type=float)
@@ -250,13 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
         token_budget=options.token_budget,
         end=options.end,
     )
-    try:
-        result = measure(load_bundle(options.weights), options.count, options.seed, how)
-    except RetrievalError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(json.dumps(result, indent=None if options.json else 2))
-    return 0
+    return print_result(
+        options,
+        lambda: measure(load_bundle(options.weights), options.count, options.seed, how),
+    )
 
 
 if __name__ == "__main__":

@@ -1,28 +1,24 @@
 """Measures the controls on held-out paper-doll characters: see `main` for the command.
 
-What token budgets and pooled queries lose, what masks keep out, and whether two regions
-give each its own character. Everything is read off generated pictures by the judge; numbers are
-percentages.
+Attribute match lost by token budgets and pooled queries, leak of the references' background with
+and without masks, and two characters in two regions. The judge classifies the generated pictures;
+numbers are percentages.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..bank.token_budget import AUTOMATIC, Budget, choose_budgets
-from ..errors import RetrievalError
 from ..network.retrieval_site import RetrievalSite, choose_query_pools
 from ..network.unet import SD15, SDXL, UNetConfig
 from ..sampling.applications import Application
@@ -32,20 +28,20 @@ from .cases import (
     REFERENCES,
     Case,
     drop_prompt,
-    list_references,
     make_character_case,
     make_composition_case,
 )
 from .generate import Sampling, apply_bank, encode_groups
-from .judge import compute_chance
+from .judge import Attributes, compute_chance
 from .measure import (
-    BATCH,
-    Measurement,
-    Reading,
     compute_chance_levels,
+    draw_in_batches,
+    make_parser,
     measure_following,
     measure_leak,
     measure_matches,
+    print_result,
+    read_figures,
 )
 from .world import SIZE
 
@@ -55,7 +51,7 @@ TASKS = {"four references": make_character_case, "composition": make_composition
 
 
 def compute_merging_ratios(config: UNetConfig, edge: int) -> dict[int, float]:
-    """Latent pixels that a token spans -> how many tokens the automatic budget makes one of.
+    """Downsampling of a site -> how many tokens the automatic budget merges into one there.
 
     Args:
         edge: of the latents of `REFERENCES` unmasked references.
@@ -84,15 +80,16 @@ def measure_budgets(bundle: Bundle, count: int, seed: int, how: Sampling) -> dic
         merged = ", ".join(f"{ratio:g}x" for ratio in ratios.values())
         budgets[f"ratios of {name} ({merged})"] = imitate_ratios(ratios, bundle)
     runs = {
-        name: Measurement(bundle, replace(how, token_budget=budget), seed)
+        name: partial(read_figures, bundle, replace(how, token_budget=budget), seed)
         for name, budget in budgets.items()
     }
     return _compare(runs, count, seed)
 
 
 def measure_pooling(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
-    """Attribute match with queries pooled two by two at the sites of the finest level, as networks
-    of the larger bases have them. This one was not trained for it.
+    """Attribute match with 2 x 2 query pooling at full-resolution sites, the larger bases' default.
+
+    The bundled network was not trained with it.
     """
     pooled = replace(bundle, network=copy.deepcopy(bundle.network))
     for site, pool in choose_query_pools(pooled.network.config, 2).items():
@@ -100,17 +97,21 @@ def measure_pooling(bundle: Bundle, count: int, seed: int, how: Sampling) -> dic
         assert isinstance(layer, RetrievalSite)
         layer.pool = pool
     runs = {"each position": bundle, "pooled": pooled}
-    return _compare({name: Measurement(b, how, seed) for name, b in runs.items()}, count, seed)
+    return _compare(
+        {name: partial(read_figures, one, how, seed) for name, one in runs.items()}, count, seed
+    )
 
 
-def _compare(runs: Mapping[str, Measurement], count: int, seed: int) -> dict[str, Any]:
-    """Attribute match of runs from the same noise, and what each loses by the first."""
+def _compare(
+    runs: Mapping[str, Callable[[Sequence[Case], str], list[Attributes]]], count: int, seed: int
+) -> dict[str, Any]:
+    """Attribute match of runs from the same noise, and what each loses compared with the first."""
     lines: dict[str, Any] = {}
     for task, make in TASKS.items():
         cases = [make(seed, i) for i in range(count)]
         rates = {
-            name: measure_matches(cases, run.read(cases, True, f"{task}, {name}"))
-            for name, run in runs.items()
+            name: measure_matches(cases, read(cases, f"{task}, {name}"))
+            for name, read in runs.items()
         }
         first = next(iter(rates.values()))["mean"]
         lost = {name: round(first - rate["mean"], 2) for name, rate in rates.items()}
@@ -119,25 +120,25 @@ def _compare(runs: Mapping[str, Measurement], count: int, seed: int) -> dict[str
 
 
 def measure_masks(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
-    """How often figures stand before the references' background, with masks and without."""
-    run = Measurement(bundle, how, seed)
+    """How often figures show the references' background, with masks and without."""
+    read = partial(read_figures, bundle, how, seed)
     lines: dict[str, Any] = {"chance": round(100 * compute_chance("background"), 2)}
     for masked in (True, False):
         cases = [make_character_case(seed, i, masked=masked) for i in range(count)]
         silent = [drop_prompt(case) for case in cases]
         name = "masked" if masked else "not masked"
         lines[name] = {
-            "background named by the prompt": measure_leak(cases, run.read(cases, True, name)),
-            "empty prompt": measure_leak(silent, run.read(silent, True, f"{name}, empty prompt")),
+            "background named by the prompt": measure_leak(cases, read(cases, name)),
+            "empty prompt": measure_leak(silent, read(silent, f"{name}, empty prompt")),
         }
     return lines
 
 
 def measure_regions(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
-    """Two characters in one picture, each of them given a half of it as its region.
+    """Two characters in one picture, each with one half as its region.
 
-    The base's own self-attention spans both halves and mixes them a little; "prompts by area"
-    leaves it no chance, as a host's area conditioning does: each half is denoised on its own.
+    The base's self-attention spans both halves and mixes them a little; with "prompts by area"
+    each half is denoised separately, as by a host's area conditioning.
     """
     lefts = [make_character_case(seed, 2 * i) for i in range(count)]
     rights = [make_character_case(seed, 2 * i + 1) for i in range(count)]
@@ -168,22 +169,20 @@ def read_halves(
     seed: int,
     how: Sampling,
     **given: Any,
-) -> tuple[list[Reading], list[Reading]]:
-    """What the judge reads off the two halves of pictures twice as wide, one a pair of cases.
+) -> tuple[list[Attributes], list[Attributes]]:
+    """The judge's attributes of both halves of one double-width picture per pair of cases.
 
     Args:
         given: `retrieve`, `by_area` and `apart`, see `generate_pairs`.
     """
-    readings: tuple[list[Reading], list[Reading]] = ([], [])
-    with tqdm(total=len(lefts), desc="two regions", disable=None, leave=False) as bar:
-        for start in range(0, len(lefts), BATCH):
-            part = slice(start, start + BATCH)
-            noise = _wide_noise(bundle, seed, start, len(lefts[part]))
-            pictures = generate_pairs(bundle, lefts[part], rights[part], noise, how, **given)
-            for found, half in zip(readings, pictures.split(SIZE, -1), strict=True):
-                found += bundle.judge.read(half)
-            bar.update(len(pictures))
-    return readings
+
+    def draw(batch: Sequence[tuple[Case, Case]], noise: Tensor) -> Tensor:
+        return generate_pairs(bundle, *zip(*batch), noise, how, **given)
+
+    pairs = list(zip(lefts, rights, strict=True))
+    pictures = draw_in_batches(bundle.base, seed, pairs, draw, "two regions", width=2)
+    left, right = (bundle.judge.read(half) for half in pictures.split(SIZE, -1))
+    return left, right
 
 
 def generate_pairs(
@@ -200,15 +199,15 @@ def generate_pairs(
 
     Args:
         noise: [B, C, 16, 32].
-        by_area: the halves are denoised one by one, each with its part of both regions.
+        by_area: the halves are denoised separately, each with its crop of both regions.
         apart: see `Retrieval`.
     """
     base, applied = bundle.base, []
     if retrieve:
-        for cases, place in ((lefts, 0), (rights, 1)):
-            tokens = encode_groups(base, bundle.network, list_references(cases))
+        for half, cases in enumerate((lefts, rights)):
+            tokens = encode_groups(base, bundle.network, [case.references for case in cases])
             one = replace(apply_bank(bundle.network, tokens, how), apart=apart)
-            applied.append(_in_half(one, place))
+            applied.append(_limit_to_half(one, half))
     unet = bundle.network.apply_decoder(base.unet) if retrieve else base.unet
     with torch.inference_mode():
         cond = base.text.encode([case.prompt for case in lefts])
@@ -219,32 +218,24 @@ def generate_pairs(
 
         denoise = denoiser(applied)
         if by_area:
-            halves = [denoiser([_crop(one, place) for one in applied]) for place in range(2)]
+            denoisers = [denoiser([_crop(one, half) for one in applied]) for half in range(2)]
 
             def denoise(x: Tensor, timestep: int) -> Tensor:
-                parts = x.chunk(2, -1)
-                return torch.cat([half(p, timestep) for half, p in zip(halves, parts)], -1)
+                halves = zip(denoisers, x.chunk(2, -1))
+                return torch.cat([one(half, timestep) for one, half in halves], -1)
 
         return base.vae.decode(sample(denoise, noise, base.schedule, how.steps, how.sampler))
 
 
-def _crop(retrieval: Application, place: int) -> Application:
+def _crop(retrieval: Application, half: int) -> Application:
     assert retrieval.region is not None
-    return replace(retrieval, region=retrieval.region.chunk(2, -1)[place])
+    return replace(retrieval, region=retrieval.region.chunk(2, -1)[half])
 
 
-def _in_half(retrieval: Application, place: int) -> Application:
+def _limit_to_half(retrieval: Application, half: int) -> Application:
     region = torch.zeros(SIZE, 2 * SIZE)
-    region[:, place * SIZE : (place + 1) * SIZE] = 1
+    region.chunk(2, -1)[half].fill_(1)
     return replace(retrieval, region=region)
-
-
-def _wide_noise(bundle: Bundle, seed: int, start: int, count: int) -> Tensor:
-    rows = []
-    for i in range(start, start + count):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        rows.append(torch.cat(bundle.base.noise(2, generator).split(1), -1))
-    return torch.cat(rows)
 
 
 LINES = {
@@ -256,27 +247,18 @@ LINES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m retrieval_core.paperdoll.measure_controls")
-    parser.add_argument("--count", type=int, default=200, help="figures a line")
-    parser.add_argument("--seed", type=int, default=1, help="another seed, other characters")
+    parser = make_parser("measure_controls", 200)
     parser.add_argument("--only", choices=LINES, nargs="+", default=list(LINES))
-    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
-    parser.add_argument("--weights", type=Path, help="folder of the weights, default: bundled")
     options = parser.parse_args(arguments)
-    try:
-        if options.count < 1:
-            raise RetrievalError(
-                f"Measuring {options.count} figures is not possible; give 1 or more."
-            )
+
+    def measure() -> dict[str, Any]:
         bundle = load_bundle(options.weights)
         result: dict[str, Any] = {"figures": options.count, "seed": options.seed}
         for name in options.only:
             result[name] = LINES[name](bundle, options.count, options.seed, Sampling())
-    except RetrievalError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(json.dumps(result, indent=None if options.json else 2))
-    return 0
+        return result
+
+    return print_result(options, measure)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RetrievalError
-from ..files import parse_json, read_safetensors, save_safetensors
+from ..files import check_format, parse_json, read_safetensors, save_safetensors
 from ..network.unet import UNet, UNetConfig, load_strictly
 from ..sampling.noise_schedule import NoiseSchedule
 from .text import TextEncoder
@@ -50,10 +50,10 @@ class PaperdollModel(nn.Module):
 
     def initialise(self) -> None:
         """Zero-starts the layers that SD starts at zero: block outputs and the last convolution."""
+        zeroed = (".out_layers.3.", ".proj_out.", ".out.2.")
         with torch.no_grad():
             for name, parameter in self.unet.named_parameters():
-                parts = (".out_layers.3.", ".proj_out.", "out.2.")
-                if any(part in f".{name}" for part in parts) or name.startswith("out.2."):
+                if any(layer in f".{name}" for layer in zeroed):
                     parameter.zero_()
 
     def noise(self, count: int, generator: torch.Generator) -> Tensor:
@@ -74,25 +74,21 @@ def load_base(path: str | os.PathLike[str]) -> PaperdollModel:
     """Reads a base model's file in float32.
 
     Raises:
-        RetrievalError: no such file, not whole, another format, or keys that do not fit.
+        RetrievalError: no such file, a damaged one, another format, or keys that do not fit.
     """
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT:
-        raise RetrievalError(
-            f"'{path}' has format {metadata.get('format')!r}, not {FORMAT!r}; use the base model "
-            "bundled with the pack or one trained by retrieval_core.paperdoll.train."
-        )
+    remedy = "use the base model bundled with the pack or one of retrieval_core.paperdoll.train"
+    check_format(path, metadata, FORMAT, remedy)
     config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
     model = PaperdollModel(config)
-    parts = ((UNET_PREFIX, model.unet), ("text.", model.text), ("vae.", model.vae))
-    known = tuple(prefix for prefix, _ in parts)
-    extra = sorted(key for key in tensors if not key.startswith(known))
+    modules = {UNET_PREFIX: model.unet, "text.": model.text, "vae.": model.vae}
+    extra = sorted(key for key in tensors if not key.startswith(tuple(modules)))
     if extra:
         raise RetrievalError(
             f"'{path}' has {len(extra)} unexpected keys (first: {extra[0]}); use the base model "
             "bundled with the pack or one trained by retrieval_core.paperdoll.train."
         )
-    for prefix, module in parts:
+    for prefix, module in modules.items():
         own = {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
         load_strictly(module, own, f"'{path}' {prefix[:-1]}")
     return model.eval().requires_grad_(False)

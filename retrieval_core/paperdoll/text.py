@@ -15,8 +15,14 @@ LENGTH = 4
 PAD = 0
 
 
+def split_tags(prompt: str) -> list[str]:
+    """The tags of a prompt, in lower case, with single spaces."""
+    tags = [" ".join(tag.lower().replace("_", " ").split()) for tag in prompt.split(",")]
+    return [tag for tag in tags if tag]
+
+
 class Tokenizer:
-    """One token a tag; a prompt is tags separated by commas, padded to `LENGTH` tokens.
+    """One token per tag; a prompt is tags separated by commas, padded to `LENGTH` tokens.
 
     The order of the vocabulary is part of the trained weights: add at the end only.
     """
@@ -31,8 +37,7 @@ class Tokenizer:
         Raises:
             RetrievalError: a tag outside the vocabulary, or more than `LENGTH` tags.
         """
-        tags = [" ".join(tag.lower().replace("_", " ").split()) for tag in prompt.split(",")]
-        tags = [tag for tag in tags if tag]
+        tags = split_tags(prompt)
         unknown = [tag for tag in tags if tag not in self.ids]
         if unknown:
             raise RetrievalError(

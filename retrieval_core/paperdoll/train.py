@@ -1,9 +1,9 @@
 """Trains the bundled paper-doll weights from a seed: `python -m retrieval_core.paperdoll.train`.
 
-Stages, each resumable: `base` (U-Net and text encoder), `critic` (learns to read attributes off
-latents), `retrieval` (the network of the paper on that base, what it draws read by the critic),
-`pairs` (both go on, every other batch with two characters in a picture twice as wide; its files are
-what is bundled), `judge` (the attribute measurement). Without --stage all run in that order.
+Stages, each resumable: `base` (U-Net and text encoder), `critic` (classifies attributes of
+latents), `retrieval` (the paper's network on that base, with the critic's loss), `pairs` (continues
+both, every other batch with two characters in a picture twice as wide; its files are bundled),
+`judge` (classifies attributes of pictures). Without --stage all run in that order.
 """
 
 from __future__ import annotations
@@ -13,36 +13,33 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import RetrievalError
-from ..files import read_safetensors, save_safetensors
+from ..files import check_format, read_safetensors, save_safetensors
 from ..network.controlnet import RetrievalControlNet, load
 from ..network.unet import load_strictly
 from ..training.critic import Critic
 from ..training.settings import LOCKS, PRECISIONS, Precision, TrainingSettings
-from ..training.trainer import Trainer
+from ..training.trainer import Batches, LossFunction, Trainer
 from .batches import (
     BaseBatches,
     CriticBatches,
     RetrievalBatches,
     render_any,
     render_characters,
-    to_images,
+    stack_images,
 )
 from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
-from .judge import Judge, index_truth, load_judge
+from .judge import Judge, index_truth
 from .model import PaperdollModel, load_base
 from .trainees import (
     BACKGROUND,
-    CHARACTERS,
-    CORRESPONDENCE,
-    DRAWING,
     NOISE_POWER,
-    READING,
     BaseTraining,
     CriticTraining,
     PaperdollRetrieval,
@@ -53,8 +50,7 @@ from .trainees import (
 from .vae import PatchVAE
 
 STAGES = ("base", "critic", "retrieval", "pairs", "judge")
-PAIRS = "pairs"  # the folder of that stage's files
-# The network's encoder and the decoder start as copies of trained layers.
+# Lower for the network's encoder and the decoder, which start as copies of trained layers.
 RATE_FACTORS = {"network.encoder.": 0.5, "unet.": 0.7}
 CRITIC_FILE = "paperdoll_critic.safetensors"
 CRITIC_FORMAT = "paperdoll_critic"
@@ -66,30 +62,22 @@ def train_base(
     """Trains and saves the base model; returns it with its averaged weights.
 
     Args:
-        start: a folder with a trained one, to go on from with pairs; None: from scratch.
+        start: folder of a trained model to continue from with pairs; None: from scratch.
     """
     data = render_characters(settings.seed, characters)
     torch.manual_seed(settings.seed)
     if start is None:
         model = PaperdollModel()
         model.initialise()
-        model.vae = PatchVAE.fit(to_images(data.images[:200]), model.vae.channels)
+        model.vae = PatchVAE.fit(stack_images(sum(data[:200], [])), model.vae.channels)
     else:
         model = load_base(start / BASE_FILE)
         model.unet.requires_grad_(True)
         model.text.requires_grad_(True)
     owner = make_norms_contiguous(BaseTraining(model))
-    trainer = Trainer(
-        owner,
-        owner.loss,
-        BaseBatches(data, settings.batch_size, settings.seed, pairs=start is not None),
-        settings,
-        out / "base",
-        description={"stage": "base", "pairs": start is not None, "characters": characters},
-        prefetch=2,
-        label="base",
-    )
-    _finish(trainer)
+    batches = BaseBatches(data, settings.batch_size, settings.seed, pairs=start is not None)
+    description = {"stage": "base", "pairs": start is not None, "characters": characters}
+    trainer = _train(owner, owner.loss, batches, settings, out, description)
     with trainer.ema_weights():
         model.save(out / BASE_FILE, torch.float16)
     return load_base(out / BASE_FILE)
@@ -101,11 +89,11 @@ def train_retrieval(
     base: PaperdollModel,
     options: RetrievalOptions,
     start: Path | None = None,
-) -> RetrievalControlNet:
-    """Trains a network on a trained base; returns it as saved.
+) -> None:
+    """Trains and saves a network on a trained base.
 
     Args:
-        start: a folder with a trained one, to go on from with pairs; None: a fresh one.
+        start: folder of a trained network to continue from with pairs; None: a fresh one.
     """
     data = render_characters(settings.seed, options.characters)
     if start is None:
@@ -127,38 +115,25 @@ def train_retrieval(
         "noise_power": NOISE_POWER,
         "background": BACKGROUND,
     }
-    trainer = Trainer(
-        owner,
-        owner.batch_loss,
-        RetrievalBatches(
-            data,
-            settings.batch_size,
-            settings.seed,
-            text_drop=options.text_drop,
-            pairs=start is not None,
-        ),
-        settings,
-        out / "retrieval",
-        description=description,
-        prefetch=2,
-        label="retrieval",
-        rate_factors=RATE_FACTORS,
+    batches = RetrievalBatches(
+        data, settings.batch_size, settings.seed, options.text_drop, pairs=start is not None
     )
-    _finish(trainer)
+    trainer = _train(
+        owner, owner.batch_loss, batches, settings, out, description, rate_factors=RATE_FACTORS
+    )
     finished = owner.finished(trainer.ema_state_dict())
     finished.card.training.update(description, **settings.as_json())
     finished.save(out / RETRIEVAL_FILE, torch.float16)
-    return finished
 
 
 def train_pairs(
     out: Path, base: TrainingSettings, retrieval: TrainingSettings, options: RetrievalOptions
 ) -> None:
-    """Goes on from both files in `out` with two characters a picture; saves to its own folder.
+    """Continues from both files in `out` with two characters per picture; saves to `out`/pairs.
 
-    The attribute reader is not kept with a network and would start at random, so it is left out.
+    The attribute reader is not saved with a network and would start at random, so it is left out.
     """
-    into = out / PAIRS
+    into = out / "pairs"
     trained = train_base(into, base, options.characters, out)
     train_retrieval(into, retrieval, trained, replace(options, reading=0.0), out)
 
@@ -166,33 +141,21 @@ def train_pairs(
 def train_critic(
     out: Path, settings: TrainingSettings, base: PaperdollModel, characters: int
 ) -> None:
-    """Trains and saves the critic, on the characters of the training."""
+    """Trains and saves the critic, on the characters that the network is trained on."""
     data = render_characters(settings.seed, characters)
     torch.manual_seed(settings.seed + 1)
     owner = CriticTraining(base)
-    trainer = Trainer(
-        owner,
-        owner.batch_loss,
-        CriticBatches(data, settings.batch_size, settings.seed),
-        settings,
-        out / "critic",
-        description={"stage": "critic", "characters": characters},
-        prefetch=2,
-        label="critic",
-    )
-    _finish(trainer)
+    batches = CriticBatches(data, settings.batch_size, settings.seed)
+    description = {"stage": "critic", "characters": characters}
+    trainer = _train(owner, owner.batch_loss, batches, settings, out, description)
     with trainer.ema_weights():
         save_safetensors(out / CRITIC_FILE, owner.critic.state_dict(), {"format": CRITIC_FORMAT})
 
 
 def load_critic(path: Path, base: PaperdollModel) -> Critic:
-    """Reads the critic's file; RetrievalError if it is none."""
+    """Reads the critic's file; RetrievalError if the format is another."""
     tensors, metadata = read_safetensors(path)
-    if metadata.get("format") != CRITIC_FORMAT:
-        raise RetrievalError(
-            f"'{path}' has format {metadata.get('format')!r}, not {CRITIC_FORMAT!r}; run the stage "
-            "'critic' first."
-        )
+    check_format(path, metadata, CRITIC_FORMAT, "run the stage 'critic' first")
     critic = make_critic(base)
     load_strictly(critic, tensors, f"critic '{path}'")
     return critic.eval().requires_grad_(False)
@@ -200,7 +163,7 @@ def load_critic(path: Path, base: PaperdollModel) -> Critic:
 
 @dataclass(frozen=True)
 class JudgeBatches:
-    """Rendered figures and their true attributes; half of them as the VAE gives them back."""
+    """Rendered figures and their true attributes; half of them encoded and decoded by the VAE."""
 
     images: Tensor
     ids: Tensor
@@ -217,35 +180,51 @@ class JudgeBatches:
         return torch.cat([decoded, images[half:]]), self.ids[which]
 
 
-def train_judge(out: Path, settings: TrainingSettings, figures: int, vae: PatchVAE) -> Judge:
+def train_judge(out: Path, settings: TrainingSettings, figures: int, vae: PatchVAE) -> None:
     """Trains and saves the judge on figures of the whole world, held-out ones included."""
     drawn = render_any(settings.seed, figures)
     images = torch.from_numpy(np.stack([d.image for d in drawn])).movedim(-1, 1)
     ids = torch.tensor([index_truth(d.figure) for d in drawn])
     torch.manual_seed(settings.seed)
     judge = Judge()
-    trainer = Trainer(
-        judge,
-        judge.loss,
-        JudgeBatches(images, ids, vae, settings.batch_size, settings.seed),
-        settings,
-        out / "judge",
-        description={"stage": "judge", "figures": figures},
-        prefetch=2,
-        label="judge",
-    )
-    _finish(trainer)
+    batches = JudgeBatches(images, ids, vae, settings.batch_size, settings.seed)
+    description = {"stage": "judge", "figures": figures}
+    trainer = _train(judge, judge.loss, batches, settings, out, description)
     with trainer.ema_weights():
         judge.save(out / JUDGE_FILE)
-    return load_judge(out / JUDGE_FILE)
 
 
-def _finish(trainer: Trainer) -> None:
-    """Runs the trainer to its end; interrupted, it raises KeyboardInterrupt."""
+def _train(
+    owner: nn.Module,
+    loss: LossFunction,
+    batches: Batches,
+    settings: TrainingSettings,
+    out: Path,
+    description: dict[str, Any],
+    **given: Any,
+) -> Trainer:
+    """Trains one stage, in a folder of `out` named after it; returns its trainer.
+
+    Raises:
+        KeyboardInterrupt: interrupted; the run is saved.
+    """
+    stage = description["stage"]
+    trainer = Trainer(
+        owner,
+        loss,
+        batches,
+        settings,
+        out / stage,
+        description=description,
+        prefetch=2,
+        label=stage,
+        **given,
+    )
     result = trainer.run()
     print(result.message, flush=True)
     if result.interrupted:
         raise KeyboardInterrupt
+    return trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -253,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("output/paperdoll"))
     parser.add_argument("--stage", choices=STAGES, action="append")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--characters", type=int, default=CHARACTERS)
+    parser.add_argument("--characters", type=int, default=RetrievalOptions.characters)
     parser.add_argument("--base-steps", type=int, default=6000)
     parser.add_argument("--base-batch", type=int, default=64)
     parser.add_argument("--base-rate", type=float, default=1.4e-3)
@@ -266,17 +245,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs-rate", type=float, default=4e-4)
     parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--judge-figures", type=int, default=40000)
-    parser.add_argument("--lock", choices=LOCKS, default="train_both")
-    parser.add_argument("--text-drop", type=float, default=0.3, help="the paper: 0.5")
-    parser.add_argument("--face-weight", type=float, default=1.0)
-    parser.add_argument("--correspondence", type=float, default=CORRESPONDENCE)
-    parser.add_argument("--reading", type=float, default=READING)
-    parser.add_argument("--drawing", type=float, default=DRAWING)
+    parser.add_argument("--lock", choices=LOCKS, default=RetrievalOptions.lock)
+    parser.add_argument(
+        "--text-drop", type=float, default=RetrievalOptions.text_drop, help="the paper: 0.5"
+    )
+    for name in ("face-weight", "correspondence", "reading", "drawing"):
+        default = getattr(RetrievalOptions, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=float, default=default)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="bfloat16", help="of products; judge: float32"
     )
     parser.add_argument("--threads", type=int, default=2, help="rounding depends on it")
     options = parser.parse_args(arguments)
+    out = options.out
     torch.set_num_threads(options.threads)
     stages = options.stage or list(STAGES)
 
@@ -308,28 +289,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         if "base" in stages:
-            train_base(
-                options.out,
-                settings(options.base_steps, options.base_batch, options.base_rate),
-                options.characters,
-            )
+            base = settings(options.base_steps, options.base_batch, options.base_rate)
+            train_base(out, base, options.characters)
         if "critic" in stages:
-            train_critic(
-                options.out,
-                settings(options.critic_steps, 96, 2e-3),
-                load_base(options.out / BASE_FILE),
-                options.characters,
-            )
+            critic = settings(options.critic_steps, 96, 2e-3)
+            train_critic(out, critic, load_base(out / BASE_FILE), options.characters)
         if "retrieval" in stages:
             train_retrieval(
-                options.out,
+                out,
                 settings(options.retrieval_steps, options.retrieval_batch, options.retrieval_rate),
-                load_base(options.out / BASE_FILE),
+                load_base(out / BASE_FILE),
                 retrieval,
             )
         if "pairs" in stages:
             train_pairs(
-                options.out,
+                out,
                 settings(options.pairs_base_steps, options.base_batch, options.pairs_rate),
                 settings(
                     options.pairs_retrieval_steps, options.retrieval_batch, options.pairs_rate
@@ -337,18 +311,14 @@ def main(arguments: list[str] | None = None) -> int:
                 retrieval,
             )
         if "judge" in stages:
-            train_judge(
-                options.out,
-                settings(options.judge_steps, 128, 2e-3, "float32"),
-                options.judge_figures,
-                load_base(options.out / BASE_FILE).vae,
-            )
+            judge = settings(options.judge_steps, 128, 2e-3, "float32")
+            train_judge(out, judge, options.judge_figures, load_base(out / BASE_FILE).vae)
     except RetrievalError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(json.dumps({"out": str(options.out), "stages": stages}))
+    print(json.dumps({"out": str(out), "stages": stages}))
     return 0
 
 

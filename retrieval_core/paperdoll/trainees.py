@@ -1,4 +1,4 @@
-"""What the paper-doll weights are trained on: models, losses and how batches are fed to them."""
+"""Modules that train the paper-doll weights: models, and their losses on the world's batches."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .vae import PatchVAE
 
 Module = TypeVar("Module", bound=nn.Module)
 
-CHARACTERS = 3000
-CORRESPONDENCE = 0.2
 NOISE_POWER = 0.6
-READING = 0.3  # weight of the attribute loss
-DRAWING = 0.3  # weight of the critic's loss
-BACKGROUND = 0.3  # what the loss counts there, beside 1 on the figure
+BACKGROUND = 0.3  # weight of the background's loss; the figure's is 1
 
 
 @dataclass(frozen=True)
 class RetrievalOptions:
-    """What the network's training takes beside the settings; see `TrainableRetrieval`."""
+    """Options of the network's training beside `TrainingSettings`; see `TrainableRetrieval`.
 
-    characters: int = CHARACTERS
+    correspondence, reading, drawing: weights of the attention's, the attribute reader's and the
+    critic's losses.
+    """
+
+    characters: int = 3000
     lock: Lock = "train_both"
     text_drop: float = 0.3
     face_weight: float = 1.0
-    correspondence: float = CORRESPONDENCE
-    reading: float = READING
-    drawing: float = DRAWING
+    correspondence: float = 0.2
+    reading: float = 0.3
+    drawing: float = 0.3
 
 
 class BaseTraining(nn.Module):
@@ -61,14 +61,15 @@ class BaseTraining(nn.Module):
 
 
 def weigh_channels(vae: PatchVAE) -> Tensor:
-    """[C]: an error counts by what it changes in pixels, tempered, as details count too."""
+    """Loss weights [C], by the pixel change per unit of a channel, tempered to keep details."""
     weights = 1 / vae.scale
     return weights / weights.mean()
 
 
 def make_norms_contiguous(owner: Module) -> Module:
-    """The module, its group norms fed contiguous maps: on CPUs they are up to 20 times as fast
-    in bfloat16 as on the channels-last maps that convolutions leave.
+    """Feeds a module's group norms contiguous maps; returns the module.
+
+    On CPUs that is up to 20 times as fast in bfloat16 as convolutions' channels-last maps.
     """
     for module in owner.modules():
         if isinstance(module, nn.GroupNorm):
@@ -77,7 +78,7 @@ def make_norms_contiguous(owner: Module) -> Module:
 
 
 class PaperdollRetrieval(TrainableRetrieval):
-    """`TrainableRetrieval` fed with the world's batches through the base's text encoder and VAE."""
+    """`TrainableRetrieval` on `RetrievalBatch`es, by the base's text encoder and VAE."""
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class PaperdollRetrieval(TrainableRetrieval):
 
 
 class CriticTraining(nn.Module):
-    """The critic's loss on latents as they look at high noise (`blur_undecided`)."""
+    """The critic and its loss on latents blurred as at high noise (`blur_undecided`)."""
 
     def __init__(self, base: PaperdollModel) -> None:
         super().__init__()

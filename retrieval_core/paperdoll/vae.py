@@ -1,8 +1,8 @@
 """The paper-doll world's VAE: a fixed linear transform of 4x4-pixel patches, fitted once.
 
-Each patch is projected on the principal components of the world's patches; the components' scales
-are evened out half way (std ** 0.5), so that colours still weigh more than fine edges but neither
-drowns in the diffusion noise. Being orthogonal, it decodes with its transpose.
+Each patch is projected on the principal components of the world's patches. Components are scaled by
+std ** -0.5, so that colours keep a larger variance than fine edges, and both stay above the
+diffusion noise. The basis is orthonormal, so decoding multiplies with its transpose.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PatchVAE(nn.Module):
         stds = values.flip(0)[:channels].clamp_min(1e-8).sqrt()
         vae.basis.copy_(basis * signs)
         vae.mean.copy_(mean)
-        # The first component ends with a standard deviation of 2, the rest below it.
+        # The first component's latents have a standard deviation of 2, the others' a lower one.
         vae.scale.copy_(2.0 / (stds[0].sqrt() * stds.sqrt()))
         return vae
 

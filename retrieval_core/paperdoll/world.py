@@ -79,7 +79,7 @@ HELD_OUT_PERCENT = 20
 
 @dataclass(frozen=True)
 class Identity:
-    """Who it is: only references tell."""
+    """The character: given by references only."""
 
     hair_style: str
     hair_colour: str
@@ -89,7 +89,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Outfit:
-    """What is worn: only references tell."""
+    """The clothes: given by references only."""
 
     upper: str
     upper_colour: str
@@ -100,7 +100,7 @@ class Outfit:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the text prompt may say (pose, expression, background), and what nothing says.
+    """Pose, expression and background, which the prompt may name, and what no input controls.
 
     mirror: the figure is flipped. shift: (right, down) in pixels, each -2..2. background_seed:
     which variant of the background, 0..63.
@@ -141,7 +141,7 @@ def _held_out(kind: str, value: Any) -> bool:
 
 
 def random_identity(rng: np.random.Generator, held_out: bool | None = None) -> Identity:
-    """An identity drawn evenly; held_out: of the held-out ones, of the others, or (None) of all."""
+    """An identity, uniform. held_out: among the held-out ones, the others, or (None) all."""
     while True:
         identity = Identity(
             _pick(rng, HAIR_STYLES),
@@ -168,7 +168,7 @@ def random_outfit(rng: np.random.Generator, held_out: bool | None = None) -> Out
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """A scene drawn evenly."""
+    """A scene, uniform in every attribute."""
     right, down = rng.integers(-LARGEST_SHIFT, LARGEST_SHIFT + 1, 2).tolist()
     return Scene(
         _pick(rng, POSES),

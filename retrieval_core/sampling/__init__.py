@@ -1,1 +1,1 @@
-"""Noise schedule, sampler, and how a bank acts while sampling."""
+"""Noise schedule, samplers, and retrieval from a bank while sampling."""

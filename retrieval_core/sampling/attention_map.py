@@ -1,4 +1,4 @@
-"""Which reference each part of a picture came from: attention shares kept while sampling."""
+"""The retrieval map: attention shares of each reference, summed while sampling."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from ..network.unet import MIDDLE, UNetConfig
 from .applications import COND, Retrieval
 from .regions import resize_region
 
-_LOGITS = 1 << 24  # held at once where shares are measured
+_LOGITS = 1 << 24  # most attention logits in memory at once
 
 
 def choose_map_site(config: UNetConfig) -> str:
-    """The site that a map is read from: the last one that a transformer block leads to.
+    """The site that the map is measured at: the last one after a transformer block.
 
-    It knows what a position shows, and is coarse enough for its attention to cost next to nothing.
+    Its features are semantic, and it is coarse enough for its attention to cost next to nothing.
     """
     plan = enumerate(config.encoder_plan(), 1)
-    read = [f"input_{index}" for index, (_, _, _, depth) in plan if depth]
-    return read[-1] if read else MIDDLE
+    sites = [f"input_{index}" for index, (_, _, _, depth) in plan if depth]
+    return sites[-1] if sites else MIDDLE
 
 
 @dataclass
 class Shares:
-    """The attention shares [B, 1 + references, H, W] seen so far: their sum and, for each position,
-    how often it was seen.
+    """Sum of the attention shares [B, 1 + references, H, W] of the steps so far.
+
+    Attributes:
+        total: the sum. seen: [H, W], how many summands each position has.
+        steps: number of summands.
     """
 
     total: Tensor | None = None
@@ -46,10 +49,10 @@ class Shares:
         canvas: tuple[int, int] | None = None,
         corner: tuple[int, int] = (0, 0),
     ) -> None:
-        """Adds shares [B, 1 + references, h, w], the null token's first.
+        """Adds the shares [B, 1 + references, h, w] of one step, the null token's first.
 
         Args:
-            canvas: (H, W) of the whole picture at this site, where the shares are a crop of it.
+            canvas: (H, W) of the whole picture at this site, if the shares are of a crop.
             corner: (y, x) of the crop.
         """
         height, width = shares.shape[-2:]
@@ -64,7 +67,7 @@ class Shares:
         self.steps += 1
 
     def mean(self) -> Tensor:
-        """Mean shares over the steps, the null token's first; those of a position add up to 1."""
+        """Mean shares over the steps, the null token's first; they sum to 1 at each position."""
         assert self.total is not None and self.seen is not None, "nothing was retrieved yet"
         mean = self.total / self.seen.clamp_min(1)
         mean[:, 0] += (self.seen == 0).to(mean)
@@ -72,12 +75,12 @@ class Shares:
 
 
 def merge_shares(applications: Sequence[Tensor]) -> Tensor:
-    """The shares of several applications as those of one: [B, 1 + all references, H, W].
+    """Merges the mean shares of several applications: [B, 1 + all references, H, W].
 
     Args:
-        applications: mean shares [B, 1 + references, h, w] of each; they come out at the largest
-            resolution. Where applications overlap, so that together they retrieve more than
-            everything, their shares are scaled down to all of it.
+        applications: [B, 1 + references, h, w] of each; resized to the largest resolution. Where
+            the references' shares of overlapping applications sum to more than 1, they are scaled
+            down to a sum of 1.
     """
     size = max((shares.shape[2:] for shares in applications), key=math.prod)
     retrieved = [
@@ -94,12 +97,12 @@ def merge_shares(applications: Sequence[Tensor]) -> Tensor:
 def measure_shares(
     retrieval: Retrieval, site: str, h: Tensor, bank: SiteBank, references: int
 ) -> Tensor:
-    """Where the features h [B, C, H, W] of a site look, by reference, within the region.
+    """Attention shares of each reference at a site's features h [B, C, H, W], within the region.
 
-    Attention is averaged over the heads; the shares of a position add up to 1.
+    Averaged over the heads; they sum to 1 at each position.
 
     Args:
-        bank: of the site; from before its tokens were merged it tells references apart better.
+        bank: the site's; with unmerged tokens it distinguishes references better.
 
     Returns:
         [B, 1 + references, H, W], the null token's share first.
@@ -127,24 +130,21 @@ def measure_shares(
     return torch.cat([1 - retrieved.sum(1, keepdim=True), retrieved], 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RecordedRetrieval(Retrieval):
-    """A `Retrieval` that also records, at one site, where the conditional rows looked.
+    """A `Retrieval` that also records the attention shares of the conditional rows at one site.
 
     The result is bit for bit that of `Retrieval`; the cost is one attention map of that site.
 
     Attributes:
         recorded: the site.
-        shares: where they looked, summed while sampling.
-        seen: what the shares are measured with, by default the bank's own site; a bank's site from
-            before its tokens were merged tells references apart better.
-        references: how many there are; 0 for as many as the bank's tokens name.
+        shares: summed while sampling.
+        seen: the site's bank with unmerged tokens (`measure_shares`); None for the bank's own.
     """
 
     recorded: str = "middle"
     shares: Shares = field(default_factory=Shares)
     seen: SiteBank | None = None
-    references: int = 0
 
     def add_retrieved(
         self, site: str, h: Tensor, cond_or_uncond: Sequence[int], strength: float
@@ -154,19 +154,19 @@ class RecordedRetrieval(Retrieval):
             rows = next((c for c, kind in zip(chunks, cond_or_uncond) if kind == COND), None)
             if rows is not None:
                 bank = self.seen or self.bank.sites[site]
-                count = self.references or int(bank.owner.max()) + 1
-                self.shares.add(measure_shares(self, site, rows, bank, count))
+                references = int(bank.owner.max()) + 1
+                self.shares.add(measure_shares(self, site, rows, bank, references))
         return super().add_retrieved(site, h, cond_or_uncond, strength)
 
 
 def find_strongest_reference(shares: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The reference most looked at in each pixel, and how much was retrieved there.
+    """The reference with the largest attention share in each pixel.
 
     Args:
         shares: [B, 1 + references, h, w], the null token's first (`Shares.mean`).
 
     Returns:
-        index [B, H, W] of the reference, and confidence [B, H, W] in 0..1: its share.
+        index [B, H, W] of the reference, and its share [B, H, W] in 0..1.
     """
     smooth = F.interpolate(shares, size=(height, width), mode="bilinear", align_corners=False)
     best, index = smooth[:, 1:].max(1)
@@ -174,11 +174,11 @@ def find_strongest_reference(shares: Tensor, height: int, width: int) -> tuple[T
 
 
 def draw_overlay(pictures: Tensor, shares: Tensor, colours: Sequence[Sequence[float]]) -> Tensor:
-    """Pictures [B, 3, H, W] in grey, tinted with the colour of the reference retrieved from.
+    """Tints pictures [B, 3, H, W], in grey, with the colour of the strongest reference.
 
     Args:
         shares: see `find_strongest_reference`.
-        colours: one (r, g, b) in 0..1 a reference.
+        colours: (r, g, b) in 0..1 for each reference.
     """
     index, confidence = find_strongest_reference(shares, *pictures.shape[-2:])
     palette = torch.tensor(colours, dtype=pictures.dtype, device=pictures.device)
@@ -193,8 +193,8 @@ def make_reference_masks(shares: Tensor, height: int, width: int, hard: bool) ->
 
     Args:
         shares: see `find_strongest_reference`.
-        hard: 1 at each position for the one reference most looked at, and for none where the null
-            token had more than all references together; otherwise the shares themselves.
+        hard: 1 at each position for the strongest reference, 0 for all where the null token has
+            more than half; otherwise the shares themselves.
     """
     smooth = F.interpolate(shares, size=(height, width), mode="bilinear", align_corners=False)
     if not hard:

@@ -1,17 +1,16 @@
-"""What an artist sets beside the strength: its course over the steps, its share by kind of site,
-the region's edges and the token budget.
+"""Finer settings of an application: strength over the steps and by group of sites, region edges,
+token budget, isolation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..bank.token_budget import AUTOMATIC, Budget, check_budget
 from ..errors import RetrievalError
 from ..network.unet import MIDDLE, UNetConfig
-from .isolation import check_apart
 
 COMPOSITION, MEDIUM, DETAIL = "composition", "middle", "detail"
 GROUPS = (COMPOSITION, MEDIUM, DETAIL)
@@ -31,28 +30,19 @@ GROUP_PRESETS: dict[str, tuple[float, float, float]] = {
 class StrengthCurve:
     """Factors of the strength, evenly spaced over the part of sampling in which retrieval acts.
 
-    Between two of them it goes straight, or, if `smooth`, level at both (3 t^2 - 2 t^3).
-
-    Raises:
-        RetrievalError: no factor, or one that is not finite.
+    Interpolates linearly, or, if `smooth`, by smoothstep (3 t^2 - 2 t^3). The factors are finite.
     """
 
     factors: tuple[float, ...] = (1.0,)
     smooth: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.factors or not all(math.isfinite(factor) for factor in self.factors):
-            raise RetrievalError(
-                f"The strength curve is {list(self.factors)}; give one or more finite numbers."
-            )
-
     def at(self, position: float) -> float:
         """The factor at a position from 0 (retrieval starts) to 1 (it ends)."""
         last = len(self.factors) - 1
-        place = min(max(position, 0.0), 1.0) * last
-        left = min(int(place), max(last - 1, 0))
+        index = min(max(position, 0.0), 1.0) * last
+        left = min(int(index), max(last - 1, 0))
         right = min(left + 1, last)
-        t = place - left
+        t = index - left
         if self.smooth:
             t = t * t * (3 - 2 * t)
         return self.factors[left] * (1 - t) + self.factors[right] * t
@@ -68,7 +58,7 @@ CURVES: dict[str, StrengthCurve] = {
 
 
 def parse_curve(text: str) -> StrengthCurve:
-    """A curve by its name in `CURVES`, or of factors with commas between ("1, 0.5, 0").
+    """Reads a curve's name in `CURVES`, or its factors with commas between ("1, 0.5, 0").
 
     Raises:
         RetrievalError: neither a name nor finite numbers.
@@ -83,32 +73,29 @@ def parse_curve(text: str) -> StrengthCurve:
         except ValueError:
             factors.append(math.nan)
         if not math.isfinite(factors[-1]):
+            names = ", ".join(f"'{name}'" for name in CURVES)
             raise RetrievalError(
                 f"The strength curve {text!r} has {part.strip()!r} where a number belongs; write "
-                f"numbers with commas between them, as in '1, 0.5, 0', or {_names()}."
+                f"numbers with commas between them, as in '1, 0.5, 0', or one of {names}."
             )
     return StrengthCurve(tuple(factors))
 
 
-def _names() -> str:
-    return "one of " + ", ".join(f"'{name}'" for name in CURVES)
-
-
 def group_sites(config: UNetConfig) -> dict[str, str]:
-    """site -> its group: the middle block and the coarsest sites make the composition, the finest
-    the detail, and those between are the middle.
+    """site -> its group: composition (the middle block and the coarsest sites), detail (the finest)
+    or middle (those between).
     """
     factors = config.site_downsampling()
     return {site: choose_group(factors[site], factors.values(), site == MIDDLE) for site in factors}
 
 
-def choose_group(factor: int, factors: object, middle: bool = False) -> str:
-    """The group of a place in a U-Net that works at 1 / `factor` of the latent's resolution.
+def choose_group(factor: int, factors: Collection[int], middle: bool) -> str:
+    """The group of a site or layer that works at 1 / `factor` of the latent's resolution.
 
     Args:
-        factors: of all places, an iterable. middle: whether it is the middle block.
+        factors: of all sites. middle: whether it is in the middle block.
     """
-    finest, coarsest = min(factors), max(factors)  # type: ignore[call-overload]
+    finest, coarsest = min(factors), max(factors)
     if middle or (factor == coarsest and coarsest > finest):
         return COMPOSITION
     return DETAIL if factor == finest else MEDIUM
@@ -121,13 +108,13 @@ class Controls:
     Attributes:
         curve: of the strength over the active part of sampling.
         groups: factors of the strength at the sites of composition, middle and detail.
-        region_blur: see `regions.soften`.
+        region_blur: radius in pixels of the region's mask, see `regions.soften`.
         token_budget: the most tokens of the bank at a site, see `token_budget.choose_budgets`.
-        apart: until which part of sampling the region is kept apart from others, see `isolation`.
+        apart: see `applications.Application`.
 
     Raises:
-        RetrievalError: a factor that is not finite, a budget below 1, or regions apart outside
-            0..1.
+        RetrievalError: a factor that is not finite, a blur below 0, a budget below 1, or `apart`
+            outside 0..1.
     """
 
     curve: StrengthCurve = CONSTANT
@@ -137,16 +124,24 @@ class Controls:
     apart: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.groups) != len(GROUPS) or not all(map(math.isfinite, self.groups)):
+        if not all(map(math.isfinite, self.groups)):
             raise RetrievalError(
                 f"The strengths of composition, middle and detail are {list(self.groups)}; give "
                 "three finite numbers."
             )
+        if not math.isfinite(self.region_blur) or self.region_blur < 0:
+            raise RetrievalError(
+                f"The region blur is {self.region_blur}; give 0 pixels (edges as painted) or more."
+            )
         check_budget(self.token_budget)
-        check_apart(self.apart)
+        if not 0 <= self.apart <= 1:
+            raise RetrievalError(
+                f"Regions are to be kept apart until {self.apart:g} of sampling; give a number "
+                "from 0 (never) to 1 (to the end)."
+            )
 
     def site_strengths(self, groups: Mapping[str, str]) -> dict[str, float]:
-        """site -> factor of the strength, by the sites' groups (`group_sites`).
+        """site -> factor of the strength, from site -> group (`group_sites`).
 
         Raises:
             RetrievalError: factors above 0 were given only to groups that have no site.

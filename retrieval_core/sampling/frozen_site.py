@@ -1,7 +1,7 @@
-"""Retrieval sites as sampling uses them: plain tensors, so that no layer is called at a step.
+"""Retrieval sites for sampling: the query side as plain tensors, so that a step calls no layer.
 
-Hosts keep layers' weights where they like, and move them while sampling; a site's query side is
-small enough to be read once, before sampling, and to lie on every device that samples.
+A host may move layers' weights at any time, also while sampling. A site's query side is small
+enough to be read once before sampling and copied to every device that samples.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 from ..bank.site_bank import SiteBank
 from ..network.controlnet import RetrievalControlNet
-from ..network.retrieval_site import (
-    RetrievalSite,
-    cross_attention,
-    pool_queries,
-    unpool_queries,
-)
+from ..network.retrieval_site import RetrievalSite, cross_attention, pool_queries, unpool_queries
 from ..network.unet import AttentionFunction
 
 # A layer's weight and bias (None without one).
@@ -29,8 +24,12 @@ ReadWeights = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True, eq=False)
 class SiteRegion:
-    """A region at one site: mask [1, 1, H, W] in 0..1, and the indices [Q] of the query tokens that
-    count in it, or None for all of them."""
+    """A region at one site.
+
+    Attributes:
+        mask: [1, 1, H, W] in 0..1.
+        active: indices [Q] of the queries that it needs (`find_active`); None for all of them.
+    """
 
     mask: Tensor
     active: Tensor | None = None
@@ -38,7 +37,7 @@ class SiteRegion:
 
 @dataclass(frozen=True, eq=False)
 class FrozenSite:
-    """What sampling needs of a `RetrievalSite`.
+    """The query side of a `RetrievalSite`.
 
     Attributes:
         norm: weight and bias of the query's LayerNorm, [2, C]. to_q: W_q, [C, C].
@@ -61,7 +60,7 @@ class FrozenSite:
         return sum(t.numel() * t.element_size() for t in (self.norm, self.to_q, self.to_out))
 
     def query(self, h: Tensor, active: Tensor | None = None) -> Tensor:
-        """q [B, Q, C] of the features h [B, C, H, W]; `active`: see `pool_queries`."""
+        """Projects features h [B, C, H, W] to queries [B, Q, C]; `active`: see `pool_queries`."""
         weight, bias = self.norm
         tokens = pool_queries(h, self.pool, active)
         return F.linear(F.layer_norm(tokens, weight.shape, weight, bias), self.to_q)
@@ -87,7 +86,7 @@ class FrozenSite:
 
 @torch.no_grad()
 def freeze_site(site: RetrievalSite, read_weights: ReadWeights) -> FrozenSite:
-    """A site's query side; its products are computed in float32 or wider."""
+    """Builds a site's query side; the product of matrices is computed in float32 or wider."""
     norm = torch.stack([t for t in read_weights(site.norm_query) if t is not None])
     to_q, zero_conv, to_out = (
         read_weights(layer)[0] for layer in (site.to_q, site.zero_conv, site.to_out)
@@ -100,10 +99,10 @@ def freeze_site(site: RetrievalSite, read_weights: ReadWeights) -> FrozenSite:
 def freeze_sites(
     network: RetrievalControlNet, read_weights: ReadWeights | None = None
 ) -> dict[str, FrozenSite]:
-    """site -> its query side.
+    """Builds site -> query side.
 
     Args:
-        read_weights: how a layer's weights are read where a host keeps them; None: off the layer.
+        read_weights: reads a layer's weights where a host manages them; None: from the layer.
     """
     read = read_weights or (lambda layer: (layer.weight.detach(), layer.bias))
     return {name: freeze_site(site, read) for name, site in network.retrieval.items()}

@@ -45,7 +45,7 @@ class NoiseSchedule:
         return _per_row(abar.sqrt(), x0) * x0 + _per_row((1 - abar).sqrt(), x0) * eps
 
     def target(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network is to predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
+        """The network's target: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
         if self.prediction == "eps":
             return eps
         abar = self.alphas_cumprod()[timesteps.cpu()]
@@ -67,5 +67,5 @@ class NoiseSchedule:
         return x / (1 + sigma**2) - prediction * sigma / (1 + sigma**2).sqrt()
 
     def timesteps(self, count: int) -> Tensor:
-        """`count` timesteps for sampling, falling from the noisiest, evenly spread (int64)."""
+        """`count` evenly spaced timesteps (int64) for sampling, from the noisiest downwards."""
         return torch.linspace(self.steps - 1, 0, count + 1).round().long()[:-1]

@@ -1,4 +1,4 @@
-"""Where in the picture references may appear: masks with soft edges, at any site's resolution."""
+"""Regions of the picture that references act in: soft masks, at any site's resolution."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import RetrievalError
-
 
 def resize_region(region: Tensor, h: Tensor) -> Tensor:
-    """A region [H, W] at the features' resolution [1, 1, h, w], edges kept soft."""
+    """Resizes a region [H, W] to the features' resolution, [1, 1, h, w]; its edges stay soft."""
     region = region.to(h.device, torch.float32)[None, None]  # halves have no antialiasing on CPUs
     return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True).to(h)
 
 
 def find_active(region: Tensor, pool: int = 1) -> Tensor | None:
-    """[Q]: which of a site's queries count within a region [1, 1, h, w]; None for all of them.
+    """Indices [Q] of a site's queries that a region [1, 1, h, w] needs; None for all of them.
 
     Args:
         pool: query pooling factor; positions between two pooled queries need both.
@@ -32,24 +30,17 @@ def find_active(region: Tensor, pool: int = 1) -> Tensor | None:
 
 
 def soften(region: Tensor, radius: float) -> Tensor:
-    """A region [H, W] with its edges blurred by a Gaussian; beyond its border it goes on.
+    """Blurs a region [H, W] by a Gaussian; border values are repeated outwards.
 
     Args:
-        radius: standard deviation of the blur in the region's pixels; 0 leaves it as it is.
-
-    Raises:
-        RetrievalError: a radius that is negative or not finite.
+        radius: standard deviation in the region's pixels; 0 returns the region itself.
     """
-    if not math.isfinite(radius) or radius < 0:
-        raise RetrievalError(
-            f"The region blur is {radius}; give 0 pixels (edges as painted) or more."
-        )
     if radius == 0:
         return region
-    # Enough of the bell to hold 99.7 % of it, and no more than the region has.
+    # Three deviations hold 99.7 % of the Gaussian.
     reach = min(math.ceil(3 * radius), max(region.shape))
-    places = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    bell = torch.exp(-0.5 * (places / radius) ** 2)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    bell = torch.exp(-0.5 * (offsets / radius) ** 2)
     bell = (bell / bell.sum()).to(torch.float32)
     soft = region.to(torch.float32)[None, None]
     for kernel in (bell.view(1, 1, 1, -1).to(soft), bell.view(1, 1, -1, 1).to(soft)):

@@ -1,4 +1,4 @@
-"""Sampling in the core: DDIM and DPM++ 2M with classifier-free guidance and retrieval."""
+"""DDIM and DPM++ 2M sampling with classifier-free guidance and retrieval."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def make_guided_denoiser(
     applications: Sequence[Application] = (),
     y: tuple[Tensor, Tensor] | None = None,
 ) -> Denoise:
-    """x0-prediction with classifier-free guidance: uncond + cfg * (cond - uncond).
+    """Builds the x0-prediction with classifier-free guidance: uncond + cfg * (cond - uncond).
 
     Args:
-        unet: the base model, or the one with the trained decoder (`apply_decoder`) while
-            retrieval is on.
+        unet: the base model, or with retrieval the one with the trained decoder
+            (`apply_decoder`).
         cond, uncond: text contexts [B, L, D].
         cfg: guidance scale; at 1 only the conditional rows are computed.
-        applications: of references; their guidance setting says which rows retrieve.
-        y: vector conditionings [B, A] of both, where the base has one (SDXL).
+        applications: of references; their `guidance` says which rows retrieve.
+        y: vector conditionings [B, A] of cond and uncond, where the base has one (SDXL).
 
     Returns:
         A function of the noised latent x [B, C, H, W] (sigma space) and the timestep.
@@ -70,15 +70,15 @@ def sample(
     sampler: Sampler = "dpmpp_2m",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """The latent that `denoise` leads to from unit noise [B, C, H, W].
+    """Samples a latent from unit noise [B, C, H, W]; deterministic given the noise.
 
-    Deterministic: the noise is the only randomness. `ddim` is eta = 0, which in sigma space is an
-    Euler step; `dpmpp_2m` is DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2).
+    `ddim` is eta = 0, which in sigma space is an Euler step; `dpmpp_2m` is DPM-Solver++(2M) (arXiv
+    2211.01095, algorithm 2).
 
     Raises:
         RetrievalError: fewer than one step, as many as the schedule has, or an unknown sampler.
     """
-    if not 1 <= steps < schedule.steps:  # as many as there are would visit one timestep twice
+    if not 1 <= steps < schedule.steps:  # `schedule.steps` of them would visit a timestep twice
         raise RetrievalError(
             f"Sampling with {steps} steps is not possible; give between 1 and {schedule.steps - 1}."
         )

@@ -1,31 +1,17 @@
-"""Training: settings, the loop, checkpoints that survive being killed."""
+"""Training: settings, losses, the loop, and checkpoints that survive a killed process."""
 
-from .randomness import derive_step_seed, seed_generator, step_rng
-from .settings import (
-    ABLATIONS,
-    LOCKS,
-    Ablation,
-    Lock,
-    Task,
-    TrainingSettings,
-    ablation,
-    choose_trained_parts,
-)
+from .randomness import derive_step_seed, seed_generator
+from .settings import LOCKS, Lock, TrainingSettings, choose_trained_modules
 from .trainer import Batches, Trainer, TrainingResult
 
 __all__ = [
-    "ABLATIONS",
     "LOCKS",
-    "Ablation",
     "Batches",
     "Lock",
-    "Task",
     "Trainer",
     "TrainingResult",
     "TrainingSettings",
-    "ablation",
-    "choose_trained_parts",
+    "choose_trained_modules",
     "derive_step_seed",
     "seed_generator",
-    "step_rng",
 ]

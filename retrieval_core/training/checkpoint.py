@@ -1,10 +1,10 @@
-"""Training checkpoints: one safetensors file each, never half written, the last two kept."""
+"""Training checkpoints: safetensors files, written atomically; a folder holds the last two."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,24 @@ _VERSION = "1"
 
 @dataclass
 class Checkpoint:
-    """Everything a run needs to go on exactly as if it had never stopped.
+    """All state that a run needs to resume exactly.
 
     step: steps done. tensors: flat name -> tensor (`weights.*`, `exp_avg.*`, ...).
     state: JSON values (counters, settings, description of the run).
-    history: name -> one float per step done (NaN where a step has no such value).
+    history: name -> one float per step done, NaN where a step has none.
     """
 
     step: int
     tensors: dict[str, torch.Tensor]
-    state: dict[str, Any] = field(default_factory=dict)
-    history: dict[str, list[float]] = field(default_factory=dict)
+    state: dict[str, Any]
+    history: dict[str, list[float]]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `last.safetensors`, keeping the one before as `previous.safetensors`.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes `last.safetensors`; the file of that name before becomes `previous.safetensors`.
 
-    Whatever the moment the process dies, one of the two is complete. Raises RetrievalError if
-    the folder cannot be written.
+    At any moment at which the process may be killed, one of the two is complete. Raises
+    RetrievalError if the folder cannot be written.
     """
     last = folder / LAST
     tensors = {name: tensor.detach().contiguous() for name, tensor in checkpoint.tensors.items()}
@@ -54,24 +54,23 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:  # a full disk surfaces as this class, not OSError
             raise OSError(str(error)) from error
-        # A damaged last file must not push out the complete previous one.
-        if _complete(last):
+        # A damaged last file must not replace the complete previous one.
+        if _is_complete(last):
             os.replace(last, folder / PREVIOUS)
 
     atomic_write(last, write)
-    return last
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint in `folder`, on the CPU, or None where there is none.
+    """Reads the newest complete checkpoint in `folder` to the CPU; None if there is no file.
 
-    Raises RetrievalError if there are checkpoints but none that can be read.
+    Raises RetrievalError if there are files but none can be read.
     """
     reasons = []
     for path in (folder / LAST, folder / PREVIOUS):
         if path.exists():
             try:
-                return _read(path)
+                return _read_checkpoint(path)
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 reasons.append(f"{path.name}: {error}")
     if reasons:
@@ -83,13 +82,13 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the half-written files that a killed process left in `folder`."""
+    """Removes the half-written files that a killed process left in `folder`."""
     for pattern in (f".{LAST}.*", ".losses.csv.*", ".losses.png.*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Checkpoint:
+def _read_checkpoint(path: Path) -> Checkpoint:
     tensors, history = {}, {}
     with safe_open(path, framework="pt", device="cpu") as file:
         metadata = file.metadata() or {}
@@ -105,8 +104,8 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(int(state.pop("step")), tensors, state, history)
 
 
-def _complete(path: Path) -> bool:
-    """Whether the file's length agrees with its header (safetensors checks that on opening)."""
+def _is_complete(path: Path) -> bool:
+    """Whether the file's length matches its header, which safetensors checks on opening."""
     try:
         with safe_open(path, framework="pt"):
             return True

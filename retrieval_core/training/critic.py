@@ -1,9 +1,9 @@
-"""The critic: while training, the picture being drawn must show what the references show.
+"""The critic's loss: predicted latents must show the attributes that the references show.
 
-This goes past the paper, as identity losses of later methods do. What is retrieved may tell a hair
-style long before the decoder draws it: at high noise, where shapes are decided, the diffusion loss
-gains little from them. A classifier of latents, trained beforehand and then fixed, reads the
-attributes off the clean latent that each prediction amounts to, and its cross entropy is added.
+This goes past the paper, as identity losses of later methods do. Retrieved values may determine a
+hair style long before the decoder draws it: at high noise, where shapes are decided, the diffusion
+loss gains little from drawing it. The critic, a classifier of latents that is trained beforehand
+and then frozen, classifies the clean latent of each prediction, and its cross entropy is added.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NOISE = 0.5  # most noise that a latent is read through
+NOISE = 0.5  # largest noise level added to latents before they are classified
 _WIDTHS = (64, 64, 128, 160)
 
 
@@ -23,8 +23,7 @@ class Critic(nn.Module):
 
     Args:
         channels: C. size: H = W.
-        sizes: attribute -> (part that it belongs to, number of its values), as the
-            `AttributeReader` takes them.
+        sizes: attribute -> (label of its part, number of its values), as for `AttributeReader`.
     """
 
     def __init__(self, channels: int, size: int, sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -49,15 +48,15 @@ class Critic(nn.Module):
         generator: torch.Generator,
         found: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross entropy over attributes, read through noise.
+        """Mean cross entropy over attributes, of latents with noise added.
 
-        The noise is what keeps a generator from pleasing the critic with imperceptible patterns.
+        The noise keeps a generator from satisfying the critic with imperceptible patterns.
 
         Args:
             latents: [B, C, H, W]. values: [B, A], in the order of `sizes`.
             generator: draws the noise.
-            found: bool [B, P], the parts that the references show; attributes of others do not
-                count. None: all do.
+            found: bool [B, P], the parts that the references show; attributes of other parts do
+                not count. None: all count.
         """
         device = generator.device
         level = NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator, device=device)
@@ -71,10 +70,10 @@ class Critic(nn.Module):
 
 
 def blur_undecided(latents: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents [B, C, H, W] as predictions at high noise are: means over what is not yet decided.
+    """Imitates predictions at high noise, which average over undecided content.
 
-    Half of them are blended with `others`, of the same attributes but drawn in other scenes; all
-    are blurred a little and drawn towards 0, the mean of all latents.
+    Half of the latents [B, C, H, W] are blended with `others`, which have the same attributes in
+    other scenes; all are blurred a little and scaled towards 0, the mean of all latents.
     """
     rows = (len(latents), 1, 1, 1)
 

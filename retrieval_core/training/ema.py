@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class ExponentialMovingAverage:
@@ -13,36 +14,33 @@ class ExponentialMovingAverage:
 
     n is the number of updates already made, so that the first weights fade quickly.
     parameters: name -> parameter; the averages have their shapes, device and type.
+
+    `torch.optim.swa_utils.AveragedModel` would copy the frozen modules too.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.parameters = dict(parameters)
-        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.parameters = parameters
+        self.averages = {name: p.detach().clone() for name, p in parameters.items()}
 
-    @torch.no_grad()
     def update(self) -> None:
-        """Take in the parameters as they are now."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            list(self.averages.values()),
-            [parameter.detach() for parameter in self.parameters.values()],
-            1.0 - decay,
-        )
+        """Moves the averages towards the current parameters."""
+        average = get_ema_multi_avg_fn(min(self.decay, (1 + self.updates) / (10 + self.updates)))
+        average(list(self.averages.values()), list(self.parameters.values()), self.updates)
         self.updates += 1
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The parameters hold the averages inside the `with` block, for evaluation."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
-            self._fill(self.averages)
+            self._set_parameters(self.averages)
             yield
         finally:
-            self._fill(kept)
+            self._set_parameters(trained)
 
     @torch.no_grad()
-    def _fill(self, values: Mapping[str, torch.Tensor]) -> None:
+    def _set_parameters(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])

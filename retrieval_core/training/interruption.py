@@ -1,4 +1,4 @@
-"""Ctrl-C and termination signals, turned into a request to stop after the step at hand."""
+"""Turns Ctrl-C and termination signals into a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from types import FrameType
 class Interruption:
     """Context manager; `requested` becomes True on SIGINT or SIGTERM.
 
-    A second SIGINT raises KeyboardInterrupt at once. Signals can be caught in the main thread
-    only; elsewhere this does nothing, and the host decides when to stop.
+    A second SIGINT raises KeyboardInterrupt at once. Python handles signals in the main thread
+    only; in another thread this does nothing.
     """
 
     def __init__(self) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def average_masked(squares: Tensor, mask: Tensor) -> Tensor:
-    """Per-row mean of squares [B, C, H, W] where mask [B, 1, H, W] (0..1) is; 0 for empty rows."""
+    """Mean per row of squares [B, C, H, W] weighted by a mask [B, 1, H, W] in 0..1, or 0."""
     weight = mask.expand_as(squares)
     total = (squares * weight).flatten(1).sum(1)
     return total / weight.flatten(1).sum(1).clamp_min(1e-8)
 
 
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """A pixel mask [B, H, W] as the share of each latent pixel that it covers, [B, 1, h, w]."""
+    """Converts a pixel mask [B, H, W] to the share covered of each latent pixel, [B, 1, h, w]."""
     return F.adaptive_avg_pool2d(mask[:, None].float(), (height, width))
 
 
@@ -31,14 +31,14 @@ def retrieval_loss(
     face_weight: float = 1.0,
     channel_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Equation 1 with its parts.
+    """Equation 1 and its two terms.
 
     Args:
         prediction, target: [B, C, H, W], eps or v (`NoiseSchedule.target`).
-        content: [B, 1, H, W], 1 where the target image is real, 0 where it is padding.
-        face: [B, 1, H, W], the face box; rows without a face are all 0 and add nothing.
+        content: [B, 1, H, W], 1 on the target image, 0 in its padding.
+        face: [B, 1, H, W], 1 in the face box; all 0 for rows without a face.
         face_weight: lambda.
-        channel_weights: [C], what an error in each latent channel counts; None: the same in all.
+        channel_weights: [C], weight of the error in each latent channel; None: all 1.
 
     Returns:
         Scalars "loss", "content" and, with a face, "face".
@@ -49,9 +49,9 @@ def retrieval_loss(
     whole = squares.mean() if content is None else average_masked(squares, content).mean()
     if face is None or face_weight == 0:
         return {"loss": whole, "content": whole.detach()}
-    part = average_masked(squares, face).mean()
+    inner = average_masked(squares, face).mean()
     return {
-        "loss": whole + face_weight * part,
+        "loss": whole + face_weight * inner,
         "content": whole.detach(),
-        "face": part.detach(),
+        "face": inner.detach(),
     }

@@ -1,44 +1,39 @@
-"""Batches prepared ahead on a thread; which batch a step gets does not change."""
+"""Prepares batches ahead on a thread; which batch a step gets does not change."""
 
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 
-class Prefetcher:
-    """Context manager over `batches.batch(step)` for the steps first .. end - 1, in order.
+@contextmanager
+def prefetch_batches(
+    batch: Callable[[int], Any], first: int, end: int, ahead: int
+) -> Iterator[Iterator[Any]]:
+    """Gives an iterator over `batch(step)` for the steps first .. end - 1.
 
-    ahead: batches in preparation at one time; 0 makes each when it is asked for. An exception
-    of `batch` is raised when its step asks for it.
+    ahead: number of batches prepared in advance; 0 makes each on demand. An exception of `batch`
+    is raised when the iterator reaches its step.
     """
+    if not ahead:
+        yield map(batch, range(first, end))
+        return
+    # One thread: `batch` need not be safe to call concurrently.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    futures = (pool.submit(batch, step) for step in range(first, end))
 
-    def __init__(self, batches: Any, first: int, end: int, ahead: int) -> None:
-        self._batches, self._next, self._end, self._ahead = batches, first, end, ahead
-        self._waiting: deque[Future] = deque()
-        self._pool: ThreadPoolExecutor | None = None
+    def iterate() -> Iterator[Any]:
+        waiting = deque(islice(futures, ahead))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(islice(futures, 1))
+            yield result
 
-    def __enter__(self) -> Prefetcher:
-        if self._ahead > 0:
-            # One thread: `batch` need not be safe to call twice at a time.
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-            self._fill()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def batch(self, step: int) -> Any:
-        """The batch of `step`; steps must be asked for in order."""
-        if self._pool is None:
-            return self._batches.batch(step)
-        batch = self._waiting.popleft().result()
-        self._fill()
-        return batch
-
-    def _fill(self) -> None:
-        while len(self._waiting) < self._ahead and self._next < self._end:
-            self._waiting.append(self._pool.submit(self._batches.batch, self._next))
-            self._next += 1
+    try:
+        yield iterate()
+    finally:
+        pool.shutdown(cancel_futures=True)

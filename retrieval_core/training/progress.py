@@ -1,4 +1,4 @@
-"""What the user sees while training: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of training: a bar on a terminal, elsewhere a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Context manager around steps `first` .. `end` - 1. Needs tqdm for the bar only."""
+    """Context manager around the steps first .. end - 1; the bar needs tqdm."""
 
     def __init__(self, label: str, first: int, end: int) -> None:
         self.label, self.first, self.end = label, first, end
@@ -22,7 +22,7 @@ class Progress:
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
-            except ImportError:  # an extra; lines do as well
+            except ImportError:  # an optional dependency
                 return self
             self._bar = tqdm(
                 total=self.end, initial=self.first, desc=self.label, unit="step", file=sys.stderr
@@ -34,9 +34,9 @@ class Progress:
             self._bar.close()
 
     def update(self, step: int, losses: Mapping[str, float], skipped: int) -> None:
-        """`step` steps are done; `losses` are those of the last."""
+        """Shows that `step` steps are done; losses: of the last one."""
         loss = losses["loss"]
-        if loss == loss:  # a NaN would stay in the average for ever
+        if loss == loss:  # a NaN would stay in the average
             self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
         text = "loss -" if self._smooth is None else f"loss {self._smooth:.4f}"
         if skipped:

@@ -1,9 +1,9 @@
-"""What a retrieval training step computes: references to bank to prediction to eq. 1 (§4)."""
+"""A training step of the retrieval network: references to bank to prediction to eq. 1 (§4)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,27 +24,31 @@ from .correspondence import correspondence_loss, find_parts
 from .critic import Critic
 from .objective import resize_mask, retrieval_loss
 from .pairs import copy_left_to_right, hook_halves, join_halves, split_halves, take_left
-from .settings import Lock, choose_trained_parts
+from .settings import Lock, choose_trained_modules
+
+# Part labels of the targets and of the references, and how many labels there are; see
+# `correspondence_loss`.
+PartLabels = tuple[Tensor, Tensor, int]
 
 
 class TrainableRetrieval(nn.Module):
-    """A retrieval network and a copy of the base U-Net, with the parts of `lock` trainable.
+    """A retrieval network and a copy of the base U-Net, of which `lock` says what is trained.
 
     Args:
         network: the retrieval network to train.
-        unet: the base model; it is copied, its encoder is never trained (§4.2).
+        unet: the base model; it is copied, and its encoder is never trained (§4.2).
         schedule: the base model's noise schedule and prediction type.
         lock: "train_both", "lock_decoder" or "lock_both" (§5.4).
         face_weight: lambda of eq. 1.
-        correspondence: weight of `correspondence_loss`, where batches name their parts; 0 is the
+        correspondence: weight of `correspondence_loss`, for batches with part labels; 0 is the
             paper's own objective.
-        reader: reads attributes off what was retrieved, trained along; its loss counts with
-            `reading`, where batches name attributes.
-        critic: reads the same attributes off what is drawn, trained beforehand, its parameters
-            frozen; its loss counts with `drawing`.
         channel_weights: see `retrieval_loss`.
-        noise_power: timesteps are drawn as steps * u ** noise_power, u uniform: 1 for all alike,
-            less to train more at high noise, where what is drawn is decided.
+        noise_power: timesteps are drawn as steps * u ** noise_power with u uniform; below 1 draws
+            more high noise, where what is drawn is decided.
+        reader: predicts attributes from retrieved values, trained along; attribute_weight: of its
+            loss, for batches with attributes.
+        critic: predicts the same attributes from predicted latents, trained beforehand and frozen;
+            critic_weight: of its loss.
 
     Raises:
         RetrievalError: an unknown lock setting.
@@ -61,22 +65,22 @@ class TrainableRetrieval(nn.Module):
         channel_weights: Tensor | None = None,
         noise_power: float = 1.0,
         reader: AttributeReader | None = None,
-        reading: float = 0.0,
+        attribute_weight: float = 0.0,
         critic: Critic | None = None,
-        drawing: float = 0.0,
+        critic_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        parts = choose_trained_parts(lock)
+        trained = choose_trained_modules(lock)
         self.network, self.unet = network, copy.deepcopy(unet)
         self.base_decoder = {k: v.clone() for k, v in select_decoder(unet).items()}
         self.schedule, self.face_weight = schedule, face_weight
         self.correspondence, self.noise_power = correspondence, noise_power
         self.channel_weights = channel_weights
-        self.reader, self.reading = reader, reading
-        self.critic, self.drawing = critic, drawing
-        self.trains_decoder = "decoder" in parts
-        self.network.encoder.requires_grad_("encoder" in parts)
-        self.network.retrieval.requires_grad_("retrieval" in parts)
+        self.reader, self.attribute_weight = reader, attribute_weight
+        self.critic, self.critic_weight = critic, critic_weight
+        self.trains_decoder = "decoder" in trained
+        self.network.encoder.requires_grad_("encoder" in trained)
+        self.network.retrieval.requires_grad_("retrieval" in trained)
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_(self.trains_decoder and name.startswith(DECODER_PARTS))
 
@@ -108,24 +112,22 @@ class TrainableRetrieval(nn.Module):
         content: Tensor | None = None,
         face: Tensor | None = None,
         y: Tensor | None = None,
-        parts: tuple[Tensor, Tensor, int] | None = None,
+        parts: PartLabels | None = None,
         attributes: Tensor | None = None,
         paired: bool = False,
     ) -> dict[str, Tensor]:
-        """Equation 1 at a random timestep a row, and the correspondence loss where it is wanted.
+        """Equation 1 at a random timestep per row, with the auxiliary losses if labels are given.
 
         Args:
-            bank: G banks; the rows are G runs of equal length.
+            bank: G banks; the rows are G runs of equal length, one run per bank.
             latents: targets [B, C, H, W]; context: [B, L, D].
-            content, face: pixel masks [B, h, w] or None (see `objective`).
-            parts: the targets' and the references' parts, and how many labels there are (see
-                `correspondence_loss`).
-            attributes: [B, A] of the targets, for the `reader`.
-            paired: rows of neighbouring banks are drawn as halves of one picture (see `pairs`),
-                at one timestep and by the left row's context.
+            content, face: pixel masks [B, h, w] or None (see `retrieval_loss`).
+            attributes: [B, A] of the targets, for the reader and the critic.
+            paired: rows of neighbouring banks are halves of one picture (see `pairs`), at the left
+                row's timestep and with its context.
 
         Raises:
-            RetrievalError: the batch does not divide among the banks, or the banks not in pairs.
+            RetrievalError: the rows do not divide among the banks, or the banks not into pairs.
         """
         batch, height, width = latents.shape[0], *latents.shape[-2:]
         groups = next(iter(bank.sites.values())).keys.shape[0]
@@ -138,50 +140,61 @@ class TrainableRetrieval(nn.Module):
             raise RetrievalError(
                 f"{groups} banks cannot be paired; give an even number of characters a step."
             )
-        device = generator.device  # numbers can only be drawn where the generator lives
+        device = generator.device  # random numbers are drawn on the generator's device
         drawn = torch.rand(batch, generator=generator, device=device) ** self.noise_power
         steps = (drawn * self.schedule.steps).long().clamp_max(self.schedule.steps - 1)
         steps = copy_left_to_right(steps, groups) if paired else steps
         eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)
-        hook = self._hook(bank)
+        hook = self._make_hook(bank)
         at = steps.to(latents.device)
         if paired:
             left = [None if t is None else take_left(t, groups) for t in (at, context, y)]
-            halves = hook and hook_halves(hook, groups)
-            prediction, features = self._run(join_halves(noised, groups), *left, halves)
+            pictures = join_halves(noised, groups)
+            prediction, features = self._predict(pictures, *left, hook_halves(hook, groups))
             prediction, *features = (split_halves(t, groups) for t in (prediction, *features))
         else:
-            prediction, features = self._run(noised, at, context, y, hook)
+            prediction, features = self._predict(noised, at, context, y, hook)
         masks = [None if m is None else resize_mask(m, height, width) for m in (content, face)]
         losses = retrieval_loss(
             prediction, target, masks[0], masks[1], self.face_weight, self.channel_weights
         )
-        if parts is not None and self.correspondence:
-            sites = self.network.retrieval
-            loss = correspondence_loss(sites, features, bank, *parts, generator)
-            losses["loss"] = losses["loss"] + self.correspondence * loss
-            losses["correspondence"] = loss.detach()
-        if parts is not None and attributes is not None and self.reader is not None:
-            sites = self.network.retrieval
-            loss = self.reader.loss(sites, dict(zip(sites, features)), bank, *parts, attributes)
-            losses["loss"] = losses["loss"] + self.reading * loss
-            losses["attributes"] = loss.detach()
-        if parts is not None and attributes is not None and self.critic is not None:
-            site = next(iter(bank.sites.values()))
-            found = find_parts(*parts[1:], features[0].shape[-2:], site)
-            found = found.repeat_interleave(batch // groups, 0)
+        if parts is not None:
             clean = self.schedule.clean(prediction, noised, steps)
-            loss = self.critic.loss(clean, attributes, generator, found)
-            losses["loss"] = losses["loss"] + self.drawing * loss
-            losses["drawn"] = loss.detach()
+            auxiliary = self._measure_auxiliary(bank, features, clean, parts, attributes, generator)
+            for name, weight, loss in auxiliary:
+                losses["loss"] = losses["loss"] + weight * loss
+                losses[name] = loss.detach()
         return losses
 
-    def _hook(self, bank: Bank) -> SkipHook | None:
-        """Adds what every row retrieves; None where all references were dropped from the bank."""
-        if bank.empty:
-            return None
+    def _measure_auxiliary(
+        self,
+        bank: Bank,
+        features: list[Tensor],
+        clean: Tensor,
+        parts: PartLabels,
+        attributes: Tensor | None,
+        generator: torch.Generator,
+    ) -> Iterator[tuple[str, float, Tensor]]:
+        """Name, weight and value of each loss beside equation 1. clean: predicted latents."""
+        sites = self.network.retrieval
+        if self.correspondence:
+            loss = correspondence_loss(sites, features, bank, *parts, generator)
+            yield "correspondence", self.correspondence, loss
+        if attributes is None:
+            return
+        if self.reader is not None:
+            loss = self.reader.loss(sites, dict(zip(sites, features)), bank, *parts, attributes)
+            yield "attributes", self.attribute_weight, loss
+        if self.critic is not None:
+            site_bank = next(iter(bank.sites.values()))
+            found = find_parts(*parts[1:], features[0].shape[-2:], site_bank)
+            found = found.repeat_interleave(len(clean) // len(found), 0)
+            yield "drawn", self.critic_weight, self.critic.loss(clean, attributes, generator, found)
+
+    def _make_hook(self, bank: Bank) -> SkipHook:
+        """A hook that adds retrieved features; a bank whose references are dropped gives zero."""
 
         def hook(site: str, h: Tensor) -> Tensor:
             entries = bank.sites[site]
@@ -189,29 +202,24 @@ class TrainableRetrieval(nn.Module):
 
         return hook
 
-    def _run(
-        self,
-        noised: Tensor,
-        steps: Tensor,
-        context: Tensor,
-        y: Tensor | None,
-        hook: SkipHook | None,
+    def _predict(
+        self, noised: Tensor, steps: Tensor, context: Tensor, y: Tensor | None, hook: SkipHook
     ) -> tuple[Tensor, list[Tensor]]:
-        """The prediction and the features of all sites, a row a picture."""
+        """The prediction and the features of all sites."""
         with torch.no_grad():  # the base encoder is never trained
             emb = self.unet.embed(steps, y, noised.dtype)
             features = self.unet.encode(noised, emb, context)
         return self.unet.decode(features, emb, context, hook), features
 
     def finished(self, weights: Mapping[str, Tensor]) -> RetrievalControlNet:
-        """The network with (averaged) trained weights put in, by their names in this module."""
+        """A copy of the network with trained (averaged) weights, by their names in this module."""
         network, unet = copy.deepcopy(self.network), copy.deepcopy(self.unet)
         with torch.no_grad():
             for prefix, module in (("network.", network), ("unet.", unet)):
                 own = dict(module.named_parameters())
                 for name, value in weights.items():
                     if name.startswith(prefix):
-                        own[name[len(prefix) :]].copy_(value)
+                        own[name.removeprefix(prefix)].copy_(value)
         if self.trains_decoder:
             network.decoder = subtract_decoder(select_decoder(unet), self.base_decoder)
             network.decoder_is_difference = True

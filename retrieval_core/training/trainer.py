@@ -1,4 +1,4 @@
-"""The training loop: AdamW, clipping, EMA, exact resume, clean interruption (one process)."""
+"""The training loop: AdamW, clipping, EMA, exact resume and interruption, in one process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .checkpoint import LAST, Checkpoint, load_checkpoint, remove_leftovers, sav
 from .ema import ExponentialMovingAverage
 from .interruption import Interruption
 from .loss_plot import write_losses
-from .prefetch import Prefetcher
+from .prefetch import prefetch_batches
 from .progress import Progress
-from .randomness import derive_step_seed, seed_generator
+from .randomness import seed_generator
 from .settings import TrainingSettings
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -29,15 +29,17 @@ LossFunction = Callable[[Any, torch.Generator], Mapping[str, torch.Tensor]]
 
 
 class Batches(Protocol):
-    """The data. `batch` must depend on nothing but the step (and the seed it was made with)."""
+    """Training data; `batch` depends on the step only (and on seeds given to the constructor)."""
 
     def batch(self, step: int) -> Any: ...
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """step: steps done. interrupted: stopped by Ctrl-C or a termination signal, state saved.
-    skipped: steps left out because loss or gradient was not finite. history: see Trainer.
+    """Outcome of `Trainer.run`.
+
+    step: steps done. interrupted: stopped by Ctrl-C or a termination signal, with the state saved.
+    skipped: steps skipped because loss or gradient was not finite. history: see `Trainer`.
     message: one sentence for the user.
     """
 
@@ -51,21 +53,21 @@ class TrainingResult:
 class Trainer:
     """Trains the parameters of `parameters_owner` that require a gradient.
 
-    parameters_owner: module; parameters are told apart by their names in it.
-    loss_fn: (batch, generator) -> scalar tensors by name, with "loss" the one to minimise. All
-        randomness must come from the generator (on `device`; the global torch generator is
-        seeded for each step too, for dropout), so that a resumed run repeats it.
-    batches: see Batches. settings: see TrainingSettings.
-    folder: checkpoints, `losses.csv` and `losses.png`. A checkpoint found there is resumed.
-    device: where owner and optimiser live.
-    description: JSON values that tell this run from others (lock, task, text drop, ...);
-        a run is resumed only under the same ones.
-    prefetch: batches prepared ahead on a thread (changes no number). 0: none.
-    rate_factors: beginning of a parameter's name -> what its learning rate is multiplied with, so
-        that copies of trained layers can learn slower than fresh ones.
+    parameters_owner: module; checkpoints store parameters by their names in it.
+    loss_fn: (batch, generator) -> scalar tensors by name; "loss" is minimised. All randomness must
+        come from the generator, which is on `device`, so that a resumed run repeats it; for
+        dropout, the global torch generator is seeded for each step too.
+    batches: see `Batches`. settings: see `TrainingSettings`.
+    folder: for checkpoints, `losses.csv` and `losses.png`. A checkpoint found there is resumed.
+    device: of owner and optimiser.
+    description: JSON values that identify the run (lock, text drop, ...); it is resumed only with
+        the same ones.
+    prefetch: number of batches prepared ahead on a thread, which changes no result.
+    rate_factors: prefix of parameter names -> factor on their learning rate, so that copies of
+        trained layers can learn slower than fresh ones.
 
     `history`: name -> one value per step done, of every loss and of "learning_rate" and
-    "grad_norm" (before clipping); NaN where a step lacks one.
+    "grad_norm" (before clipping); NaN where a step has none.
     Raises RetrievalError if the folder cannot be used or holds another run.
     """
 
@@ -87,15 +89,15 @@ class Trainer:
         self.loss_fn, self.batches, self.settings = loss_fn, batches, settings
         self.device, self.prefetch, self.label = torch.device(device), prefetch, label
         self.rate_factors = dict(rate_factors or {})
-        # As JSON gives it back, so that a tuple equals the list it was saved as.
+        # Through JSON, as in a checkpoint: a tuple becomes a list.
         about = {**(description or {}), "rate_factors": self.rate_factors}
         self.description = json.loads(json.dumps(about))
-        self.folder = _usable_folder(Path(folder))
+        self.folder = _prepare_folder(Path(folder))
         self.parameters = {n: p for n, p in self.owner.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise RetrievalError("Nothing to train: no parameter requires a gradient.")
         stored = self.owner.state_dict(keep_vars=True)
-        # Those that a step may change, as a batch norm's does outside of evaluation mode.
+        # Buffers that a step may change: in training mode, as a batch norm's statistics.
         self.buffers = {
             n: b
             for n, b in self.owner.named_buffers()
@@ -113,26 +115,25 @@ class Trainer:
             self._restore(checkpoint)
 
     def run(self, until: int | None = None) -> TrainingResult:
-        """Train to step `until` (the settings' `steps` if None), save, and say how it went.
+        """Trains to step `until` (the settings' `steps` if None) and saves.
 
-        Ctrl-C and SIGTERM finish the step at hand, save, and return with `interrupted` set; a
-        second Ctrl-C raises KeyboardInterrupt at once. Any exception of the loss or the data is
+        Ctrl-C and SIGTERM finish the current step, save, and return with `interrupted` set; a
+        second Ctrl-C raises KeyboardInterrupt at once. An exception of the loss or the data is
         raised after the last whole step has been saved. RetrievalError after 20 steps in a row
         without a finite loss and gradient.
         """
         end = self.settings.steps if until is None else min(until, self.settings.steps)
-        first = self.step
-        saved_at = first
+        first = saved_at = self.step
         rng_state = torch.get_rng_state()
-        # The save at the end is inside the interruption: a Ctrl-C just then must not prevent it.
+        # The last save is inside the interruption, so that Ctrl-C cannot prevent it.
         with Interruption() as interruption:
             try:
                 with (
-                    Prefetcher(self.batches, first, end, self.prefetch) as data,
+                    prefetch_batches(self.batches.batch, first, end, self.prefetch) as batches,
                     Progress(self.label, first, end) as progress,
                 ):
                     while self.step < end and not interruption.requested:
-                        losses = self._one_step(data.batch(self.step))
+                        losses = self._train_step(next(batches))
                         progress.update(self.step, losses, self.skipped)
                         if self.step % self.settings.checkpoint_every == 0 and self.step < end:
                             self.save()
@@ -154,57 +155,50 @@ class Trainer:
         return TrainingResult(self.step, stopped, self.skipped, self.history, message)
 
     def ema_state_dict(self) -> dict[str, torch.Tensor]:
-        """Copies of the averaged parameters by name (trained ones only), on their device."""
+        """Copies of the trained parameters' averages by name, on their device."""
         return {name: average.clone() for name, average in self.ema.averages.items()}
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        """Within `with trainer.ema_weights():` the owner holds the averages."""
+        """The owner holds the averages inside `with trainer.ema_weights():`."""
         return self.ema.swapped_in()
 
     def save(self) -> None:
-        """Write the checkpoint, `losses.csv` and `losses.png`."""
+        """Writes the checkpoint, `losses.csv` and `losses.png`."""
         save_checkpoint(self.folder, self._snapshot())
         write_losses(self.folder, self.history)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
-        # Weight decay pulls norms and biases towards a value that means nothing, so it is
-        # customary to leave them out.
-        by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        settings = self.settings
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
-            fits = [f for start, f in self.rate_factors.items() if name.startswith(start)]
-            kind = (fits[0] if fits else 1.0, parameter.ndim >= 2)
-            by_kind.setdefault(kind, []).append(parameter)
-        groups: list[dict[str, Any]] = [
-            {"params": found, "factor": factor, **({} if decays else {"weight_decay": 0.0})}
-            for (factor, decays), found in by_kind.items()
-        ]
-        options: dict[str, Any] = {
-            "lr": self.settings.learning_rate,
-            "betas": self.settings.betas,
-            "weight_decay": self.settings.weight_decay,
-        }
-        try:
-            return torch.optim.AdamW([dict(g) for g in groups], fused=True, **options)
-        except RuntimeError:  # older torch, or a device without the fused kernel
-            return torch.optim.AdamW(groups, **options)
+            fits = [f for prefix, f in self.rate_factors.items() if name.startswith(prefix)]
+            # Norms and biases do not decay, as is customary: 0 is not a neutral value for them.
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((fits[0] if fits else 1.0, decay), []).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": g, "factor": f, "weight_decay": d} for (f, d), g in groups.items()],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            fused=True,
+        )
 
-    def _one_step(self, batch: Any) -> dict[str, float]:
+    def _train_step(self, batch: Any) -> dict[str, float]:
         settings = self.settings
         rate = settings.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         if self.buffers:  # a forward pass may change them, as batch norm does
             self._consistent = False
-        self.optimizer.zero_grad(set_to_none=True)  # a step broken off may have left some
-        torch.manual_seed(derive_step_seed(settings.seed, self.step))
+        self.optimizer.zero_grad(set_to_none=True)  # an aborted step may have left gradients
         generator = seed_generator(settings.seed, self.step, self.device)
+        torch.manual_seed(generator.initial_seed())
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
         ):
             losses = self.loss_fn(batch, generator)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip_norm)
-        # One read for all values: on an accelerator every read waits for the device.
+        # One transfer for all values: on an accelerator each one waits for the device.
         scalars = [*losses.values(), norm]
         values = torch.stack([value.detach().reshape(()).float() for value in scalars]).tolist()
         named = dict(zip([*losses, "grad_norm"], values))
@@ -244,7 +238,7 @@ class Trainer:
             state = self.optimizer.state.get(parameter)
             if state:  # none before the parameter's first gradient
                 for key in ("exp_avg", "exp_avg_sq", "step"):
-                    tensors[f"{key}.{name}"] = torch.as_tensor(state[key])
+                    tensors[f"{key}.{name}"] = state[key]
         state = {
             "settings": self.settings.as_json(),
             "description": self.description,
@@ -262,11 +256,10 @@ class Trainer:
             parameter.copy_(tensors[f"weights.{name}"])
             self.ema.averages[name].copy_(tensors[f"ema.{name}"])
             if f"step.{name}" in tensors:
-                # Copied into fresh memory of the parameter's own layout: a view into the file
-                # could be aligned differently, and vector code may then round differently.
-                step_device = parameter.device if self.optimizer.defaults["fused"] else "cpu"
+                # Copied into new memory with the parameter's layout: a view into the file could be
+                # aligned differently, and vector code may then round differently.
                 self.optimizer.state[parameter] = {
-                    "step": tensors[f"step.{name}"].clone().to(step_device),
+                    "step": tensors[f"step.{name}"].clone().to(parameter.device),
                     "exp_avg": torch.zeros_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
                     "exp_avg_sq": torch.zeros_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
                 }
@@ -299,7 +292,7 @@ class Trainer:
                 )
 
 
-def _usable_folder(folder: Path) -> Path:
+def _prepare_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)

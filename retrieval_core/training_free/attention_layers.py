@@ -1,6 +1,6 @@
-"""The self-attention layers of a U-Net by name, and named choices among them.
+"""The self-attention layers of a U-Net by name, and named choices of them.
 
-A name is the block and the transformer block in it: `input_4.0`, `middle.0`, `output_7.1`.
+A name is the block and the index of the transformer block in it: `input_4.0`, `output_7.1`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ..network.unet import MIDDLE, Attention, SpatialTransformer, UNet, UNetConf
 
 @dataclass(frozen=True)
 class Layer:
-    """Width in channels, and how many latent pixels a token spans along an edge."""
+    """A layer's width in channels, and latent pixels per token along an edge."""
 
     width: int
     downsampling: int
 
 
 def list_self_attention_layers(config: UNetConfig) -> dict[str, Layer]:
-    """All self-attention layers of a U-Net in the order in which they run."""
+    """Lists all self-attention layers of a U-Net in the order in which they run."""
     factors = list(config.site_downsampling().values())
     layers: dict[str, Layer] = {}
 
@@ -40,16 +40,12 @@ def list_self_attention_layers(config: UNetConfig) -> dict[str, Layer]:
     return layers
 
 
-def _in(*parts: str) -> Callable[[str, Layer, int], bool]:
-    return lambda name, layer, finest: name.startswith(parts)
-
-
-# Each says of (name, layer, the least downsampling of the U-Net's layers) whether it is chosen.
+# Choice -> whether it has a layer, by (name, layer, least downsampling of the U-Net's layers).
 _CHOICES: dict[str, Callable[[str, Layer, int], bool]] = {
     "all": lambda name, layer, finest: True,
-    "encoder": _in("input_"),
-    "decoder": _in("output_"),
-    "middle and decoder": _in(MIDDLE, "output_"),
+    "encoder": lambda name, layer, finest: name.startswith("input_"),
+    "decoder": lambda name, layer, finest: name.startswith("output_"),
+    "middle and decoder": lambda name, layer, finest: name.startswith((MIDDLE, "output_")),
     "all but the finest": lambda name, layer, finest: layer.downsampling > finest,
     "finest": lambda name, layer, finest: layer.downsampling == finest,
 }
@@ -57,13 +53,13 @@ LAYER_CHOICES = tuple(_CHOICES)
 
 
 def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
-    """Names of the layers of a choice: one of `LAYER_CHOICES`, or blocks and layers by name.
+    """Names of the layers of a choice.
 
     Args:
-        choice: "decoder", say, or a list such as "middle, output_3, output_4.0".
+        choice: one of `LAYER_CHOICES`, or blocks and layers, as in "middle, output_3, output_4.0".
 
     Raises:
-        RetrievalError: an unknown name, or a choice that this U-Net has no layer for.
+        RetrievalError: an unknown name, or a choice that matches no layer of this U-Net.
     """
     layers = list_self_attention_layers(config)
     finest = min((layer.downsampling for layer in layers.values()), default=1)
@@ -71,9 +67,9 @@ def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
     if rule is not None:
         chosen = [name for name, layer in layers.items() if rule(name, layer, finest)]
     else:
-        wanted = [part.strip() for part in choice.split(",") if part.strip()]
+        wanted = [name.strip() for name in choice.split(",") if name.strip()]
         blocks = list(dict.fromkeys(name.split(".")[0] for name in layers))
-        unknown = [part for part in wanted if part not in layers and part not in blocks]
+        unknown = [name for name in wanted if name not in layers and name not in blocks]
         if unknown or not wanted:
             raise RetrievalError(
                 f"There is no choice of layers {unknown[0] if unknown else choice!r}; choose "
@@ -90,7 +86,7 @@ def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
 
 
 def name_layers(unet: UNet) -> dict[Attention, str]:
-    """The modules of `list_self_attention_layers`, and the name of each."""
+    """Module -> name, of all layers of `list_self_attention_layers`."""
     blocks = {f"input_{i}": block for i, block in enumerate(unet.input_blocks)}
     blocks[MIDDLE] = unet.middle_block
     blocks |= {f"output_{i}": block for i, block in enumerate(unet.output_blocks)}

@@ -1,4 +1,4 @@
-"""An application of a training-free bank to a U-Net of the core."""
+"""The application of a training-free bank to a U-Net of the core."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def make_source(
     size: tuple[int, int],
     adain: bool = False,
 ) -> Source:
-    """A bank at one layer and noise level as the queries q [B, H * W, D] attend to it.
+    """Builds the source of queries q [B, H * W, D] from the bank of one layer and noise level.
 
     Args:
         strength: above 0; its logarithm is added to the logits of the bank's tokens.
-        region: [H, W] of 0..1 over the image, or None for everywhere; its edges stay soft.
+        region: [h, w] of 0..1 over the image, or None for everywhere; its edges stay soft.
         size: (H, W) of the layer. adain: see `Source`.
     """
     bias = bank.bias
@@ -41,20 +41,20 @@ def make_source(
     return Source(bank.keys, bank.values, bias, region, adain)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class JointRetrieval(Application):
     """An application of the training-free mode, in self-attention.
 
     Attributes:
-        bank: with a site for each layer and noise level (`network.name_site`).
-        strength: the bank's tokens count this many times in the softmax; 0 switches retrieval off,
-            1 is plain attention over own tokens and bank.
+        bank: with a site for each layer and noise level (`name_site`).
+        strength: factor of the bank's tokens in the softmax; 0 switches retrieval off, 1 is plain
+            attention over own tokens and bank.
         names: the U-Net's self-attention layers -> their names (`name_layers`).
         timesteps: the noise levels. steps: of the noise schedule.
-        adain: the layers' own values take on the statistics of the bank's (`Source`).
+        adain: see `Source`.
 
     Raises:
-        RetrievalError: what `Application` refuses, and a strength below 0.
+        RetrievalError: see `Application`, or a strength below 0.
     """
 
     names: Mapping[Attention, str] = field(default_factory=dict)

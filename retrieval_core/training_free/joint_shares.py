@@ -1,4 +1,4 @@
-"""Where joint self-attention looks: shares of its softmax by reference, for the retrieval map."""
+"""Attention shares of each reference in joint self-attention, for the retrieval map."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ..sampling.joint_attention import Source
 from .attention_layers import Layer
 
-_LOGITS = 1 << 24  # held at once
+_LOGITS = 1 << 24  # most attention logits in memory at once
 
 
 def choose_map_layer(layers: Mapping[str, Layer], chosen: Sequence[str]) -> str:
-    """The layer that a map is read from: the last of the coarsest ones outside the middle block,
-    where a place is a part of a figure and attention costs least.
+    """The layer that the map is measured at: the last of the coarsest outside the middle block,
+    where a position is a part of a figure and attention costs least.
     """
     outside = [name for name in chosen if not name.startswith("middle")] or list(chosen)
     coarsest = max(layers[name].downsampling for name in outside)
@@ -25,10 +25,10 @@ def choose_map_layer(layers: Mapping[str, Layer], chosen: Sequence[str]) -> str:
 def measure_joint_shares(
     q: Tensor, k: Tensor, heads: int, source: Source, owner: Tensor, references: int
 ) -> Tensor:
-    """[B, N, 1 + references]: shares of the layer's own tokens, then of each reference's.
+    """Attention shares [B, N, 1 + references] of the layer's own tokens and of each reference's.
 
-    Attention is averaged over the heads; the shares of a place add up to 1. Outside the source's
-    region a place sees its own tokens only.
+    Averaged over the heads; they sum to 1 at each position. Outside the source's region all of it
+    is the own tokens'.
 
     Args:
         q, k: the layer's own [B, N, D]. source: of one bank (G = 1).

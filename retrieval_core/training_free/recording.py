@@ -1,4 +1,4 @@
-"""Reading references with the base U-Net: its self-attention's keys and values at noise levels."""
+"""Encoding of references by the base U-Net: keys and values of its self-attention layers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..bank.encoding import split_features
-from ..bank.tokens import EncodedReference
+from ..bank.encoding import Features
 from ..network.unet import Attention, UNet
 from ..sampling.noise_schedule import NoiseSchedule
 from .attention_layers import name_layers
@@ -16,9 +15,9 @@ from .training_free_network import TrainingFree, name_site
 
 
 def make_fixed_noise(shape: Sequence[int]) -> Tensor:
-    """Unit noise for references' latents [R, C, H, W], float32 on the CPU, of no seed to choose.
+    """Unit noise [R, C, H, W] for references' latents, float32 on the CPU, of a fixed seed.
 
-    Every reference gets the same, so that equal references give equal tokens.
+    Every reference gets the same noise, so that equal references give equal tokens.
     """
     one = torch.randn(tuple(shape[1:]), generator=torch.Generator().manual_seed(0))
     return one[None].expand(tuple(shape))
@@ -31,15 +30,19 @@ def record(
     latents: Tensor,
     context: Tensor,
     y: Tensor | None = None,
-) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """Keys and values of references [R, C, H, W], read once at each noise level: `Features`.
+) -> Features:
+    """Records keys and values of references at each noise level; one pass of the U-Net a level.
 
     Args:
         unet: the base model's. schedule: its noise schedule.
-        latents: clean, scaled as the base model's latents are.
+        latents: [R, C, H, W], clean, scaled as the base model's latents are.
         context: [R, L, D] text context of each reference. y: [R, A] where the base has one.
+
+    Returns:
+        `name_site` -> [R, 2, N, D] keys and values, and the layer's height and width.
     """
-    wanted = {layer: name for layer, name in name_layers(unet).items() if name in network.names}
+    chosen = network.names
+    wanted = {layer: name for layer, name in name_layers(unet).items() if name in chosen}
     noise = make_fixed_noise(latents.shape).to(latents)
     recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
     for timestep in network.timesteps(schedule.steps):
@@ -56,24 +59,3 @@ def record(
         noised = schedule.noised(latents, noise, steps)
         unet(noised, steps, context, y, self_attention=record_layer)
     return recorded
-
-
-def encode_by_base(
-    unet: UNet,
-    schedule: NoiseSchedule,
-    network: TrainingFree,
-    latents: Tensor,
-    context: Tensor,
-    y: Tensor | None = None,
-    masks: Sequence[Tensor | None] | None = None,
-    weights: Sequence[float] | None = None,
-    concepts: Sequence[str] | None = None,
-) -> list[EncodedReference]:
-    """`record` and `split_features`: `encode_references` without a trained network.
-
-    Raises:
-        RetrievalError: a mask selects nothing.
-    """
-    recorded = record(unet, schedule, network, latents, context, y)
-    masks = masks or [None] * len(latents)
-    return split_features(recorded, latents.shape[2:], masks, weights, concepts)

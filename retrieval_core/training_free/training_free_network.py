@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from ..bank.bank_file import KEYS_AND_VALUES, Maker
@@ -22,7 +21,7 @@ MOST_LEVELS = 50
 
 
 def name_site(layer: str, timestep: int) -> str:
-    """A layer's tokens at a noise level as a site of a bank: `output_4.0@500`."""
+    """Name of a bank's site, a layer at a noise level: `output_4.0@500`."""
     return f"{layer}@{timestep}"
 
 
@@ -32,12 +31,12 @@ class TrainingFree:
 
     Attributes:
         config: the base U-Net's shape. base: its name, one of `controlnet.BASES`.
-        base_fingerprint: of its weights, which what was encoded depends on.
-        layers: see `choose_layers`. levels: number of noise levels a reference is read at.
+        base_fingerprint: of its weights.
+        layers: see `choose_layers`. levels: number of noise levels a reference is encoded at.
         adain: match statistics while sampling (`JointRetrieval`); encoding does not depend on it.
 
     Raises:
-        RetrievalError: a choice of layers that there is not, or a number of levels below 1.
+        RetrievalError: an unknown choice of layers, or a number of levels outside 1..50.
     """
 
     config: UNetConfig
@@ -53,11 +52,11 @@ class TrainingFree:
                 f"Reading references at {self.levels} noise levels is not possible; give between "
                 f"1 and {MOST_LEVELS}."
             )
-        _ = self.names
+        choose_layers(self.config, self.layers)
 
     @classmethod
-    def of(cls, unet: UNet, base: str, **choices: Any) -> TrainingFree:
-        """The training-free mode on a U-Net of the core; `choices` are its other fields."""
+    def from_unet(cls, unet: UNet, base: str, **choices: Any) -> TrainingFree:
+        """The training-free mode on a U-Net of the core; `choices`: layers, levels, adain."""
         return cls(unet.config, base, fingerprint_weights(unet.state_dict()), **choices)
 
     @property
@@ -65,28 +64,28 @@ class TrainingFree:
         """Recommended settings, as a trained network's file has them."""
         return Card(self.base, {"strength": 1.0, "guidance": "cond"})
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
-        """The chosen layers."""
+        """Names of the chosen layers."""
         return choose_layers(self.config, self.layers)
 
     def timesteps(self, steps: int = 1000) -> tuple[int, ...]:
-        """The noise levels as timesteps: the middles of equal parts of the schedule, rising."""
+        """The noise levels: mid-points of `levels` equal spans of the schedule, rising."""
         return tuple(int((i + 0.5) / self.levels * steps) for i in range(self.levels))
 
     def site_channels(self) -> dict[str, int]:
-        """The sites of a bank and their widths: every chosen layer at every noise level."""
+        """Site of a bank (`name_site`) -> width."""
         layers = list_self_attention_layers(self.config)
         return {name_site(n, t): layers[n].width for t in self.timesteps() for n in self.names}
 
     def site_downsampling(self) -> dict[str, int]:
-        """How many latent pixels one token of each site of a bank spans along an edge."""
+        """Site of a bank -> latent pixels per token along an edge."""
         layers = list_self_attention_layers(self.config)
         return {name_site(n, t): layers[n].downsampling
                 for t in self.timesteps() for n in self.names}  # fmt: skip
 
     def groups(self) -> dict[str, str]:
-        """layer -> composition, middle or detail, as `controls.group_sites` has them."""
+        """Layer -> composition, middle or detail; see `controls.group_sites`."""
         layers = list_self_attention_layers(self.config)
         factors = self.config.site_downsampling().values()
         return {
@@ -96,7 +95,7 @@ class TrainingFree:
 
     @property
     def fingerprint(self) -> str:
-        """Of the base's weights, the layers and the levels: what encoded references depend on."""
+        """Hash of the base's weights, the layers and the levels."""
         chosen = f"{self.base_fingerprint} {self.names} {self.timesteps()}"
         return hashlib.sha256(chosen.encode()).hexdigest()
 
@@ -108,5 +107,5 @@ class TrainingFree:
 
 def find_nearest(timesteps: Sequence[int], timestep: float) -> int:
     """The noise level nearest to a timestep, the cleaner one of two."""
-    timestep = round(timestep, 2)  # a schedule inverted in float32 is no nearer to the truth
+    timestep = round(timestep, 2)  # no digit beyond is reliable: hosts invert it in float32
     return min(timesteps, key=lambda level: (abs(level - timestep), level))

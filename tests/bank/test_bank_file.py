@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from reference_maker import describe_maker
 from refusal import sentence
 
 from retrieval_core.bank.bank_file import (
     KEYS_AND_VALUES,
     Maker,
-    describe_maker,
     load_references,
     save_references,
 )

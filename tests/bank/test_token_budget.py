@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from batched_tokens import batch_tokens
 from refusal import sentence
 
 from retrieval_core.bank import site_bank, token_budget
@@ -23,7 +24,6 @@ from retrieval_core.bank.tokens import (
     EncodedReference,
     SiteTokens,
     Tokens,
-    batch_references,
     join_references,
 )
 from retrieval_core.network.retrieval_site import RetrievalSite
@@ -362,11 +362,11 @@ def test_banks_of_a_batch_are_limited_each_for_itself_and_masked_tokens_count_fo
     keep[1, 0] = False
     keep[1, 1, 4:] = False  # four tokens are left of the second bank
     layers, factors = {"s": site()}, {"s": 1}
-    both = make_bank(batch_references({"s": features}, {"s": keep}), layers, factors, 10)
+    both = make_bank(batch_tokens({"s": features}, {"s": keep}), layers, factors, 10)
     assert both.sites["s"].keys.shape == (2, 11, DIM)
     h = rand(2, DIM, 3, 3, seed=7)
     found = retrieved(both, h)
-    first = make_bank(batch_references({"s": features[:1]}), layers, factors, 10)
+    first = make_bank(batch_tokens({"s": features[:1]}), layers, factors, 10)
     torch.testing.assert_close(found[:1], retrieved(first, h[:1]))
     four = bank_of(reference(features[1, 1, 0, :4]))
     torch.testing.assert_close(found[1:], retrieved(four, h[1:]))

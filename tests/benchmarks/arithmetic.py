@@ -1,4 +1,4 @@
-"""Operations counted from shapes: the floor that each addition's time is compared with.
+"""Operation counts from shapes: the lower bound that each variant's time is compared with.
 
 One multiplication with its addition counts as two operations, as in torch's flop counter. Norms,
 activations and softmax are left out on both sides.
@@ -63,7 +63,7 @@ def trained_operations(
     tokens: Mapping[str, int],
     query_pooling: int = 1,
 ) -> int:
-    """The least that retrieval adds to a step: one projection in, attention, one projection out.
+    """The operations that retrieval adds to a step: query projection, attention, one output map.
 
     W_o and the zero convolution are one linear map, so they count once.
 
@@ -80,22 +80,22 @@ def trained_operations(
 
 
 def projection_operations(config: UNetConfig, tokens: Mapping[str, int]) -> int:
-    """Keys and values of a bank. tokens: site -> how many are projected there."""
+    """Projections of a bank's keys and values. tokens: site -> how many are projected there."""
     channels = config.site_channels()
     return sum(2 * 2 * tokens[site] * width**2 for site, width in channels.items())
 
 
 def self_attention_operations(layers: Mapping[str, tuple[int, int, int]], rows: int) -> int:
-    """What tokens appended to self-attention layers add: attention alone.
+    """Attention to tokens appended to self-attention layers; they need no projection.
 
     Args:
-        layers: layer -> (places of the picture, width, tokens appended).
+        layers: layer -> (positions, width, tokens appended).
     """
     return sum(2 * rows * count * 2 * added * width for count, width, added in layers.values())
 
 
 def controlnet_operations(config: UNetConfig, rows: int, height: int, width: int) -> int:
-    """What a ControlNet adds to a step: its hint block, its encoder, its zero convolutions."""
+    """A ControlNet's operations in a step: hint block, encoder and zero convolutions."""
     total = encoder_operations(config, rows, height, width)
     pixels = 64 * height * width
     for before, after, stride in (*_HINT, (256, config.model_channels, 1)):

@@ -1,4 +1,4 @@
-"""Other packs, from checkouts that the environment names; nothing of them is in this repository."""
+"""Other packs, imported from checkouts that environment variables name."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def host_version() -> str:
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:
-    """Weights that keep activations finite, so that no arithmetic is slow for its values."""
+    """Random weights that keep activations finite, so that values do not slow down arithmetic."""
     generator = torch.Generator().manual_seed(seed)
     give_weights(module)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
 
 
 def base_model(config: Any) -> Any:
-    """A MODEL as the host makes it of a checkpoint in half precision, in full on a CPU."""
+    """A MODEL as the host loads it from a checkpoint: float16, or float32 on a CPU."""
     import comfy.model_management as management
     import comfy.sd
     from retrieval_pack.retrieval_core.network.unet import UNet
@@ -74,9 +74,9 @@ def base_model(config: Any) -> Any:
     shapes = UNet(config, device="meta").state_dict()
     on_cpu = management.is_device_cpu(management.get_torch_device())
     dtype = torch.float32 if on_cpu else torch.float16
-    nothing = torch.zeros(1, dtype=dtype)  # one number seen everywhere: no memory
+    zero = torch.zeros(1, dtype=dtype)  # expanded views take no memory
     model = comfy.sd.load_diffusion_model_state_dict(
-        {name: nothing.expand(tensor.shape) for name, tensor in shapes.items()}
+        {name: zero.expand(tensor.shape) for name, tensor in shapes.items()}
     )
     randomise(model.model.diffusion_model)
     return model

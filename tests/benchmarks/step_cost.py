@@ -1,4 +1,4 @@
-"""What a sampling step costs over the base model's, all variants side by side in one run.
+"""Cost of a sampling step relative to the base model's, all variants interleaved in one run.
 
 `python -m tests.benchmarks.step_cost` with the Python of a ComfyUI; see `--help`.
 """
@@ -29,7 +29,7 @@ CFG = 7.0
 WARM_EDGE = 8
 BANK_OF = 4
 PASSES = 3  # for one step measured: a pass of the encoder is short beside it
-_KEPT_BYTES = 512 << 20
+CACHED_BYTES = 512 << 20
 
 
 class Refused(ValueError):
@@ -66,7 +66,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(found: Sequence[Variant], patterns: Sequence[str]) -> list[Variant]:
-    """The variants whose key matches a pattern; Refused if a pattern matches none."""
+    """Variants whose key matches a pattern; Refused if a pattern matches none."""
     for pattern in patterns:
         if not any(fnmatch(variant.key, pattern) for variant in found):
             raise Refused(
@@ -77,7 +77,7 @@ def chosen(found: Sequence[Variant], patterns: Sequence[str]) -> list[Variant]:
 
 
 def step(run: Run, size: int) -> Sample:
-    """One guided evaluation of the model in the middle of sampling, by the host's own sampler."""
+    """Times one guided evaluation of the model in the middle of sampling, in the host's sampler."""
     import comfy.sample
     import comfy.samplers
 
@@ -86,8 +86,8 @@ def step(run: Run, size: int) -> Sample:
 
     def sampler(denoise: Any, x: Any, sigmas: Any, extra_args: dict, **_: Any) -> Any:
         sigma = sigmas[:1].expand(x.shape[0])
-        # What happens once a run (moving banks, shaping weights) stays out of the step; on a CPU
-        # a tiny picture sees to that.
+        # A warm-up call keeps one-time work (moving banks, shaping weights) out of the step; on a
+        # CPU a tiny picture is enough.
         warm = x if x.device.type == "cuda" else x[..., :WARM_EDGE, :WARM_EDGE]
         denoise(warm, sigma, **extra_args)
         taken.append(timed(lambda: denoise(x, sigma, **extra_args), x.device))
@@ -110,12 +110,12 @@ def step(run: Run, size: int) -> Sample:
     return taken[0]
 
 
-def try_others(bench: Workbench, found: Sequence[Variant]) -> None:
-    """Other packs' variants on a tiny picture, so that a broken checkout does not come up late."""
+def try_variants(found: Sequence[Variant]) -> None:
+    """Runs other packs' variants on a tiny picture, so that a broken checkout fails early."""
     for variant in found:
         try:
             step(variant.make(), 64)
-        except Exception as error:  # theirs, of any kind
+        except Exception as error:  # another pack's code: of any type
             raise Refused(
                 f"{variant.title} failed ({type(error).__name__}: {error}); use a checkout that "
                 "works with this ComfyUI, or unset the variable that names it."
@@ -123,19 +123,19 @@ def try_others(bench: Workbench, found: Sequence[Variant]) -> None:
 
 
 class _Reached(Exception):
-    """The U-Net's encoder is done."""
+    """Ends a pass of the U-Net after its encoder."""
 
 
-def preparing(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
-    """What is done once, before sampling, as ratios to one row through the base U-Net's encoder.
+def prepare(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
+    """Costs before sampling, as ratios to one row through the base U-Net's encoder.
 
-    A bank's floor counts the projections of the tokens that are left, not the choice of them.
+    A bank's floor counts the projections of the merged tokens, not the merging.
     """
     import comfy.model_management as management
     from retrieval_pack.nodes.host.encoded_references import References
     from retrieval_pack.retrieval_core.bank.encoding import encode_references
 
-    network, config = bench.network(), bench.config
+    network, config = bench.network, bench.config
     hosting.randomise(network.network.encoder)
     management.load_models_gpu([bench.model, network.encoder, network.sites])
     device, kind = network.encoder.load_device, network.compute_dtype
@@ -148,7 +148,7 @@ def preparing(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
     def reached(*_: Any) -> None:
         raise _Reached
 
-    def passed() -> None:
+    def run_encoder() -> None:
         handle = unet.middle_block[-1].register_forward_hook(reached)
         try:
             unet(latent, steps, context=context, transformer_options={})
@@ -157,12 +157,12 @@ def preparing(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
         finally:
             handle.remove()
 
-    def made(budget: Budget) -> Any:
+    def make_bank(budget: Budget) -> Any:
         return References(network, encoded).bank(budget)
 
     encoder = arithmetic.encoder_operations(config, 1, bench.latent, bench.latent)
 
-    def projected(budget: Budget) -> float:
+    def compute_floor(budget: Budget) -> float:
         grid = arithmetic.positions(config, bench.latent, bench.latent)
         size = (bench.latent, bench.latent)
         budgets = choose_budgets(budget, config.site_downsampling(), size)
@@ -175,16 +175,19 @@ def preparing(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
             1.0,
         ),
         f"making the bank of {BANK_OF}, default budget": (
-            lambda: made(AUTOMATIC),
-            projected(AUTOMATIC),
+            lambda: make_bank(AUTOMATIC),
+            compute_floor(AUTOMATIC),
         ),
-        f"making the bank of {BANK_OF}, all tokens": (lambda: made(None), projected(None)),
+        f"making the bank of {BANK_OF}, all tokens": (
+            lambda: make_bank(None),
+            compute_floor(None),
+        ),
     }
-    calls = {BASE: passed, **{title: work for title, (work, _) in works.items()}}
+    calls = {BASE: run_encoder, **{title: work for title, (work, _) in works.items()}}
     for call in calls.values():
         call()
     series = {}
-    for title in works:  # each beside the pass itself, undisturbed by the others' memory
+    for title in works:  # one by one, so that none is disturbed by the others' memory
         found = interleave([title], lambda name: timed(calls[name], device), PASSES * rounds)
         series[title] = found[title]
     return [table.once(title, series[title], floor) for title, (_, floor) in works.items()]
@@ -197,18 +200,18 @@ def measure(options: argparse.Namespace, show: bool, config: UNetConfig = SD15) 
     bench = Workbench(hosting.base_model(config), config, options.size)
     picked = {v.key: v for v in chosen(variants(bench, options.references), options.only)}
     about: dict[str, tuple[int | None, int]] = {BASE: (0, 0)}
-    kept = {BASE: bench.base()}
+    cached = {BASE: Run(bench.model, bench.positive, bench.negative)}
     rows: list[int] = []
     handle = bench.model.model.diffusion_model.register_forward_pre_hook(
         lambda _, inputs: rows.append(inputs[0].shape[0])
     )
 
-    def run_of(key: str) -> Run:
-        """Large banks are made anew for each step: together they would fill the memory."""
-        run = kept.get(key) or picked[key].make()
+    def get_run(key: str) -> Run:
+        """A cached run; those with large banks are made for each step, to save memory."""
+        run = cached.get(key) or picked[key].make()
         about[key] = (run.added, run.bank_bytes)
-        if run.bank_bytes < _KEPT_BYTES:
-            kept[key] = run
+        if run.bank_bytes < CACHED_BYTES:
+            cached[key] = run
         return run
 
     def progress(name: str, done: int, total: int) -> None:
@@ -216,13 +219,13 @@ def measure(options: argparse.Namespace, show: bool, config: UNetConfig = SD15) 
             print(f"\r{done}/{total} {name:40}", end="", file=sys.stderr, flush=True)
 
     with torch.inference_mode():
-        try_others(bench, [variant for variant in picked.values() if variant.external])
-        step(kept[BASE], options.size)  # the first one loads, and warms the machine
+        try_variants([variant for variant in picked.values() if variant.external])
+        step(cached[BASE], options.size)  # loads the model, and warms the machine up
         series = interleave(
-            list(picked), lambda key: step(run_of(key), options.size), options.rounds, progress
+            list(picked), lambda key: step(get_run(key), options.size), options.rounds, progress
         )
         handle.remove()
-        once = preparing(bench, options.rounds)
+        once = prepare(bench, options.rounds)
     if show:
         print(file=sys.stderr)
     base = arithmetic.base_operations(config, 2, bench.latent, bench.latent)
@@ -249,6 +252,15 @@ def measure(options: argparse.Namespace, show: bool, config: UNetConfig = SD15) 
     }
 
 
+def start_host(cpu: bool) -> None:
+    """Starts ComfyUI; Refused if there is none."""
+    missing = no_host_line()
+    if missing is not None:
+        raise Refused(missing.replace("Host tests (tests/host) skipped", "It needs ComfyUI"))
+    keep_heap()
+    hosting.start(cpu)
+
+
 def main(given: Sequence[str] | None = None) -> int:
     try:
         options = arguments(given)
@@ -257,11 +269,7 @@ def main(given: Sequence[str] | None = None) -> int:
         if options.list:
             print("\n".join(variant.key for variant in found))
             return 0
-        missing = no_host_line()
-        if missing is not None:
-            raise Refused(missing.replace("Host tests (tests/host) skipped", "It needs ComfyUI"))
-        keep_heap()
-        hosting.start(options.cpu)
+        start_host(options.cpu)
         result = measure(options, show=not options.json and sys.stderr.isatty())
     except ValueError as error:
         print(error, file=sys.stderr)

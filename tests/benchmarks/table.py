@@ -1,4 +1,4 @@
-"""The benchmark's result as rows and as text."""
+"""The benchmark's results as rows and as text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def entry(
 
 
 def once(title: str, series: Series, floor: float) -> dict[str, Any]:
-    """What is done before sampling. floor: its operations over those of what it is compared to."""
+    """One cost before sampling. floor: its operations over those of what it is compared with."""
     return {
         "title": title,
         "seconds": series.seconds,
@@ -42,7 +42,7 @@ def once(title: str, series: Series, floor: float) -> dict[str, Any]:
 
 
 def text(result: dict[str, Any]) -> str:
-    """The table, with what was measured on what above it."""
+    """The table, under a line about the machine and the model."""
     about = ("host", "torch", "device", "threads", "dtype", "base", "pixels", "rounds")
     lines = [", ".join(f"{name} {result[name]}" for name in about)]
     lines.append(

@@ -1,4 +1,4 @@
-"""Interleaved timing, so that a slow minute of the machine falls on all variants alike."""
+"""Interleaved timing, so that a slow minute of the machine affects all variants alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -26,7 +27,7 @@ class Sample:
 
 @dataclass
 class Series:
-    """All steps of one variant, and each one's ratio to the base steps on either side of it."""
+    """All steps of one variant, and each one's ratio to the base steps before and after it."""
 
     samples: list[Sample] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -48,11 +49,11 @@ class Series:
         return min(self.ratios), max(self.ratios)
 
 
-def sequence(names: Sequence[str], between: int = 2) -> list[str]:
-    """One round: the base model before, after, and between every `between` variants."""
+def sequence(names: Sequence[str]) -> list[str]:
+    """One round: the base model before, after, and between every two variants."""
     order = [BASE]
-    for start in range(0, len(names), between):
-        order += [*names[start : start + between], BASE]
+    for start in range(0, len(names), 2):
+        order += [*names[start : start + 2], BASE]
     return order
 
 
@@ -80,27 +81,25 @@ def interleave(
             series[name].samples.append(sample)
             before = max((b for b in bases if b < i), default=bases[0])
             after = min((b for b in bases if b > i), default=bases[-1])
-            if name == BASE:  # how much the machine itself drifts
+            if name == BASE:  # its ratio shows the machine's drift
                 before, after = bases[0], bases[-1]
             around = (taken[before][1].seconds + taken[after][1].seconds) / 2
             series[name].ratios.append(sample.seconds / around)
     return series
 
 
-def keep_heap() -> bool:
-    """Tells glibc to keep freed memory: whether it did.
+def keep_heap() -> None:
+    """Tells glibc not to return freed memory to the system.
 
-    By default it returns the heap's end to the system when much of it is free. Whether a step frees
-    that much there depends on where a run's first allocations happened to lie, and makes steps, the
-    base's or a variant's, up to 8 % longer for as long as the process lives.
+    By default it trims the heap's end when much of it is free. Whether a step frees that much there
+    depends on a run's first allocations, and makes steps up to 8 % longer for the whole run.
     """
     if not sys.platform.startswith("linux"):
-        return False
-    try:
+        return
+    with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    return bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_MMAP_THRESHOLD, 32 << 20))
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> Sample:

@@ -1,4 +1,4 @@
-"""What the automatic token budget loses and costs: attribute match, step cost, making the bank.
+"""Loss and cost of the automatic token budget: attribute match, step cost, making the bank.
 
 `python -m tests.benchmarks.token_budget` with the Python of a ComfyUI; see `--help`. The match is
 of paper dolls whose tokens merge at the ratios of the named base; costs are of SD 1.5's U-Net in
@@ -20,8 +20,7 @@ from retrieval_core.paperdoll.bundle import load_bundle
 from retrieval_core.paperdoll.generate import Sampling
 from retrieval_core.paperdoll.measure_controls import measure_budgets
 
-from . import hosting, step_cost
-from .timing import keep_heap
+from . import step_cost
 
 # Picture size -> the row of the table whose ratios SD 1.5's U-Net merges at there.
 SIZES = {512: "SD 1.5", 1024: "SDXL"}
@@ -76,12 +75,11 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="on the CPU, though there is a GPU")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     options = parser.parse_args(given)
-    missing = step_cost.no_host_line()
-    if missing is not None:
-        print(missing.replace("Host tests (tests/host) skipped", "It needs ComfyUI"))
+    try:
+        step_cost.start_host(options.cpu)
+    except step_cost.Refused as error:
+        print(error, file=sys.stderr)
         return 2
-    keep_heap()
-    hosting.start(options.cpu)
     result = measure(options.count, options.seed, options.rounds)
     print(json.dumps(result) if options.json else text(result))
     return 0

@@ -1,9 +1,10 @@
-"""What is measured: each variant as a MODEL with its conditionings, and the operations it adds."""
+"""The measured variants: a MODEL with its conditionings, and the operations that it adds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ FULL, MASKED, BUDGET = "full", "masked", "budget"
 class Run:
     """A MODEL and its two conditionings, ready for the host's sampler.
 
-    added: operations that the variant must add to a step of two rows, None where nobody counted.
-    bank_bytes: what it keeps on the device beside weights.
+    added: operations that the variant must add to a step of two rows, None if not counted.
+    bank_bytes: size of its banks on the device.
     """
 
     model: Any
@@ -39,8 +40,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """key: what --only matches. make: builds the run, outside of what is timed. external: of
-    another pack."""
+    """One line of the table.
+
+    key: matched by --only. make: builds the run, untimed. external: of another pack.
+    """
 
     key: str
     title: str
@@ -66,21 +69,11 @@ class Workbench:
         self.latent = size // 8
         self.positive = conditioning(1, config.context_dim)
         self.negative = conditioning(2, config.context_dim)
-        self._made: dict[Any, Any] = {}
+        self._references: dict[tuple[str, int, bool], Any] = {}
 
-    def base(self) -> Run:
-        return Run(self.model, self.positive, self.negative)
-
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
+    @cached_property
     def network(self) -> Any:
-        """A retrieval network in the host's care, of the types that the host would choose."""
-        return self._once("network", self._network)
-
-    def _network(self) -> Any:
+        """A retrieval network managed by the host, in the dtypes that the host would choose."""
         from retrieval_pack.nodes.host import attention, loading, trained_network
         from retrieval_pack.retrieval_core.network.controlnet import Card, RetrievalControlNet
 
@@ -97,11 +90,12 @@ class Workbench:
         latent_format = self.model.get_model_object("latent_format")
         return trained_network.manage_network("benchmark", made, latent_format, compute, "")
 
+    @cached_property
     def training_free(self) -> Any:
-        """The training-free mode at one noise level: a step reads the nearest level's bank only."""
+        """The training-free mode at one noise level: a step uses the nearest level's bank only."""
         from retrieval_pack.nodes.host.training_free_model import use_training_free
 
-        return self._once("training-free", lambda: use_training_free(self.model, levels=1))
+        return use_training_free(self.model, levels=1)
 
     def mask(self) -> Tensor:
         """A centred upright rectangle of `MASKED_SHARE` of the picture, as a figure covers it."""
@@ -112,25 +106,34 @@ class Workbench:
         mask[top : top + height, left : left + width] = 1
         return mask
 
-    def _references(
-        self, network: Any, sites: Mapping[str, tuple[int, int]], count: int, masked: bool
+    def _make_references(
+        self,
+        mode: str,
+        network: Any,
+        sites: Mapping[str, tuple[int, int]],
+        count: int,
+        masked: bool,
     ) -> Any:
-        """References of true shape; noise, for the time does not depend on the values.
+        """References of true shape, cached; noise, since the time does not depend on the values.
 
         Args:
             sites: site -> (width, latent pixels that a token spans along an edge).
         """
+        key = mode, count, masked
+        if key in self._references:
+            return self._references[key]
         from retrieval_pack.nodes.host.encoded_references import References
         from retrieval_pack.retrieval_core.bank.tokens import EncodedReference
 
         generator, kinds = torch.Generator().manual_seed(3), len(network.maker.kinds)
-        kept = {}
+        features = {}
         for site, (width, factor) in sites.items():
             edge = -(-self.latent // factor)
             tokens = int(select_tokens(self.mask(), edge, edge).sum()) if masked else edge**2
-            kept[site] = torch.randn(kinds, tokens, width, generator=generator)
-        reference = EncodedReference(kept, latent_size=(self.latent, self.latent))
-        return References(network, (reference,) * count)
+            features[site] = torch.randn(kinds, tokens, width, generator=generator)
+        reference = EncodedReference(features, latent_size=(self.latent, self.latent))
+        self._references[key] = References(network, (reference,) * count)
+        return self._references[key]
 
     def _controls(self, what: str) -> Any:
         from retrieval_pack.retrieval_core.sampling.controls import Controls
@@ -138,23 +141,23 @@ class Workbench:
         return Controls() if what == BUDGET else Controls(token_budget=None)
 
     def trained(self, count: int, what: str, rows: str) -> Run:
-        """The trained mode with `count` references; rows "both" or "cond"."""
+        """The trained mode with `count` references. rows: "both" or "cond"."""
         from retrieval_pack.nodes.host.apply import apply_references
 
         references, controls = self.references(count, what == MASKED), self._controls(what)
         model = apply_references(self.model, references, 1.0, guidance=rows, controls=controls)
-        added, kept = self._last_applied(model, ROWS[rows])
-        return Run(model, self.positive, self.negative, added, kept)
+        added, size = self._measure_last_application(model, ROWS[rows])
+        return Run(model, self.positive, self.negative, added, size)
 
     def regions(self, apart: bool) -> Run:
         """Two applications of 4 references, each in its half of the picture, on both rows.
 
-        Kept apart, each position's self-attention looks at half of the positions.
+        apart: each position's self-attention is limited to the half of the positions in its region.
         """
         from retrieval_pack.nodes.host.apply import apply_references
         from retrieval_pack.retrieval_core.sampling.controls import Controls
 
-        model, added, kept = self.model, 0, 0
+        model, added, size = self.model, 0, 0
         references, controls = self.references(4), Controls(apart=float(apart))
         left = torch.zeros(self.size, self.size)
         left[:, : self.size // 2] = 1
@@ -162,16 +165,16 @@ class Workbench:
             model = apply_references(
                 model, references, 1.0, guidance="both", region=region, controls=controls
             )
-            here = self._last_applied(model, 2)
-            added, kept = added + here[0], kept + here[1]
+            here = self._measure_last_application(model, 2)
+            added, size = added + here[0], size + here[1]
         if apart:
-            layers = self._layers().items()
-            shapes = {name: (places, width, places // 2) for name, (places, width) in layers}
+            layers = self._list_layers().items()
+            shapes = {name: (count, width, count // 2) for name, (count, width) in layers}
             added -= arithmetic.self_attention_operations(shapes, 2)
-        return Run(model, self.positive, self.negative, added, kept)
+        return Run(model, self.positive, self.negative, added, size)
 
-    def _layers(self) -> dict[str, tuple[int, int]]:
-        """Self-attention layer -> its places and its width."""
+    def _list_layers(self) -> dict[str, tuple[int, int]]:
+        """Self-attention layer -> (positions, width)."""
         return {
             name: ((-(-self.latent // layer.downsampling)) ** 2, layer.width)
             for name, layer in list_self_attention_layers(self.config).items()
@@ -181,13 +184,10 @@ class Workbench:
         """References of the trained mode."""
         factors = self.config.site_downsampling()
         sites = {s: (width, factors[s]) for s, width in self.config.site_channels().items()}
-        return self._once(
-            ("trained", count, masked),
-            lambda: self._references(self.network(), sites, count, masked),
-        )
+        return self._make_references("trained", self.network, sites, count, masked)
 
-    def _last_applied(self, model: Any, rows: int) -> tuple[int, int]:
-        """Operations and bytes that the last application to a model adds."""
+    def _measure_last_application(self, model: Any, rows: int) -> tuple[int, int]:
+        """Operations and bytes of the model's last application."""
         applied = model.model_options["transformer_options"]["patches"]["output_block_patch"][-1]
         bank = applied.retrieval.bank
         tokens = {site: one.keys.shape[1] for site, one in bank.sites.items()}
@@ -201,24 +201,21 @@ class Workbench:
         """The training-free mode, as `trained`; all self-attention layers."""
         from retrieval_pack.nodes.host.apply import apply_references
 
-        network, layers = self.training_free(), list_self_attention_layers(self.config)
+        network, layers = self.training_free, list_self_attention_layers(self.config)
         (level,), names = network.network.timesteps(), network.network.names
         sites = {
             name_site(name, level): (layers[name].width, layers[name].downsampling)
             for name in names
         }
         masked = what == MASKED
-        references = self._once(
-            ("training-free", count, masked),
-            lambda: self._references(network, sites, count, masked),
-        )
+        references = self._make_references("training-free", network, sites, count, masked)
         controls = self._controls(what)
         model = apply_references(self.model, references, 1.0, guidance=rows, controls=controls)
         bank = references.bank(controls.token_budget)
-        shapes, places = {}, self._layers()
+        shapes, positions = {}, self._list_layers()
         for name in names:
             tokens = bank.sites[name_site(name, level)].keys.shape[1]
-            shapes[name] = (*places[name], tokens)
+            shapes[name] = (*positions[name], tokens)
         added = arithmetic.self_attention_operations(shapes, ROWS[rows])
         return Run(model, self.positive, self.negative, added, bank.nbytes())
 
@@ -256,7 +253,7 @@ class Workbench:
     def ip_adapter(self, count: int) -> Run:
         """IP-Adapter Plus with `count` pictures, in the checkout that the environment names."""
         model = external.ip_adapter_plus(self.model, count)
-        layers = self._layers().items()  # text is attended to in the same places
+        layers = self._list_layers().items()  # cross-attention has the same positions
         shapes = {name: (*layer, 16 * count) for name, layer in layers}
         added = arithmetic.self_attention_operations(shapes, 2)
         return Run(model, self.positive, self.negative, added)

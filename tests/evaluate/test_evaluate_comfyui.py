@@ -1,4 +1,4 @@
-"""Any workflow as a method: its places, and the HTTP API against a stand-in for the server."""
+"""Any workflow as a method: its slots, and the HTTP API against a stand-in for the server."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def shown(asked: dict, uploads: dict) -> dict:
     return {"8": pictures}
 
 
-def test_places_are_found_by_title_input_name_and_binding():
-    places = Workflow(graph()).places
-    assert places == {
+def test_slots_are_found_by_title_input_name_and_binding():
+    slots = Workflow(graph()).slots
+    assert slots == {
         "reference1": ("1", "image"),
         "reference2": ("2", "image"),
         "prompt": ("3", "text"),
@@ -73,7 +73,7 @@ def test_places_are_found_by_title_input_name_and_binding():
         "seed": ("5", "seed"),  # the only input of that name
     }
     bound = Workflow(graph(), parse_bindings(["strength=Sampler.steps", "prompt=4.text"]))
-    assert bound.places["strength"] == ("5", "steps") and bound.places["prompt"] == ("4", "text")
+    assert bound.slots["strength"] == ("5", "steps") and bound.slots["prompt"] == ("4", "text")
     assert bound.digest() != Workflow(graph()).digest() == Workflow(graph()).digest()
 
 
@@ -102,15 +102,15 @@ def broken(change) -> dict:
         (broken(lambda g: g.pop("5")), {}, "seed"),
         (broken(lambda g: (g.pop("1"), g.pop("2"))), {}, "reference1"),
         (broken(lambda g: g.pop("1")), {}, "[2]"),
-        (broken(lambda g: g["4"]["_meta"].update(title="{prompt}")), {}, "two places"),
+        (broken(lambda g: g["4"]["_meta"].update(title="{prompt}")), {}, "two slots"),
         (broken(lambda g: g["4"]["_meta"].update(title="{colour}")), {}, "{colour}"),
-        (broken(lambda g: g["8"]["_meta"].update(title="{strength}")), {}, "two places"),
+        (broken(lambda g: g["8"]["_meta"].update(title="{strength}")), {}, "two slots"),
         (graph(), {"prompt": "99.text"}, "'99'"),
         (graph(), {"prompt": "3.clip"}, "clip"),
         (graph(), {"colour": "3.text"}, "'colour'"),
     ],
 )
-def test_workflows_without_their_places_are_refused(changed, bindings, words):
+def test_workflows_without_their_slots_are_refused(changed, bindings, words):
     assert words in sentence(Workflow, changed, bindings)
 
 
@@ -135,8 +135,8 @@ def test_a_run_uploads_fills_waits_and_fetches(serve):
     (asked,) = server.prompts
     assert asked["3"]["inputs"]["text"] == runs[0].prompt
     references = characters[runs[0].character].references
-    for number, place in ((0, "1"), (1, "2")):
-        name = asked[place]["inputs"]["image"]
+    for number, loader in ((0, "1"), (1, "2")):
+        name = asked[loader]["inputs"]["image"]
         sent = decode(server.uploads[name])
         torch.testing.assert_close(sent, references[number].image, atol=0.003, rtol=0)
     method.draw(runs[1:2], characters, 2.0)
@@ -206,7 +206,7 @@ def test_no_server_and_no_address():
     assert "'localhost'" in sentence(Client, "localhost")
 
 
-def test_a_slow_run_is_given_up(serve):
+def test_a_slow_run_ends_with_the_timeout(serve):
     server = serve(lambda *_: {"8": []})
     server.history = lambda number: {}
     assert "0.2 seconds" in sentence(Client(server.address, 0.2).run, graph())

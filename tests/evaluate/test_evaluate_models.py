@@ -18,7 +18,7 @@ from retrieval_core.evaluate import __main__ as command
 from retrieval_core.evaluate.characters import read_characters
 from retrieval_core.evaluate.comfy import decode, encode
 from retrieval_core.evaluate.command import read_protocol
-from retrieval_core.metrics import DEFAULT_QUESTIONS, vqa_diversity
+from retrieval_core.metrics import DEFAULT_QUESTIONS, ask, score_answers
 from retrieval_core.metrics.encoders import load_clip, load_dino
 from retrieval_core.metrics.vqa_models import load_vqa
 
@@ -97,7 +97,8 @@ def test_a_folder_of_characters_is_scored_by_named_models(arguments, tmp_path, c
     assert line["CLIP-I"] == pytest.approx(like(encoder), abs=0.01)
     assert line["DINO-I"] == pytest.approx(like(load_dino(dino)), abs=0.01)
     assert line["CLIP-T"] == pytest.approx(said, abs=0.01)
-    expected = vqa_diversity(pictures, DEFAULT_QUESTIONS, load_vqa(vqa), encoder)
+    answers = ask(pictures, DEFAULT_QUESTIONS, load_vqa(vqa))
+    expected = score_answers(answers, encoder)
     assert line["diversity"] == pytest.approx(expected.score.mean, abs=0.01)
     assert expected.score.mean > 0
 

@@ -1,4 +1,4 @@
-"""A hub with one repository, for plumbing: what huggingface_hub asks of it to fetch a model."""
+"""A hub with one repository on the loopback: answers what huggingface_hub asks to fetch files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c" * 40
+REVISIONS = ("main", "v1", COMMIT)
 
 
 class FakeHub(ThreadingHTTPServer):
-    """`files` (path -> bytes) of the repository `name`; `gets` are the files that were sent.
+    """`files` (path -> bytes) of the repository `name`, at any of `REVISIONS`.
 
-    answer: (status, X-Error-Code) for every request. missing: files that are listed but not sent.
+    Attributes:
+        answer: (status, X-Error-Code) for every request.
+        missing: files that are listed but not sent.
+        gated: whether files are refused; they are listed all the same.
+        break_after: bytes that are sent before the connection closes.
+        ranges: False: every answer is the whole file.
+        storage: address that files are redirected to.
+        gets: files that were sent. asked: the headers Range and Authorization of each.
+        requests: how many there were.
     """
 
     daemon_threads = True
@@ -24,13 +33,21 @@ class FakeHub(ThreadingHTTPServer):
         self.name, self.files = name, files
         self.answer: tuple[int, str] | None = None
         self.missing: set[str] = set()
+        self.gated = False
+        self.break_after: int | None = None
+        self.ranges = True
+        self.storage: str | None = None
         self.gets: list[str] = []
+        self.asked: list[tuple[str | None, str | None]] = []
         self.requests = 0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_) -> None:
+        """Clients may break off."""
 
     def close(self) -> None:
         self.shutdown()
@@ -56,25 +73,55 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).strip("/")
         if hub.answer:
             return self._reply(hub.answer[0], b"{}", {"X-Error-Code": hub.answer[1]}, whole)
-        if path == f"api/models/{hub.name}":
-            files = [{"rfilename": n, "size": len(b)} for n, b in hub.files.items()]
-            told = {"id": hub.name, "modelId": hub.name, "sha": COMMIT, "siblings": files}
-            return self._reply(200, json.dumps(told).encode(), {}, whole)
-        name = path.removeprefix(f"{hub.name}/resolve/main/")
-        if not path.startswith("api/") and name in hub.files and name not in hub.missing:
-            body = hub.files[name]
-            if whole:
-                hub.gets.append(name)
-            etag = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            return self._reply(200, body, etag, whole)
-        code = "EntryNotFound" if path.startswith(hub.name) else "RepoNotFound"
-        self._reply(404, b"{}", {"X-Error-Code": code}, whole)
+        if "renamed/repository" in path:
+            to = self.path.replace("renamed/repository", hub.name)
+            return self._reply(307, b"", {"Location": to}, whole)
+        url, _, revision = path.partition("/revision/")
+        if url == f"api/models/{hub.name}" and revision in ("", *REVISIONS):
+            files = [
+                {"rfilename": n, "size": len(b), "blobId": hashlib.sha1(b).hexdigest()}
+                for n, b in hub.files.items()
+            ]
+            about = {"id": hub.name, "modelId": hub.name, "sha": COMMIT, "siblings": files}
+            about |= {"private": False, "downloads": 0, "likes": 0, "tags": []}  # before 0.24
+            return self._reply(200, json.dumps(about).encode(), {}, whole)
+        repository, _, rest = path.partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        if hub.name not in (repository, url.removeprefix("api/models/")):
+            return self._reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, whole)
+        if revision not in REVISIONS:
+            return self._reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, whole)
+        if name not in hub.files or name in hub.missing:
+            return self._reply(404, b"{}", {"X-Error-Code": "EntryNotFound"}, whole)
+        if hub.gated:
+            return self._reply(403, b"{}", {"X-Error-Code": "GatedRepo"}, whole)
+        body = hub.files[name]
+        headers = {
+            "ETag": f'"{hashlib.sha1(body).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+        }
+        if whole:
+            hub.gets.append(name)
+            hub.asked.append((self.headers.get("Range"), self.headers.get("Authorization")))
+        if hub.storage is not None:
+            return self._reply(302, b"", headers | {"Location": hub.storage + self.path}, whole)
+        wanted = self.headers.get("Range") if hub.ranges else None
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self._reply(206 if start else 200, body[start:], headers, whole, hub.break_after)
 
-    def _reply(self, status: int, body: bytes, headers: dict[str, str], whole: bool) -> None:
+    def _reply(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str],
+        whole: bool,
+        break_after: int | None = None,
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if whole:
-            self.wfile.write(body)
+            self.wfile.write(body[:break_after])
+            self.close_connection = break_after is not None

@@ -14,6 +14,7 @@ import torch
 from dolls import Dolls
 from making import core_network
 from PIL import Image
+from reference_maker import describe_maker
 from retrieval_pack.nodes.encode_references import RetrievalEncodeReferences
 from retrieval_pack.nodes.host import loading
 from retrieval_pack.nodes.host.apply import apply_references
@@ -86,7 +87,7 @@ def test_saved_then_loaded_samples_bit_for_bit(dolls, folder):
 
 
 def test_another_copy_of_the_network_and_the_core_read_the_same_file(dolls, folder):
-    from retrieval_pack.retrieval_core.bank.bank_file import describe_maker, load_references
+    from retrieval_pack.retrieval_core.bank.bank_file import load_references
 
     refs = dolls.references(1)
     RetrievalSaveReferences.execute(refs, "x")

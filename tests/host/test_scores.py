@@ -24,6 +24,7 @@ from retrieval_pack.nodes.text_similarity import RetrievalTextSimilarity
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.metrics import (
     DEFAULT_QUESTIONS,
+    find_extreme_pairs,
     image_similarity,
     score_answers,
     text_similarity,
@@ -159,7 +160,7 @@ def test_the_score_of_a_vqa_model(models, bar, monkeypatch):
     assert str(result.score).split("±")[0] in report and "±" in report
     assert all(given in report for row in answers.values() for given in row)
     assert plot.shape[0] == 1 and plot.shape[-1] == 3 and plot.dtype == torch.float32
-    first, second = result.extremes()
+    first, second = find_extreme_pairs(result.embeddings)
     assert torch.equal(most, batch[[first.first, first.second]])
     assert torch.equal(least, batch[[second.first, second.second]])
     assert math.isnan(weighted)

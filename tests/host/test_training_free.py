@@ -39,6 +39,7 @@ from retrieval_pack.nodes.host.training_free_model import use_training_free
 from retrieval_pack.nodes.load_retrieval_controlnet import TRAINING_FREE, RetrievalLoadControlNet
 from retrieval_pack.retrieval_core import training_free as core
 from retrieval_pack.retrieval_core.bank.bank_file import load_references, save_references
+from retrieval_pack.retrieval_core.bank.encoding import split_features
 from retrieval_pack.retrieval_core.bank.site_bank import make_bank
 from retrieval_pack.retrieval_core.bank.tokens import join_references
 from retrieval_pack.retrieval_core.data.prepare import prepare
@@ -426,20 +427,15 @@ def pictures(count: int):
 
 
 def in_the_core(base, count, masks, weights, adain, strength, **kw):
-    network = core.TrainingFree.of(base.unet, "paperdoll", levels=2, adain=adain)
+    network = core.TrainingFree.from_unet(base.unet, "paperdoll", levels=2, adain=adain)
     drawn, selected = pictures(count)
     prepared = [
         prepare(drawn[i], selected[i] if masks else None, "face", weights[i]) for i in range(count)
     ]
-    made = core.encode_by_base(
-        base.unet,
-        base.schedule,
-        network,
-        base.vae.encode(torch.stack([p.image for p in prepared])),
-        base.text.encode(["face"] * count),
-        masks=[p.mask for p in prepared],
-        weights=weights,
-    )
+    latents = base.vae.encode(torch.stack([p.image for p in prepared]))
+    context = base.text.encode(["face"] * count)
+    features = core.record(base.unet, base.schedule, network, latents, context)
+    made = split_features(features, latents.shape[2:], [p.mask for p in prepared], weights)
     retrieval = core.JointRetrieval(
         make_bank(join_references(made), None, network.site_downsampling()),
         strength,

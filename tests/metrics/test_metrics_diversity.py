@@ -15,9 +15,9 @@ from refusal import sentence
 
 from retrieval_core.metrics import (
     Estimate,
-    bootstrap,
     compute_distance_matrix,
     diversity,
+    estimate_mean,
     find_extreme_pairs,
     weighted_diversity,
 )
@@ -85,8 +85,8 @@ def test_known_values():
 def test_equal_answers_score_exactly_nothing(count, width, seed):
     row = np.random.default_rng(seed).normal(size=(1, width)).astype(np.float32)
     same = row.repeat(count, 0)
-    assert diversity(same, resamples=3).mean == 0
-    assert weighted_diversity(same, [50] * count, resamples=3).mean == 0
+    assert diversity(same).mean == 0
+    assert weighted_diversity(same, [50] * count).mean == 0
     assert all(pair.distance == 0 for pair in find_extreme_pairs(same))
 
 
@@ -96,10 +96,9 @@ def test_the_order_changes_no_bit(order):
     vectors = embeddings(12, mean=0.5)
     vectors[3] = vectors[7]
     similarity = np.linspace(10, 90, 12)
-    assert diversity(vectors[order], resamples=20) == diversity(vectors, resamples=20)
-    assert weighted_diversity(vectors[order], similarity[order], resamples=20) == (
-        weighted_diversity(vectors, similarity, resamples=20)
-    )
+    assert diversity(vectors[order]) == diversity(vectors)
+    turned = weighted_diversity(vectors[order], similarity[order])
+    assert turned == weighted_diversity(vectors, similarity)
 
 
 def test_ten_thousand_images_need_less_than_a_gigabyte():
@@ -118,7 +117,7 @@ def test_ten_thousand_images_need_less_than_a_gigabyte():
     assert 40e6 < peak < 700e6
 
 
-def test_matrix_and_extreme_pairs():
+def test_matrix_and_extreme_pairs(monkeypatch):
     vectors = embeddings(9, mean=0.3)
     matrix = compute_distance_matrix(vectors)
     plain = [[distance(u, v) for v in vectors.tolist()] for u in vectors.tolist()]
@@ -126,7 +125,8 @@ def test_matrix_and_extreme_pairs():
     assert (np.diagonal(matrix) == 0).all()
     pairs = {(i, j): plain[i][j] for i, j in itertools.combinations(range(9), 2)}
     for block in (1, 2, 4, 100):
-        most, least = find_extreme_pairs(vectors, block)
+        monkeypatch.setitem(find_extreme_pairs.__globals__, "BLOCK", block)
+        most, least = find_extreme_pairs(vectors)
         assert (most.first, most.second) == min(pairs, key=pairs.get)
         assert (least.first, least.second) == max(pairs, key=pairs.get)
         assert most.distance == pytest.approx(min(pairs.values()), abs=1e-6)
@@ -142,14 +142,14 @@ def test_the_standard_error_is_that_of_drawing_images_again():
         pairs = [(i, j) for i, j in itertools.combinations(drawn, 2) if i != j]
         # A pair of equal draws counts in the number of pairs only where the images differ.
         means.append(np.mean([matrix[i, j] for i, j in pairs]))
-    found = diversity(vectors, resamples=3000)
+    found = diversity(vectors)
     assert found.standard_error == pytest.approx(np.std(means), rel=0.1)
     assert found.count == 12
 
 
 def test_the_standard_error_is_the_spread_of_the_score():
     """Over batches drawn anew from one source, the scores spread as each batch says."""
-    batches = [diversity(embeddings(60, 3, seed=s, mean=1.0), 200) for s in range(60)]
+    batches = [diversity(embeddings(60, 3, seed=s, mean=1.0)) for s in range(60)]
     spread = np.std([b.mean for b in batches], ddof=1)
     assert np.mean([b.standard_error for b in batches]) == pytest.approx(spread, rel=0.3)
 
@@ -160,24 +160,28 @@ def test_two_images_have_no_standard_error():
     assert str(Estimate(3.14159, 0.5, 3)) == "3.14 ± 0.50"
 
 
-def test_the_bootstrap_of_a_mean_is_its_standard_error():
-    values = np.random.default_rng(0).exponential(3, 400)
-    found = bootstrap(values, resamples=4000)
-    assert found.mean == pytest.approx(values.mean(), abs=1e-12) and found.count == 400
-    assert found.standard_error == pytest.approx(values.std() / 20, rel=0.06)
-    assert found == bootstrap(values, resamples=4000) != bootstrap(values, 4000, seed=1)
-    assert bootstrap([7.0, 7.0, 7.0]).standard_error == 0
-    assert math.isnan(bootstrap([7.0]).standard_error)
+def test_equal_distances_give_the_first_pair(monkeypatch):
+    for block in (1, 2, 100):
+        monkeypatch.setitem(find_extreme_pairs.__globals__, "BLOCK", block)
+        most, least = find_extreme_pairs(np.eye(4))
+        assert (most.first, most.second) == (least.first, least.second) == (0, 1)
+
+
+def test_the_standard_error_of_a_mean_is_the_spread_of_means():
+    """Over samples drawn anew from one source, the means spread as each sample says."""
+    random = np.random.default_rng(0)
+    samples = random.exponential(3, (4000, 25))
+    found = [estimate_mean(sample) for sample in samples]
+    assert found[0].mean == pytest.approx(math.fsum(samples[0]) / 25) and found[0].count == 25
+    variance = np.mean([estimate.standard_error**2 for estimate in found])
+    assert variance == pytest.approx(np.var([estimate.mean for estimate in found]), rel=0.1)
+    assert variance == pytest.approx(3**2 / 25, rel=0.03)  # the variance is unbiased
+    assert estimate_mean([7.0, 7.0, 7.0]).standard_error == 0
+    assert math.isnan(estimate_mean([7.0]).standard_error)
 
 
 def test_bad_input():
     for call in (diversity, compute_distance_matrix, find_extreme_pairs):
-        assert "at least two images and there is 1" in sentence(call, embeddings(1))
-        assert "at least two images and there is 0" in sentence(call, np.zeros((0, 4)))
         assert "shape (4,)" in sentence(call, np.ones(4))
         assert "Embedding 2 of 3 has length 0" in sentence(call, [[1.0], [0.0], [2.0]])
         assert "Embedding 1 of 2 has length nan" in sentence(call, [[np.nan], [1.0]])
-    assert "3 images and 2 similarities" in sentence(weighted_diversity, embeddings(3), [1, 2])
-    assert "not finite" in sentence(weighted_diversity, embeddings(2), [1, np.inf])
-    assert "no values" in sentence(bootstrap, [])
-    assert "Value 2 of 3" in sentence(bootstrap, [1.0, np.nan, 2.0])

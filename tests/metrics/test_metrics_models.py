@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import tiny_models as tiny
 from PIL import Image
 
-from retrieval_core.metrics import Answerer, ImageEmbedder, TextEmbedder, ask
+from retrieval_core.metrics import ask, score_answers
 from retrieval_core.metrics.encoders import load_clip, load_dino
 from retrieval_core.metrics.vqa_models import load_vqa
 
@@ -130,7 +130,6 @@ def by_hand(name: str, folder: Path, picture: Image.Image) -> str:
 @pytest.mark.parametrize("name", MAKERS)
 def test_answers_are_greedy_decoding_without_the_question(folders, name):
     vqa = load_vqa(folders(name), max_new_tokens=LONGEST, batch_size=2)
-    assert isinstance(vqa, Answerer) and isinstance(vqa.model, torch.nn.Module)
     batch = images()
     answers = vqa.answer(batch, tiny.QUESTION)
     assert answers == [by_hand(name, folders(name), picture) for picture in pils(batch)]
@@ -141,12 +140,10 @@ def test_answers_are_greedy_decoding_without_the_question(folders, name):
 
 
 def test_answers_go_through_the_score(folders):
-    from retrieval_core.metrics import vqa_diversity
-
     vqa, clip = load_vqa(folders("llava"), max_new_tokens=LONGEST), load_clip(folders("clip"))
-    result = vqa_diversity(images(), [tiny.QUESTION, "the pose?"], vqa, clip)
+    result = score_answers(ask(images(), [tiny.QUESTION, "the pose?"], vqa), clip)
     assert result.score.count == 3 and 0 < result.score.mean < 100
-    same = vqa_diversity(images(1).repeat(3, 1, 1, 1), tiny.QUESTION, vqa, clip)
+    same = score_answers(ask(images(1).repeat(3, 1, 1, 1), [tiny.QUESTION], vqa), clip)
     assert same.score.mean == 0
 
 
@@ -179,13 +176,14 @@ def test_inputs_follow_the_model(folders, name):
     assert not whole.model.training and not any(p.requires_grad for p in whole.model.parameters())
 
 
-def test_clip_gives_projected_features_whatever_the_batch(folders):
+@pytest.mark.parametrize("batch", [2, 16])
+def test_clip_gives_projected_features_whatever_the_batch(folders, monkeypatch, batch):
     from transformers import CLIPModel, CLIPProcessor
 
     folder = folders("clip")
     model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
-    clip = load_clip(folder, batch_size=2)
-    assert isinstance(clip, ImageEmbedder) and isinstance(clip, TextEmbedder)
+    monkeypatch.setattr("retrieval_core.metrics.encoders.BATCH", batch)
+    clip = load_clip(folder)
     texts = ["the cat", "a much longer text about the pose of the character", "the"]
     with torch.no_grad():
         said = []
@@ -206,14 +204,14 @@ def test_clip_gives_projected_features_whatever_the_batch(folders):
 
 def test_models_load_inside_inference_mode_and_leave_it(folders):
     with torch.inference_mode():  # as a host does
-        clip = load_clip(folders("clip"), dtype=torch.float16)
+        clip = load_clip(folders("clip"))
         clip.embed_texts(["the"])
-    clip.model.to(torch.float32)
+    clip.model.to(torch.bfloat16)
     assert clip.embed_texts(["the"]).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["dino", "dinov2"])
-def test_dino_gives_the_cls_token(folders, name):
+def test_dino_gives_the_cls_token(folders, monkeypatch, name):
     from transformers import AutoImageProcessor, AutoModel
 
     folder = folders(name)
@@ -221,8 +219,8 @@ def test_dino_gives_the_cls_token(folders, name):
     inputs = processor(images=pils(images()), return_tensors="pt")
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(folder)(**inputs).last_hidden_state
-    dino = load_dino(folder, batch_size=2)
-    assert isinstance(dino, ImageEmbedder) and isinstance(dino.model, torch.nn.Module)
+    monkeypatch.setattr("retrieval_core.metrics.encoders.BATCH", 2)
+    dino = load_dino(folder)
     torch.testing.assert_close(dino.embed_images(images()), hidden[:, 0], atol=1e-4, rtol=1e-5)
 
 
@@ -303,7 +301,7 @@ def test_a_model_that_answers_nothing(folders):
     config = vqa.model.config.text_config
     with torch.no_grad():  # the end of the answer always wins
         vqa.model.text_decoder.cls.predictions.bias[config.sep_token_id] = 1e6
-    assert "answered nothing to 'what?' for 3 of 3" in sentence(ask, images(), "what?", vqa)
+    assert "answered nothing to 'what?' for 3 of 3" in sentence(ask, images(), ["what?"], vqa)
 
 
 def test_without_transformers(monkeypatch, folders):

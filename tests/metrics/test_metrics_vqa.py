@@ -1,4 +1,4 @@
-"""The VQA diversity score: what is asked, what is averaged, what is refused, what is shown."""
+"""The VQA diversity score: questions, averages, errors, report and plot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import pytest
 import torch
 from refusal import sentence
 
-from retrieval_core.metrics import DEFAULT_QUESTIONS, ask, bootstrap, score_answers, vqa_diversity
+from retrieval_core.metrics import (
+    DEFAULT_QUESTIONS,
+    ask,
+    estimate_mean,
+    find_extreme_pairs,
+    score_answers,
+)
 from retrieval_core.metrics.diversity_report import MOST_SHOWN, plot_distances, write_report
 
 ANSWERS = {
@@ -19,7 +25,7 @@ ANSWERS = {
 
 
 class Scripted:
-    """Answers from a table; counts what it is asked."""
+    """Answers from a table; records the questions."""
 
     def __init__(self, answers=ANSWERS):
         self.answers, self.asked = answers, []
@@ -55,7 +61,7 @@ def plain(answers) -> float:
 
 def test_the_score_is_the_mean_of_the_questions():
     answerer = Scripted()
-    result = vqa_diversity(images(), list(ANSWERS), answerer, Letters())
+    result = score_answers(ask(images(), list(ANSWERS), answerer), Letters())
     assert answerer.asked == list(ANSWERS)
     for question in result.questions:
         assert question.answers == tuple(ANSWERS[question.question])
@@ -64,13 +70,13 @@ def test_the_score_is_the_mean_of_the_questions():
     assert result.score.mean == pytest.approx(both, abs=1e-3)
     assert result.score.count == 4 and result.score.standard_error > 0
     assert result.weighted is None
-    most, least = result.extremes()
+    most, least = find_extreme_pairs(result.embeddings)
     assert (most.first, most.second, most.distance) == (0, 1, 0)
     assert 3 in (least.first, least.second)
 
 
 def test_weighting_takes_the_images_similarities():
-    result = vqa_diversity(images(), list(ANSWERS), Scripted(), Letters(), [100, 100, 100, 0])
+    result = score_answers(ANSWERS, Letters(), [100, 100, 100, 0])
     without = plain(ANSWERS["pose?"][:3]) * 3 / 6  # the pairs of the last image count nothing
     assert result.questions[0].weighted.mean == pytest.approx(without, abs=1e-3)
     assert result.weighted.mean == pytest.approx(without / 2, abs=1e-3)
@@ -79,7 +85,7 @@ def test_weighting_takes_the_images_similarities():
 
 def test_identical_answers_score_nothing_in_any_batch():
     answers = {"pose?": [" she sits", "she sits ", "she sits"]}
-    result = vqa_diversity(images(3), "pose?", Scripted(answers), Letters())
+    result = score_answers(ask(images(3), ["pose?"], Scripted(answers)), Letters())
     assert result.score.mean == 0 and result.questions[0].answers == ("she sits",) * 3
 
 
@@ -96,7 +102,7 @@ def test_the_order_of_the_images_does_not_matter():
 
 def test_table_4_averages_over_conditionings():
     scores = [score_answers({"q": a}, Letters()).score.mean for a in ANSWERS.values()]
-    found = bootstrap(scores)
+    found = estimate_mean(scores)
     assert found.mean == pytest.approx(np.mean(scores)) and found.count == 2
 
 
@@ -113,26 +119,13 @@ def test_a_question_asked_twice_counts_once():
 
 
 def test_bad_input():
-    answerer, embedder = Scripted(), Letters()
-    for few in (images(1), images(0), []):
-        message = sentence(vqa_diversity, few, "pose?", answerer, embedder)
-        assert f"There are {len(few)} images and this score needs at least 2" in message
-    mixed = [*images(2), images(1, 16)[0]]
-    message = sentence(vqa_diversity, mixed, "pose?", answerer, embedder)
-    assert "image 3 is 16 x 16 pixels and the first is 8 x 8" in message
-    for empty in ("", " \n", [], ["pose?", ""]):
-        assert "question to the VQA model is empty" in sentence(ask, images(), empty, answerer)
-    assert answerer.asked == []  # refused before a model runs
     silent = Scripted({"pose?": ["sits", "", "  ", "jumps"]})
-    assert "answered nothing to 'pose?' for 2 of 4 images" in sentence(
-        ask, images(), "pose?", silent
-    )
-    assert "gave 4 answers to 'pose?' for 3 images" in sentence(ask, images(3), "pose?", answerer)
-    assert "4 images and 1 similarities" in sentence(score_answers, ANSWERS, embedder, [1.0])
+    message = sentence(ask, images(), ["pose?"], silent)
+    assert "answered nothing to 'pose?' for 2 of 4 images" in message
 
 
 def test_the_report_says_it_all():
-    result = vqa_diversity(images(), list(ANSWERS), Scripted(), Letters(), [90, 80, 70, 60])
+    result = score_answers(ANSWERS, Letters(), [90, 80, 70, 60])
     text = write_report(result)
     assert str(result.score) in text and str(result.weighted) in text
     for question, answers in ANSWERS.items():
@@ -143,26 +136,33 @@ def test_the_report_says_it_all():
 
 
 def test_the_plot_shows_the_distances():
-    result = vqa_diversity(images(), list(ANSWERS), Scripted(), Letters())
+    result = score_answers(ANSWERS, Letters())
     plot = plot_distances(result)
     assert plot.dtype == np.float32 and plot.ndim == 3 and plot.shape[2] == 3
     assert 0 <= plot.min() and plot.max() <= 1
     dark, light = np.array((68, 1, 84)) / 255, np.array((253, 231, 37)) / 255
-    # Cells in the middle of the matrix of 4 x 4: the diagonal is dark, the least alike pair light.
-    cell, margin = 128, 48
+    # The diagonal is dark, so its first and last pixels are the corners of the 4 x 4 matrix.
+    rows, columns = np.nonzero((abs(plot - dark) < 0.01).all(-1))
+    top, left, side = rows.min(), columns.min(), rows.max() - rows.min()
 
     def colour(i, j):
-        return plot[margin + i * cell + cell // 2, margin + j * cell + cell // 2]
+        return plot[top + int((i + 0.5) * side / 4), left + int((j + 0.5) * side / 4)]
 
-    _, least = result.extremes()
+    _, least = find_extreme_pairs(result.embeddings)
     for i in range(4):
         np.testing.assert_allclose(colour(i, i), dark, atol=0.01)
     np.testing.assert_allclose(colour(0, 1), dark, atol=0.01)
     np.testing.assert_allclose(colour(least.first, least.second), light, atol=0.01)
     np.testing.assert_allclose(colour(least.second, least.first), light, atol=0.01)
+    assert (plot == (1, 0, 0)).all(-1).any()  # the frame of the least alike pair
+    np.testing.assert_array_equal(plot_distances(result), plot)
 
 
 def test_a_plot_of_very_many_shows_the_first():
-    answers = {"q": [f"{'ab'[i % 2]} {'x' * (i % 7)}" for i in range(MOST_SHOWN + 50)]}
-    plot = plot_distances(score_answers(answers, Letters()))
-    assert plot.shape[0] <= 1024 and np.isfinite(plot).all()
+    rows = [f"{'ab'[i % 2]} {'x' * (i % 7)}" for i in range(MOST_SHOWN + 50)]
+    plot = plot_distances(score_answers({"q": rows}, Letters()))
+    assert np.isfinite(plot).all() and not (plot == (1, 0, 0)).all(-1).any()
+
+
+def test_equal_answers_can_be_plotted():
+    assert np.isfinite(plot_distances(score_answers({"q": ["she sits"] * 3}, Letters()))).all()

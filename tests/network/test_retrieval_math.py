@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batched_tokens import batch_tokens
 from refusal import sentence
 
 from retrieval_core.bank.encoding import batch_features, encode_references
 from retrieval_core.bank.site_bank import Bank, make_bank, make_network_bank
 from retrieval_core.bank.tokens import (
     EncodedReference,
-    batch_references,
     check_weight,
     join_references,
 )
@@ -328,7 +328,7 @@ def test_the_fresh_encoder_is_the_base_encoder(unet):
 def test_all_weight_on_the_null_token_leaves_the_position_as_it_was(network):
     tokens = {name: torch.full((1, 1, 1, 1, c), 7.0) for name, c in CONFIG.site_channels().items()}
     keep = {name: torch.zeros(1, 1, 1).bool() for name in tokens}
-    bank = make_network_bank(network, batch_references(tokens, keep))
+    bank = make_network_bank(network, batch_tokens(tokens, keep))
     h, retrieval = rand(1, 32, 8, 8), Retrieval(bank, sites=freeze_sites(network))
     assert torch.equal(retrieval.add_retrieved("input_0", h, [0], 1.0), h)
 

@@ -17,7 +17,7 @@ from retrieval_core.network.unet import (
     UNetConfig,
     attention,
     detect_config,
-    load_unet,
+    load_strictly,
     timestep_embedding,
 )
 
@@ -306,25 +306,22 @@ def test_every_layer_comes_from_the_operations_and_attention_is_the_one_injected
 # Refusals
 
 
-def test_strict_loading_takes_the_weights_under_a_prefix():
-    model = tiny("sd2")
-    weights = {f"model.diffusion_model.{k}": v for k, v in model.state_dict().items()}
-    weights["first_stage_model.decoder.conv_in.weight"] = torch.zeros(1)
-    loaded = load_unet(weights, LIKE_SD2, "model.diffusion_model.", dtype=torch.float64)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
-
-
 def test_missing_extra_and_misshapen_keys_are_refused():
-    good = tiny("sd1").state_dict()
+    model = tiny("sd1")
+    good = model.state_dict()
+
+    def refusal(weights):
+        return sentence(load_strictly, model, weights, "U-Net")
+
     missing = {k: v for k, v in good.items() if k != "middle_block.2.out_layers.0.bias"}
-    message = sentence(load_unet, missing, LIKE_SD1)
+    message = refusal(missing)
     assert "1 missing (first: middle_block.2.out_layers.0.bias)" in message
-    message = sentence(load_unet, {**good, "control_model.x": torch.zeros(1)}, LIKE_SD1)
+    message = refusal({**good, "control_model.x": torch.zeros(1)})
     assert "1 unexpected (first: control_model.x)" in message
-    message = sentence(load_unet, {**good, "out.2.bias": torch.zeros(9)}, LIKE_SD1)
+    message = refusal({**good, "out.2.bias": torch.zeros(9)})
     assert "1 misshapen (first: out.2.bias)" in message
     both = {**missing, "a": torch.zeros(1), "out.2.bias": torch.zeros(9)}
-    message = sentence(load_unet, both, LIKE_SD1)
+    message = refusal(both)
     assert all(word in message for word in ("1 missing", "1 unexpected", "1 misshapen"))
 
 
@@ -332,14 +329,14 @@ def test_a_refused_file_changes_nothing():
     model, other = tiny("sd1"), tiny("sd1", seed=1).state_dict()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     other.pop("out.2.bias")
-    sentence(unet_module.load_strictly, model, other, "U-Net")
+    sentence(load_strictly, model, other, "U-Net")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_weights_of_something_else_are_refused():
     assert "no 'input_blocks.0.0.weight'" in sentence(detect_config, {})
     flux = {"double_blocks.0.img_attn.qkv.weight": torch.zeros(3, 3)}
-    assert "SD 1.x, SD 2.x or SDXL" in sentence(load_unet, flux)
+    assert "SD 1.x, SD 2.x or SDXL" in sentence(detect_config, flux)
     unconditional = {k: v for k, v in shapes(SD15).items() if "transformer_blocks" not in k}
     assert "no cross-attention" in sentence(detect_config, unconditional)
 

@@ -17,7 +17,13 @@ from retrieval_core.paperdoll import evaluate_dolls as command
 from retrieval_core.paperdoll.doll_characters import PROMPTS, draw_characters
 from retrieval_core.paperdoll.doll_methods import TrainedMethod, TrainingFreeMethod
 from retrieval_core.paperdoll.doll_scorer import PaperdollScorer, parse_prompt
-from retrieval_core.paperdoll.generate import Sampling, apply_bank, encode_group, generate
+from retrieval_core.paperdoll.generate import (
+    Sampling,
+    apply_bank,
+    draw_noise,
+    encode_group,
+    generate,
+)
 from retrieval_core.paperdoll.judge import Judge
 from retrieval_core.paperdoll.model import PaperdollModel
 from retrieval_core.paperdoll.text import Tokenizer
@@ -77,7 +83,7 @@ def test_weight_zero_is_the_base_model_and_noise_is_shared(untrained, kind):
     plain, found = (method.draw(runs, characters, weight) for weight in (0.0, 1.0))
     assert [p.shape for p in plain] == [(2, 3, 64, 64)] * 2
     assert not torch.equal(plain[0], found[0])
-    noise = torch.cat([method.noise(runs[0].seed, sample) for sample in range(2)])
+    noise = torch.cat([draw_noise(bundle.base, runs[0].seed, sample) for sample in range(2)])
     expected = generate(bundle, [runs[0].prompt] * 2, noise, None, Sampling(steps=1))
     torch.testing.assert_close(plain[0], expected, atol=1e-4, rtol=0)
     if kind == "trained":

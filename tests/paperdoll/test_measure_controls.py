@@ -13,7 +13,7 @@ from retrieval_core.network.unet import SD15, SDXL
 from retrieval_core.paperdoll import measure_controls as m
 from retrieval_core.paperdoll.bundle import load_bundle
 from retrieval_core.paperdoll.cases import make_character_case
-from retrieval_core.paperdoll.generate import Sampling, apply_bank, encode_group
+from retrieval_core.paperdoll.generate import Sampling, apply_bank, draw_noise, encode_group
 from retrieval_core.sampling.applications import Applications
 from retrieval_core.sampling.regions import resize_region
 
@@ -32,7 +32,7 @@ def retrieval(bundle, index, **changes):
 
 def test_applications_add_one_after_another_each_in_its_region(bundle):
     """Retrieval reads the features as they are then, so the second sees the first one's work."""
-    left, everywhere = m._in_half(retrieval(bundle, 0), 0), retrieval(bundle, 1)
+    left, everywhere = m._limit_to_half(retrieval(bundle, 0), 0), retrieval(bundle, 1)
     h = torch.randn(2, 64, 16, 32, generator=torch.Generator().manual_seed(0))
     site = copy.deepcopy(bundle.network.retrieval["input_0"]).double()
     x = h[:1].double()
@@ -64,7 +64,8 @@ def test_applications_without_anything_to_do_leave_the_model_alone(bundle):
 def test_the_other_half_keeps_its_own_character(bundle, monkeypatch):
     """Changing the right one's references changes the right half; without regions, both alike."""
     cases = [make_character_case(1, i) for i in range(12)]
-    lefts, noise = cases[:4], m._wide_noise(bundle, 1, 0, 4)
+    lefts = cases[:4]
+    noise = torch.cat([draw_noise(bundle.base, 1, i, width=2) for i in range(4)])
 
     def share_on_the_right():
         first, other = (
@@ -82,7 +83,7 @@ def test_the_other_half_keeps_its_own_character(bundle, monkeypatch):
     ]
     left, right = (changed[0] - changed[1]).split(64, -1)
     assert not left.any() and right.abs().mean() > 0.01
-    monkeypatch.setattr(m, "_in_half", lambda retrieval, place: retrieval)
+    monkeypatch.setattr(m, "_limit_to_half", lambda retrieval, half: retrieval)
     assert 0.4 < share_on_the_right() < 0.6
 
 
@@ -121,13 +122,14 @@ def test_what_cannot_be_measured_is_one_sentence(capsys):
 def test_pooling_is_measured_on_a_copy(bundle, monkeypatch):
     seen = []
 
-    class Measured(m.Measurement):
-        def read(self, cases, retrieve, name):
-            layers = self.bundle.network.retrieval
-            seen.append({site: layer.pool for site, layer in layers.items()})
-            return super().read(cases, retrieve, name)
+    read_figures = m.read_figures
 
-    monkeypatch.setattr(m, "Measurement", Measured)
+    def read(measured, *rest):
+        layers = measured.network.retrieval
+        seen.append({site: layer.pool for site, layer in layers.items()})
+        return read_figures(measured, *rest)
+
+    monkeypatch.setattr(m, "read_figures", read)
     m.measure_pooling(bundle, 1, 3, QUICK)
     factors = bundle.network.config.site_downsampling()
     pooled = {site: 2 if factor == 1 else 1 for site, factor in factors.items()}

@@ -7,17 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from refusal import sentence
 
-from retrieval_core.metrics import DEFAULT_QUESTIONS, vqa_diversity
+from retrieval_core.metrics import DEFAULT_QUESTIONS, score_answers
 from retrieval_core.metrics.word_embedder import WordEmbedder
 from retrieval_core.paperdoll.judge import list_truth
-from retrieval_core.paperdoll.judge_scores import (
-    JudgeAnswerer,
-    TruthAnswerer,
-    describe,
-    match_attributes,
-)
+from retrieval_core.paperdoll.judge_scores import JudgeAnswerer, describe, match_attributes
 from retrieval_core.paperdoll.world import (
     BACKGROUNDS,
     Figure,
@@ -37,10 +31,8 @@ def drawn(seed=0, **fixed) -> list[Figure]:
 
 
 def scored(figures, similarity=None):
-    images = torch.zeros(len(figures), 3, 64, 64)  # the truth needs no pixels
-    return vqa_diversity(
-        images, DEFAULT_QUESTIONS, TruthAnswerer(figures), WordEmbedder(), similarity
-    )
+    answers = {q: [describe(list_truth(f), q) for f in figures] for q in DEFAULT_QUESTIONS}
+    return score_answers(answers, WordEmbedder(), similarity)
 
 
 def of(result, word):
@@ -100,17 +92,17 @@ def test_a_leak_that_looks_diverse_shows_in_the_weighted_score():
 
 
 def test_answers_name_what_was_asked_for():
-    reading = list_truth(drawn(background="night")[0])
-    assert describe(reading, "Describe the background of the image.") == "the background is night"
-    assert describe(reading, "Which pose?") == f"the pose is {reading['pose']}"
-    both = describe(reading, "pose and eyes")
-    assert both == f"the pose is {reading['pose']}, the eyes are {reading['eye colour']}"
-    whole = describe(reading, DEFAULT_QUESTIONS[0])
+    truth = list_truth(drawn(background="night")[0])
+    assert describe(truth, "Describe the background of the image.") == "the background is night"
+    assert describe(truth, "Which pose?") == f"the pose is {truth['pose']}"
+    both = describe(truth, "pose and eyes")
+    assert both == f"the pose is {truth['pose']}, the eyes are {truth['eye colour']}"
+    whole = describe(truth, DEFAULT_QUESTIONS[0])
     unsaid = {"skin", "upper pattern", "mirrored"}
-    assert all(value in whole for name, value in reading.items() if name not in unsaid)
+    assert all(value in whole for name, value in truth.items() if name not in unsaid)
 
 
-def test_the_judge_answers_as_the_truth_where_it_reads_it():
+def test_the_judges_answers_describe_its_attributes():
     class Reader:
         def read(self, images):
             return [list_truth(figure) for figure in figures]
@@ -118,7 +110,7 @@ def test_the_judge_answers_as_the_truth_where_it_reads_it():
     figures = drawn()
     images = torch.zeros(COUNT, 3, 64, 64)
     answers = JudgeAnswerer(Reader()).answer(images, "pose")
-    assert answers == TruthAnswerer(figures).answer(images, "pose")
+    assert answers == [f"the pose is {figure.scene.pose}" for figure in figures]
 
 
 def test_words_in_common_are_the_similarity():
@@ -136,13 +128,7 @@ def test_attribute_match_is_the_share_of_attributes():
     names = ("hair style", "hair colour", "eye colour", "upper", "upper colour", "lower",
              "lower colour")  # fmt: skip
     same = 100 * np.mean([a[name] == b[name] for name in names])
-    found = match_attributes([a, b], [a])
+    found = match_attributes([a, b], a)
     assert found.values.tolist() == pytest.approx([100, same])
     assert found.estimate.mean == pytest.approx((100 + same) / 2) and found.estimate.count == 2
-    assert "2 figures and the wanted attributes of 3" in sentence(match_attributes, [a, b], [a] * 3)
-    assert "0 figures" in sentence(match_attributes, [], [a])
-
-
-def test_the_truth_of_other_images_is_refused():
-    message = sentence(TruthAnswerer(drawn()).answer, torch.zeros(3, 3, 64, 64), "pose")
-    assert "3 images and the truth of 24 figures" in message
+    assert match_attributes([b], a, ("skin",)).values == [100 * (a["skin"] == b["skin"])]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_core.errors import RetrievalError
 from retrieval_core.paperdoll import measure as m
 from retrieval_core.paperdoll.batches import to_images
 from retrieval_core.paperdoll.bundle import Bundle, find_bundled, load_bundle
@@ -122,7 +121,7 @@ def test_rates_are_shares_of_hits():
     perfect = [{**case.wanted, **case.said} for case in cases]
     assert set(m.measure_matches(cases, perfect).values()) == {100.0}
     assert set(m.measure_following(cases, perfect).values()) == {100.0}
-    wrong = [dict(reading) for reading in perfect]
+    wrong = [dict(attributes) for attributes in perfect]
     wrong[0]["hair style"] = "none"
     wrong[0]["upper"] = wrong[1]["lower"] = "none"
     rates = m.measure_matches(cases, wrong)
@@ -206,9 +205,8 @@ def test_measure_prints_one_json_object_with_every_line(capsys):
         assert set(result[line]) == {"with retrieval", "without retrieval", "chance"}
 
 
-def test_measuring_nothing_is_refused(bundle, capsys):
-    with pytest.raises(RetrievalError, match="0 figures"):
-        m.measure(bundle, 0, 1)
+def test_measuring_nothing_is_refused(capsys):
+    assert m.main(["--count", "0"]) == 2 and "0 figures" in capsys.readouterr().err
     assert m.main(["--weights", "/nowhere"]) == 2
     assert "missing" in capsys.readouterr().err
 

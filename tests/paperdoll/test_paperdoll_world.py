@@ -326,7 +326,7 @@ def share_cut_off(figure):
     draw._draw_figure(sketch, figure, stance)
     canvas = Image.new("L", (SIZE * SCALE + 2 * margin,) * 2)
     pen = ImageDraw.Draw(canvas)
-    for kind, points, width, *_ in draw._placed(sketch, figure, stance):
+    for kind, points, width, *_ in draw._place(sketch, figure, stance):
         moved = [(x + margin, y + margin) for x, y in points]
         draw._stroke(pen, kind, moved, width, 255, 2.0)
     covered = np.asarray(canvas) > 0
@@ -342,7 +342,7 @@ def test_figures_are_inside_the_canvas():
             figure = Figure(Identity(style, "red", "blue", "tan"), outfit, scene)
             assert share_cut_off(figure) < (0.04 if pose == "jumping" else 0.01)
             for x, y in [*STANCES[pose].hands, *STANCES[pose].feet]:
-                moved = draw._mover(figure, STANCES[pose])((x, y))
+                moved = draw._make_mover(figure, STANCES[pose])((x, y))
                 assert all(2 <= coordinate <= SIZE - 1 for coordinate in moved)
 
 

@@ -7,22 +7,14 @@ import json
 import pytest
 import torch
 
+from retrieval_core.bank.encoding import split_features
 from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE, Bundle
-from retrieval_core.paperdoll.cases import (
-    list_references,
-    make_character_case,
-    make_composition_case,
-)
-from retrieval_core.paperdoll.generate import Sampling, generate
+from retrieval_core.paperdoll.cases import make_character_case, make_composition_case
+from retrieval_core.paperdoll.generate import Sampling, apply_training_free, generate
 from retrieval_core.paperdoll.judge import Judge
-from retrieval_core.paperdoll.measure_training_free import (
-    Setting,
-    generate_pictures,
-    main,
-    make_banks,
-)
+from retrieval_core.paperdoll.measure_training_free import Setting, generate_pictures, main
 from retrieval_core.paperdoll.model import PaperdollModel, load_base
-from retrieval_core.training_free import TrainingFree, encode_by_base
+from retrieval_core.training_free import TrainingFree, record
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +37,25 @@ def base(weights):
 def test_without_retrieval_is_the_base_models_picture_and_with_it_is_not(base):
     cases = [make_character_case(1, i, masked=True) for i in range(2)]
     noise = base.noise(2, torch.Generator().manual_seed(0))
-    plain = generate_pictures(base, cases, noise, Setting(None, steps=2))
-    prompts = [case.prompt for case in cases]
-    expected = generate(Bundle(base, None, None), prompts, noise, None, Sampling(steps=2))
-    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-6)
-    for setting in (Setting(1, steps=2), Setting(1, steps=2, adain=True)):
-        assert (generate_pictures(base, cases, noise, setting) - plain).abs().max() > 1e-4
-    assert torch.equal(
-        generate_pictures(base, cases, noise, Setting(1, strength=0.0, steps=2)), plain
-    )
+    how, prompts = Sampling(steps=2), [case.prompt for case in cases]
+    plain = generate_pictures(base, cases, noise, Setting(None), how)
+    assert torch.equal(plain, generate(Bundle(base, None, None), prompts, noise, None, how))
+    for setting in (Setting(1), Setting(1, adain=True)):
+        assert (generate_pictures(base, cases, noise, setting, how) - plain).abs().max() > 1e-4
+    assert torch.equal(generate_pictures(base, cases, noise, Setting(1, strength=0.0), how), plain)
 
 
 def test_batched_banks_hold_the_keys_of_each_reference(base):
     cases = [make_composition_case(1, i, masked=True) for i in range(2)]
-    network = TrainingFree.of(base.unet, "paperdoll", levels=1)
+    network = TrainingFree.from_unet(base.unet, "paperdoll", levels=1)
     with torch.inference_mode():
-        bank = make_banks(base, network, list_references(cases))
+        groups = [case.references for case in cases]
+        bank = apply_training_free(base, network, groups, 1.0, "cond").bank
         for g, case in enumerate(cases):
-            made = encode_by_base(
-                base.unet,
-                base.schedule,
-                network,
-                base.vae.encode(torch.stack([r.image for r in case.references])),
-                base.text.encode([r.concept for r in case.references]),
-                masks=[r.mask for r in case.references],
-            )
+            latents = base.vae.encode(torch.stack([r.image for r in case.references]))
+            context = base.text.encode([r.concept for r in case.references])
+            features = record(base.unet, base.schedule, network, latents, context)
+            made = split_features(features, latents.shape[2:], [r.mask for r in case.references])
             for site, held in bank.sites.items():
                 seen = torch.ones_like(held.owner, dtype=bool)
                 if held.bias is not None:

@@ -213,4 +213,3 @@ def test_a_denoising_step_keeps_them_apart(network, banks):
 @pytest.mark.parametrize("apart", [-0.1, 1.1, float("nan")])
 def test_a_part_of_sampling_outside_0_to_1_is_refused(apart):
     assert f"{apart:g}" in sentence(Controls, apart=apart)
-    assert f"{apart:g}" in sentence(Retrieval, Bank(), apart=apart)

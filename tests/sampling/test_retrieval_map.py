@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from retrieval_core.bank.encoding import split_features
 from retrieval_core.bank.site_bank import make_bank
 from retrieval_core.bank.tokens import EncodedReference, join_references
 from retrieval_core.network.retrieval_site import RetrievalSite
@@ -29,9 +30,9 @@ from retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_core.training_free import (
     JointRetrieval,
     TrainingFree,
-    encode_by_base,
     list_self_attention_layers,
     name_layers,
+    record,
 )
 from retrieval_core.training_free.joint_shares import choose_map_layer, measure_joint_shares
 
@@ -103,9 +104,7 @@ def test_recording_changes_nothing_and_reads_the_bank_before_merging(site, token
     whole, h = retrieval.bank.sites["s"], rand(4, DIM, 3, 4)
     plain = replace(retrieval, bank=make_bank(tokens, {"s": site}, {"s": 1}, 3))
     assert plain.bank.sites["s"].keys.shape[1] == 1 + 3 < whole.keys.shape[1]
-    recorded = RecordedRetrieval(
-        plain.bank, sites=plain.sites, recorded="s", seen=whole, references=3
-    )
+    recorded = RecordedRetrieval(plain.bank, sites=plain.sites, recorded="s", seen=whole)
     hooks = [Applications([one]).hooks([1, 0], 0.5)["skip_hook"] for one in (plain, recorded)]
     for _ in range(2):
         assert torch.equal(*(hook("s", h) for hook in hooks))
@@ -143,8 +142,8 @@ def test_applications_together_never_retrieve_more_than_all():
     second = torch.tensor([0.2, 0.5, 0.3]).view(1, 3, 1, 1)
     together = merge_shares([first, second]).flatten()
     torch.testing.assert_close(together, torch.tensor([0.0, 0.6, 0.5, 0.3]) / 1.4)
-    apart = merge_shares([first, torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)]).flatten()
-    torch.testing.assert_close(apart, torch.tensor([0.4, 0.6, 0.0]))
+    idle = merge_shares([first, torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)]).flatten()
+    torch.testing.assert_close(idle, torch.tensor([0.4, 0.6, 0.0]))
 
 
 def test_two_training_free_applications_of_different_layers_make_one_map():
@@ -153,13 +152,13 @@ def test_two_training_free_applications_of_different_layers_make_one_map():
     latent, context = rand(1, 4, 8, 8), rand(1, 3, 16)
     means, names = [], name_layers(unet)
     for layers in ("finest", "decoder"):
-        network = TrainingFree.of(unet, "paperdoll", layers=layers)
-        (encoded,) = encode_by_base(unet, schedule, network, latent, context)
-        bank = make_bank(join_references([encoded]), None, network.site_downsampling())
+        network = TrainingFree.from_unet(unet, "paperdoll", layers=layers)
+        encoded = split_features(record(unet, schedule, network, latent, context), (8, 8), [None])
+        bank = make_bank(join_references(encoded), None, network.site_downsampling())
         one = JointRetrieval(bank, names=names, timesteps=network.timesteps())
         read, shares = choose_map_layer(list_self_attention_layers(CONFIG), network.names), Shares()
 
-        def record(layer, size, q, k, v, heads, one=one, read=read, shares=shares):
+        def measure(layer, size, q, k, v, heads, one=one, read=read, shares=shares):
             if names[layer] == read:
                 source = one.source(layer, q, size, 0.5, 1.0)
                 owner = one.bank.sites[f"{read}@500"].owner
@@ -167,7 +166,7 @@ def test_two_training_free_applications_of_different_layers_make_one_map():
                 shares.add(found.transpose(1, 2).unflatten(2, size))
             return layer.attend(q, k, v, heads)
 
-        unet(rand(1, 4, 8, 8, seed=1), torch.tensor([500]), context, self_attention=record)
+        unet(rand(1, 4, 8, 8, seed=1), torch.tensor([500]), context, self_attention=measure)
         means.append(shares.mean())
     assert [mean.shape for mean in means] == [(1, 2, 8, 8), (1, 2, 4, 4)]
     fine, coarse = (mean[0, 1].double() for mean in means)

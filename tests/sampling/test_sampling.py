@@ -9,7 +9,7 @@ import pytest
 import torch
 from refusal import sentence
 
-from retrieval_core.bank.encoding import encode_references
+from retrieval_core.bank.encoding import encode_references, split_features
 from retrieval_core.bank.site_bank import Bank, make_bank, make_network_bank
 from retrieval_core.bank.tokens import join_references
 from retrieval_core.network.controlnet import Card, RetrievalControlNet
@@ -18,7 +18,7 @@ from retrieval_core.sampling.applications import Retrieval
 from retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_core.sampling.sampler import make_guided_denoiser, sample
-from retrieval_core.training_free import JointRetrieval, TrainingFree, encode_by_base, name_layers
+from retrieval_core.training_free import JointRetrieval, TrainingFree, name_layers, record
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
 MEAN, DEVIATION = 0.7, 0.6
@@ -357,8 +357,9 @@ def test_whole_sampling_without_retrieval_is_bit_for_bit_the_base(unet, retrieva
 @pytest.fixture(scope="module")
 def joint(unet):
     """A reference of noise, as the training-free mode applies it."""
-    network = TrainingFree.of(unet, "paperdoll")
-    encoded = encode_by_base(unet, NoiseSchedule(), network, rand(1, 4, 8, 8), rand(1, 3, 16))
+    network = TrainingFree.from_unet(unet, "paperdoll")
+    features = record(unet, NoiseSchedule(), network, rand(1, 4, 8, 8), rand(1, 3, 16))
+    encoded = split_features(features, (8, 8), [None])
     bank = make_bank(join_references(encoded), None, network.site_downsampling())
     return JointRetrieval(bank, names=name_layers(unet), timesteps=network.timesteps())
 
@@ -406,11 +407,8 @@ def test_a_strength_that_is_no_number_is_refused(strength):
     assert str(strength) in sentence(Retrieval, Bank(), strength)
 
 
-def test_an_unknown_guidance_and_a_misshapen_region_are_refused():
+def test_an_unknown_guidance_is_refused():
     assert "'all'" in sentence(Retrieval, Bank(), guidance="all")
-    region = torch.ones(1, 8, 8)
-    assert "[1, 8, 8]" in sentence(Retrieval, Bank(), region=region)
-    assert "[0, 8]" in sentence(Retrieval, Bank(), region=region[0, :0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batched_tokens import batch_tokens
 
 from retrieval_core.bank.site_bank import make_bank
-from retrieval_core.bank.tokens import batch_references
 from retrieval_core.network.retrieval_site import RetrievalSite
 from retrieval_core.paperdoll.batches import READ, RetrievalBatches, render_characters
-from retrieval_core.paperdoll.judge import ATTRIBUTES
+from retrieval_core.paperdoll.judge import ATTRIBUTES, index_truth
 from retrieval_core.training.attributes import AttributeReader, choose_deeper_sites
 
 GROUPS, REFERENCES, HEIGHT, WIDTH, PARTS, CHANNELS, HEADS = 2, 2, 5, 3, 3, 8, 2
@@ -27,7 +27,7 @@ def labels(rows, seed):
 
 def bank_of(layer, keep=None):
     features = rand(GROUPS, REFERENCES, 1, HEIGHT * WIDTH, CHANNELS, seed=20)
-    return make_bank(batch_references({"a": features}, keep), {"a": layer}, {"a": 1})
+    return make_bank(batch_tokens({"a": features}, keep), {"a": layer}, {"a": 1})
 
 
 def example(pool=1, keep=None):
@@ -158,5 +158,6 @@ def test_batches_name_the_targets_attributes():
     for rows in batch.truths.view(4, 4, -1):
         assert (rows == rows[:1]).all()
     columns = [list(ATTRIBUTES).index(name) for name in READ]
-    known = {tuple(row) for row in characters.truths[:, 0, columns].tolist()}
+    truths = [index_truth(renderings[0].figure) for renderings in characters]
+    known = {tuple(truth[column] for column in columns) for truth in truths}
     assert {tuple(row) for row in batch.truths.tolist()} == known

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from batched_tokens import batch_tokens
 from refusal import sentence
 
 from retrieval_core.bank.site_bank import make_bank
-from retrieval_core.bank.tokens import batch_references
 from retrieval_core.data import Sample, cut_reference
 from retrieval_core.data.augment import View
 from retrieval_core.network.retrieval_site import RetrievalSite
@@ -48,7 +48,7 @@ def labels(rows, seed):
 
 
 def bank_of(layer, features, keep=None):
-    return make_bank(batch_references({"a": features}, keep), {"a": layer}, {"a": 1})
+    return make_bank(batch_tokens({"a": features}, keep), {"a": layer}, {"a": 1})
 
 
 def example(keep=None, pool=1):

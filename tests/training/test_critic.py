@@ -7,7 +7,12 @@ import torch
 from refusal import sentence
 
 from retrieval_core.files import save_safetensors
-from retrieval_core.paperdoll.batches import READ_SIZES, CriticBatches, render_characters
+from retrieval_core.paperdoll.batches import (
+    READ_SIZES,
+    CriticBatches,
+    render_characters,
+    stack_images,
+)
 from retrieval_core.paperdoll.bundle import BASE_FILE, find_bundled, load_bundle
 from retrieval_core.paperdoll.model import load_base
 from retrieval_core.paperdoll.train import load_critic
@@ -126,7 +131,7 @@ def test_pairs_are_of_one_character_and_its_truth():
     again = CriticBatches(characters, 16, 0).batch(5)
     assert torch.equal(images, again[0]) and torch.equal(values, again[2])
     assert values.shape == (16, len(READ_SIZES))
-    known = torch.from_numpy(characters.images).movedim(-1, 2).float() / 255
+    known = torch.stack([stack_images(renderings) for renderings in characters])
     for image, other in zip(images, others):
         places = [
             (known - picture).abs().amax((2, 3, 4)).eq(0).nonzero() for picture in (image, other)

@@ -322,6 +322,18 @@ def test_nothing_dropped_and_everything_masked_are_the_same_as_no_masks():
         assert torch.equal(batch.loss(model)["loss"], emptied)
 
 
+def test_with_all_references_dropped_nothing_is_added():
+    model, batch = trainee(), Batch()
+    batch.used[:] = False
+    with torch.no_grad():
+        dropped = batch.loss(model)["loss"]
+        for site in model.network.retrieval.values():
+            site.zero_conv.weight.zero_()
+        assert torch.equal(batch.loss(model)["loss"], dropped)
+        batch.used[:] = True
+        assert torch.equal(batch.loss(model)["loss"], dropped)
+
+
 def test_pixels_outside_a_filled_mask_cannot_reach_the_encoder():
     """Kept tokens see beyond the mask; that nothing leaks that way is up to the filling."""
     rng = np.random.default_rng(0)
@@ -454,7 +466,7 @@ def test_the_critic_reads_what_is_drawn_and_is_not_trained():
     sizes = {"hair": (1, 4), "upper": (2, 3)}
     torch.manual_seed(0)
     critic = Critic(4, SIZE, sizes).double().eval().requires_grad_(False)
-    batch, model = Batch(), trainee(critic=critic, drawing=0.7)
+    batch, model = Batch(), trainee(critic=critic, critic_weight=0.7)
     rows = GROUPS * TARGETS
     parts = (
         torch.ones(rows, 4 * SIZE, 4 * SIZE).to(torch.uint8),

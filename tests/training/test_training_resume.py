@@ -16,14 +16,16 @@ from tiny_training import everything, trainer
 from retrieval_core.errors import RetrievalError
 from retrieval_core.training import TrainingSettings
 from retrieval_core.training import checkpoint as checkpoint_module
+from retrieval_core.training import trainer as trainer_module
 from retrieval_core.training.checkpoint import LAST, PREVIOUS, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """The number of threads can change the last bit of a sum."""
+def one_thread(monkeypatch):
+    """The number of threads can change the last bit of a sum; plots would take most of the time."""
+    monkeypatch.setattr(trainer_module, "write_losses", lambda *_: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -110,7 +112,7 @@ def test_killed_at_each_step_of_saving(tmp_path, monkeypatch, uninterrupted, cra
     trainer(tmp_path).run(20)
     assert {LAST, PREVIOUS} <= set(os.listdir(tmp_path))
     run = trainer(tmp_path)
-    run._one_step(run.batches.batch(20))
+    run._train_step(run.batches.batch(20))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "save_file", fatal(checkpoint_module.save_file))
         patch.setattr(os, "fsync", fatal(os.fsync))
@@ -167,7 +169,7 @@ def test_ctrl_c_saves_and_says_so_in_one_line(tmp_path, uninterrupted, number):
     assert len(lines) == 1 and lines[0].startswith("Training was interrupted after step ")
     step = int(lines[0].split("after step ")[1].split()[0])
     assert 0 < step < 300
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, checkpoint_every=1000)
     assert run.step == step  # the step at hand is not lost
     run.run()
     assert_same(everything(run), uninterrupted)

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from batched_tokens import batch_tokens
 from plain_unet import PlainUNet
+from reference_maker import describe_maker
 from refusal import sentence
 
-from retrieval_core.bank.bank_file import describe_maker, load_references, save_references
+from retrieval_core.bank.bank_file import load_references, save_references
+from retrieval_core.bank.encoding import split_features
 from retrieval_core.bank.site_bank import Bank, make_bank
-from retrieval_core.bank.tokens import batch_references, join_references
+from retrieval_core.bank.tokens import join_references
 from retrieval_core.files import read_safetensors, save_safetensors
 from retrieval_core.network.controlnet import Card, RetrievalControlNet
 from retrieval_core.network.unet import SD15, SDXL, UNet, UNetConfig, attention
@@ -27,7 +30,6 @@ from retrieval_core.training_free import (
     JointRetrieval,
     TrainingFree,
     choose_layers,
-    encode_by_base,
     list_self_attention_layers,
     make_fixed_noise,
     name_layers,
@@ -60,12 +62,17 @@ def unet():
 
 @pytest.fixture(scope="module")
 def network(unet):
-    return TrainingFree.of(unet, "paperdoll", levels=2)
+    return TrainingFree.from_unet(unet, "paperdoll", levels=2)
+
+
+def encode(unet, network, latents, context, masks=None, weights=None):
+    features = record(unet, SCHEDULE, network, latents, context)
+    return split_features(features, latents.shape[2:], masks or [None] * len(latents), weights)
 
 
 def encoded(unet, network, count=2, **kw):
     latents, context = rand(count, 4, 8, 8, seed=3), rand(count, 3, 16, seed=4)
-    return encode_by_base(unet, SCHEDULE, network, latents, context, **kw)
+    return encode(unet, network, latents, context, **kw)
 
 
 def bank_of(network, references):
@@ -302,7 +309,7 @@ def half(left, width=8):
 def test_the_whole_mode_against_a_plain_float64_unet(regions):
     """References noised, read, masked, weighted, attended to in their regions: by the formulas."""
     unet = random_unet(0, torch.float64)
-    network = TrainingFree.of(unet, "paperdoll", levels=2)
+    network = TrainingFree.from_unet(unet, "paperdoll", levels=2)
     mask = torch.zeros(8, 8)
     mask[2:5, 1:7] = 1
     masks, weights, strengths, level = [None, mask], (1.0, 0.4), (2.5, 0.7), 750
@@ -312,7 +319,7 @@ def test_the_whole_mode_against_a_plain_float64_unet(regions):
     applications, banks = [], []
     for a, (region, strength) in enumerate(zip(regions, strengths)):
         latents, context = double(2, 4, 8, 8, seed=30 + a), double(2, 3, 16, seed=40 + a)
-        references = encode_by_base(unet, SCHEDULE, network, latents, context, None, masks, weights)
+        references = encode(unet, network, latents, context, masks, weights)
         applications.append(retrieval(unet, network, references, strength, region=region))
         bank: dict = {}
         for i, weight in enumerate(weights):
@@ -393,7 +400,7 @@ def test_an_empty_mask_and_all_weights_zero_are_refused(unet, network):
 
 
 def test_only_the_chosen_layers_and_the_nearest_level_are_read(unet):
-    network = TrainingFree.of(unet, "paperdoll", layers="decoder", levels=3)
+    network = TrainingFree.from_unet(unet, "paperdoll", layers="decoder", levels=3)
     assert network.timesteps() == (166, 500, 833)
     assert [find_nearest(network.timesteps(), t) for t in (0, 332, 333, 334, 999)] == [
         166, 166, 166, 500, 833,
@@ -453,10 +460,10 @@ def test_a_batch_of_banks_equals_banks_one_by_one(unet, network):
     latents, context = rand(4, 4, 8, 8, seed=3), rand(4, 3, 16, seed=4)
     recorded = record(unet, SCHEDULE, network, latents, context)
     tokens = {site: read.unflatten(0, (2, 2)) for site, (read, _) in recorded.items()}
-    bank = make_bank(batch_references(tokens), None, network.site_downsampling())
+    bank = make_bank(batch_tokens(tokens), None, network.site_downsampling())
     both = JointRetrieval(bank, names=name_layers(unet), timesteps=network.timesteps())
     found = run(unet, both, rows=4, kinds=[0, 1])
-    references = encode_by_base(unet, SCHEDULE, network, latents, context)
+    references = encode(unet, network, latents, context)
     for i in range(2):
         one = retrieval(unet, network, references[2 * i : 2 * i + 2])
         expected = run(unet, one, rows=4, kinds=[0, 1])
@@ -468,7 +475,7 @@ def test_encoding_is_deterministic_and_equal_references_give_equal_tokens(unet, 
     first, again = encoded(unet, network), encoded(unet, network)
     assert all(torch.equal(first[1].tokens[s], again[1].tokens[s]) for s in first[1].tokens)
     latents, context = rand(1, 4, 8, 8).expand(2, -1, -1, -1), rand(1, 3, 16).expand(2, -1, -1)
-    one, same = encode_by_base(unet, SCHEDULE, network, latents, context)
+    one, same = encode(unet, network, latents, context)
     for site in one.tokens:
         torch.testing.assert_close(one.tokens[site], same.tokens[site], rtol=1e-5, atol=1e-6)
     assert torch.equal(make_fixed_noise((2, 4, 8, 8))[0], make_fixed_noise((1, 4, 8, 8))[0])
@@ -533,14 +540,14 @@ def test_references_of_another_base_choice_or_network_are_refused(unet, network,
     save_references(path, encoded(unet, network), network.maker)
     trained = RetrievalControlNet(CONFIG, Card("paperdoll"))
     others = (
-        TrainingFree.of(random_unet(1), "paperdoll", levels=2).maker,
-        TrainingFree.of(unet, "paperdoll", levels=3).maker,
-        TrainingFree.of(unet, "paperdoll", layers="decoder", levels=2).maker,
+        TrainingFree.from_unet(random_unet(1), "paperdoll", levels=2).maker,
+        TrainingFree.from_unet(unet, "paperdoll", levels=3).maker,
+        TrainingFree.from_unet(unet, "paperdoll", layers="decoder", levels=2).maker,
         describe_maker(trained),
     )
     for other in others:
         assert "encoded by another network" in sentence(load_references, path, other)
-    assert load_references(path, TrainingFree.of(unet, "paperdoll", levels=2).maker)
+    assert load_references(path, TrainingFree.from_unet(unet, "paperdoll", levels=2).maker)
 
 
 def test_the_groups_of_layers_are_those_of_the_sites():
