@@ -98,7 +98,7 @@ def test_a_network_of_another_variant(model, tmp_path):
 def test_wrong_files(model, tmp_path):
     checkpoint_file = tmp_path / "model.safetensors"
     save_safetensors(checkpoint_file, {"a": torch.zeros(1)}, {})
-    refused(lambda: load_network(checkpoint_file, model), "not a retrieval network")
+    refused(lambda: load_network(checkpoint_file, model), "choose a retrieval network")
     broken = tmp_path / "broken.safetensors"
     core_network(TINY_SD15, "sd15").save(broken)
     broken.write_bytes(broken.read_bytes()[:1000])

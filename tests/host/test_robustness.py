@@ -108,7 +108,7 @@ def test_a_failing_allocation_while_encoding(net, monkeypatch):
 @pytest.mark.parametrize("budget", [None, 7])
 def test_a_bank_that_the_device_has_no_room_for_is_made_on_the_cpu(net, monkeypatch, budget):
     refs, layer = encoded(net), type(net.network.retrieval["middle"])
-    expected, original, calls = refs.bank(budget), layer.null, []
+    expected, original, calls = refs.bank(budget), layer.embed_null, []
 
     def fail_once(self, like):
         calls.append(like.device.type)
@@ -117,7 +117,7 @@ def test_a_bank_that_the_device_has_no_room_for_is_made_on_the_cpu(net, monkeypa
         return original(self, like)
 
     with monkeypatch.context() as m:
-        m.setattr(layer, "null", fail_once)
+        m.setattr(layer, "embed_null", fail_once)
         made = type(refs)(net, refs.encoded).bank(budget)
     assert len(calls) >= 3 + len(expected.sites) and set(calls[3:]) == {"cpu"}
     for site, bank in expected.sites.items():
