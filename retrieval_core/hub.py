@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_url, utils
 from huggingface_hub.file_download import http_get
 
-from .errors import RetrievalError
+from .errors import RetrievalError, explain
 from .files import read_metadata, write_text
 
 Progress = Callable[[int, int], None]
@@ -64,12 +64,12 @@ def download(
         api = HfApi(endpoint=endpoint)
         info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
     except Exception as error:  # of requests or httpx, by the version
-        refusal = _describe_refusal(error, name)
+        refusal = describe_refusal(error, f"for {name}")
         if known and not revision and not refusal:
             return target
         raise RetrievalError(
             refusal
-            or f"The hub could not be reached for {name} ({_explain(error)}); check the network, "
+            or f"The hub could not be reached for {name} ({explain(error)}); check the network, "
             f"or put the file into '{target.parent}' by hand and choose it there."
         ) from error
     found = next((file for file in info.siblings or [] if file.rfilename == filename), None)
@@ -158,28 +158,24 @@ def _fetch(url: str, size: int, part: Path, target: Path, name: str, progress: P
                 f"written and has {size / 1e6:.1f} MB left."
             ) from error
         raise RetrievalError(
-            _describe_refusal(error, name)
-            or f"The download of {name} broke off ({_explain(error)}); run again to go on from "
+            describe_refusal(error, f"for {name}")
+            or f"The download of {name} broke off ({explain(error)}); run again to go on from "
             "there."
         ) from error
 
 
-def _describe_refusal(error: Exception, name: str) -> str | None:
-    """The sentence on what the hub refused; None where it could not be reached."""
+def describe_refusal(error: Exception, which: str) -> str | None:
+    """The sentence on what the hub refused; None where it could not be reached.
+
+    Args:
+        which: the repository, as it follows that word: "'owner/name'" or "for 'file' of ...".
+    """
     refusals = {
-        utils.GatedRepoError: f"The repository of {name} is gated: accept its terms on its page, "
+        utils.GatedRepoError: f"The repository {which} is gated: accept its terms on its page, "
         "then log in with 'huggingface-cli login' or set HF_TOKEN.",
-        utils.RepositoryNotFoundError: f"There is no repository for {name} on the hub that may be "
-        "read; check its name, or set HF_TOKEN if it is private.",
-        utils.RevisionNotFoundError: f"There is no such revision for {name}; give a branch, tag or "
+        utils.RepositoryNotFoundError: f"There is no repository {which} on the hub that may be "
+        "read; check the name, or set HF_TOKEN if it is private.",
+        utils.RevisionNotFoundError: f"There is no such revision {which}; give a branch, tag or "
         "commit that the repository has.",
     }
     return next((text for kind, text in refusals.items() if isinstance(error, kind)), None)
-
-
-def _explain(error: BaseException) -> str:
-    """The first sentence of the innermost error."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].split(". ")[0][:160].rstrip(".")

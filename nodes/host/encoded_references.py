@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from ...retrieval_core.bank.site_bank import Bank, SiteBank
 from ...retrieval_core.bank.thumbnails import draw_thumbnails, make_thumbnail
 from ...retrieval_core.bank.token_budget import Budget
 from ...retrieval_core.bank.tokens import EncodedReference, check_weight, join_references
-from ...retrieval_core.data.prepare import PreparedReference, prepare
+from ...retrieval_core.data.prepare import PreparedReference, digest_reference, prepare
 from ...retrieval_core.errors import RetrievalError
 from .base_model import NATIVE_SIZE, identify_model
 from .conditioning import encode_pixels, encode_text
@@ -140,7 +139,7 @@ def encode_references(
     if vae is not None and clip is not None:
         made_by = (identify_model(vae.patcher), identify_model(clip.patcher), clip.layer_idx)
     shared = (network.maker.fingerprint, network.identity, made_by, concept, size)
-    keys = [(*shared, _digest(reference)) for reference in prepared]
+    keys = [(*shared, digest_reference(reference)) for reference in prepared]
     results = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if results[key] is None and keys.index(key) == i]
     if missing:
@@ -219,10 +218,3 @@ def _encode_inputs(
             f"(base '{network.base}') reads {channels}; connect the VAE of the base model."
         )
     return context, pooled, latents
-
-
-def _digest(reference: PreparedReference) -> str:
-    digest = hashlib.sha256(reference.image.numpy().tobytes())
-    if reference.mask is not None:
-        digest.update(reference.mask.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.model_management as management
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...retrieval_core.bank.site_bank import SiteBank
@@ -16,7 +15,6 @@ from ...retrieval_core.network.unet import MIDDLE, UNetConfig
 from ...retrieval_core.sampling.applications import COND, Retrieval
 from ...retrieval_core.sampling.attention_map import choose_map_site, measure_shares
 from . import step_context
-from .loading import reserve_memory
 from .picture_region import PictureRegion
 from .recorder import RECORDERS, Recorder
 from .self_attention import attach_joint_attention
@@ -148,9 +146,5 @@ class RetrievalPatch:
 def attach_patch(patched: Any, patch: RetrievalPatch) -> None:
     """Adds a patch and its wrappers of the sampler to a MODEL, in place."""
     patched.set_model_output_block_patch(patch)
-    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step_context.KEY, patch.cleanup)
-    patched.add_wrapper_with_key(
-        WrappersMP.PREPARE_SAMPLING, step_context.KEY, reserve_memory(patch.nbytes)
-    )
-    step_context.add_wrappers(patched)
+    step_context.attach(patched, patch)
     attach_joint_attention(patched, patch.config, region=patch.region)

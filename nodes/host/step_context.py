@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...retrieval_core.sampling.applications import COND, Application
 from ...retrieval_core.sampling.controls import CONSTANT
+from .loading import reserve_memory
 
 KEY = "retrieval"
 STEP = "retrieval_step"
@@ -98,8 +99,12 @@ def chunk_areas(options: Mapping[str, Any], context: StepContext | None) -> list
     return [context.areas.get(uuid) for uuid in options.get("uuids") or [None] * len(order)]
 
 
-def add_wrappers(model: Any) -> None:
-    """Adds the two wrappers to a model, unless it has them."""
+def attach(model: Any, application: Any) -> None:
+    """Adds an application's `cleanup` and `nbytes` (a `RetrievalPatch` or a `JointApplication`) to
+    a MODEL, and the two wrappers unless it has them."""
+    model.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, application.cleanup)
+    reserve = reserve_memory(application.nbytes)
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve)
     for kind, wrapper in (
         (WrappersMP.PREDICT_NOISE, add_conditionings),
         (WrappersMP.CALC_COND_BATCH, add_context),

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management as management
@@ -32,7 +33,14 @@ from ...retrieval_core.sampling.frozen_site import FrozenSite, freeze_sites
 from .attention import choose_attention
 from .base_model import check_fit, detect_base
 from .conditioning import make_vector_conditioning
-from .loading import OPERATIONS, choose_types, load_weights, read_weights, wrap_module
+from .loading import (
+    OPERATIONS,
+    choose_types,
+    load_weights,
+    make_bank_on_device,
+    read_weights,
+    wrap_module,
+)
 from .skip_patch import RetrievalPatch, attach_patch
 
 _DECODER = "retrieval_decoder"
@@ -121,19 +129,10 @@ class TrainedNetwork:
 
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
         """See `ReferenceNetwork`; on the CPU if the device is out of memory."""
-        device, bar = management.get_torch_device(), comfy.utils.ProgressBar(len(tokens.sites))
-
-        def on_site(done: int, count: int) -> None:
-            management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, count)
-
-        largest = max((site.tokens.numel() for site in tokens.sites.values()), default=0)
-        needed = _ALIVE * torch.float32.itemsize * largest
+        needed = _ALIVE * torch.float32.itemsize * tokens.count_largest()
         management.load_models_gpu([self.sites], memory_required=needed)
-        try:
-            return make_network_bank(self.network, tokens, budget, device=device, on_site=on_site)
-        except management.OOM_EXCEPTION:
-            return make_network_bank(self.network, tokens, budget, device="cpu", on_site=on_site)
+        make = partial(make_network_bank, self.network, tokens, budget)
+        return make_bank_on_device(make, tokens)
 
     def freeze(self) -> dict[str, FrozenSite]:
         """site -> its query side, on the CPU."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.model_management as management
 import comfy.samplers
 import comfy.utils
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...retrieval_core.bank.bank_file import Maker
@@ -29,7 +29,7 @@ from .attention import bind_attention
 from .base_model import detect_base, fingerprint_base, identify_model
 from .conditioning import make_vector_conditioning
 from .joint_application import LAST, JointApplication
-from .loading import reserve_memory
+from .loading import make_bank_on_device
 from .self_attention import ATTN1, attach_joint_attention, parse_layer_name
 
 # Copies of a site's tokens alive at once while they are merged.
@@ -108,20 +108,11 @@ class TrainingFreeModel:
 
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
         """See `ReferenceNetwork`; on the CPU if the device is out of memory."""
-        device, factors = management.get_torch_device(), self.network.site_downsampling()
-        largest = max((site.tokens.numel() for site in tokens.sites.values()), default=0)
         if budget is not None:
-            management.free_memory(_ALIVE * torch.float32.itemsize * largest, device)
-        bar = comfy.utils.ProgressBar(len(tokens.sites))
-
-        def on_site(done: int, count: int) -> None:
-            management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, count)
-
-        try:
-            return make_bank(tokens, None, factors, budget, device, on_site)
-        except management.OOM_EXCEPTION:
-            return make_bank(tokens, None, factors, budget, "cpu", on_site)
+            needed = _ALIVE * torch.float32.itemsize * tokens.count_largest()
+            management.free_memory(needed, management.get_torch_device())
+        make = partial(make_bank, tokens, None, self.network.site_downsampling(), budget)
+        return make_bank_on_device(make, tokens)
 
     def apply(
         self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
@@ -147,11 +138,7 @@ class TrainingFreeModel:
         application = JointApplication(self.network, retrieval, len(references.encoded))
         patched = model.clone()
         attach_joint_attention(patched, self.config, application, application.region)
-        patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, step_context.KEY, application.cleanup)
-        patched.add_wrapper_with_key(
-            WrappersMP.PREPARE_SAMPLING, step_context.KEY, reserve_memory(application.nbytes)
-        )
-        step_context.add_wrappers(patched)
+        step_context.attach(patched, application)
         return patched
 
 

@@ -90,6 +90,10 @@ class Tokens:
     references: int = 0
     latent_size: tuple[int, int] = (0, 0)
 
+    def count_largest(self) -> int:
+        """Number of values of the largest site."""
+        return max((site.tokens.numel() for site in self.sites.values()), default=0)
+
     def at(self, site: str) -> Tokens:
         """The tokens of one site only."""
         return replace(self, sites={site: self.sites[site]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -37,6 +38,15 @@ class PreparedReference:
     mask: Tensor | None
     concept: str = "figure"
     weight: float = 1.0
+
+
+def digest_reference(reference: PreparedReference) -> str:
+    """The SHA-256 of a reference's pixels and mask, in hexadecimal."""
+    digest = hashlib.sha256(str(tuple(reference.image.shape)).encode())
+    digest.update(reference.image.contiguous().numpy().tobytes())
+    if reference.mask is not None:
+        digest.update(reference.mask.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.prepare import PreparedReference, load_image, prepare
+from ..data.prepare import PreparedReference, digest_reference, load_image, prepare
 from ..errors import RetrievalError
 from .protocol import HELD_OUT, IN_DOMAIN, Protocol
 
@@ -31,12 +31,8 @@ class Character:
 
 def digest_references(character: Character) -> str:
     """16 hexadecimal digits that change with the references' pixels, masks and concepts."""
-    digest = hashlib.sha256()
-    for reference in character.references:
-        mask = b"" if reference.mask is None else reference.mask.numpy().tobytes()
-        digest.update(f"{reference.concept} {tuple(reference.image.shape)} {len(mask)} ".encode())
-        digest.update(reference.image.numpy().tobytes() + mask)
-    return digest.hexdigest()[:16]
+    own = [f"{digest_reference(r)} {r.concept}" for r in character.references]
+    return hashlib.sha256("\n".join(own).encode()).hexdigest()[:16]
 
 
 def read_characters(folder: Path, protocol: Protocol) -> list[Character]:

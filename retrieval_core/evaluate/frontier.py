@@ -49,7 +49,7 @@ def draw_frontier(lines: Sequence[Line], scorer: Scorer) -> Figure:
         panel.set_xlabel(f"{scorer.text}, %")
         panel.set_ylabel(f"{scorer.similarity}, %")
         panel.grid(alpha=0.3)
-        panel.margins(x=0.12)  # for the labels
+        panel.margins(x=0.2)  # for the labels
         for number, method in enumerate(methods):
             own = [ln for ln in drawn if (ln.method, ln.domain) == (method, domain)]
             if not own:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
 
-from ..errors import RetrievalError
+from ..errors import RetrievalError, explain
 
 TIMEOUT = 30.0
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -196,18 +196,12 @@ def _make_bar(progress: Progress, before: int, total: int) -> type:
 
 def _explain_refusal(name: str, error: Exception) -> RetrievalError:
     """One sentence on why a model could not be fetched."""
-    from huggingface_hub.utils import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.utils import OfflineModeIsEnabled
 
-    if isinstance(error, GatedRepoError):
-        return RetrievalError(
-            f"The repository '{name}' is gated: accept its terms on its page, then log in with "
-            "'huggingface-cli login' or set HF_TOKEN."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return RetrievalError(
-            f"There is no repository '{name}' on the hub that may be read; check the name, or set "
-            "HF_TOKEN if it is private."
-        )
+    from ..hub import describe_refusal
+
+    if refusal := describe_refusal(error, f"'{name}'"):
+        return RetrievalError(refusal)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return RetrievalError(
             f"There is no room left for '{name}'; make room, or set HF_HOME to a larger disk."
@@ -217,12 +211,3 @@ def _explain_refusal(name: str, error: Exception) -> RetrievalError:
         f"The hub could not be reached for '{name}' ({reason}); check the network, or give the "
         "path of a folder that holds the model."
     )
-
-
-def explain(error: BaseException) -> str:
-    """The first line of an error or of the error it wraps, shortened, without a full stop."""
-    wrapped = getattr(error, "reason", None) or (error.args[0] if error.args else None)
-    if isinstance(wrapped, BaseException):
-        return explain(wrapped)
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"\.(?=\s)", ";", text)[:200].rstrip(".;: ")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrievalError
-from .model_folder import check, explain
+from ..errors import RetrievalError, explain
+from .model_folder import check
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 # Attention named owner/kernel is compiled code that transformers would fetch from the hub.

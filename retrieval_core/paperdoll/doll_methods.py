@@ -73,10 +73,10 @@ class TrainedMethod(PaperdollMethod):
         self, bundle: Bundle, weights: Sequence[float], how: Sampling, name: str = "trained"
     ):
         self.network = bundle.network
-        about = fingerprint_weights(bundle.network.state_dict())
-        for key, weight in sorted(bundle.network.decoder.items()):
-            about += f"{key} {weight.flatten()[:: max(1, weight.numel() // 64)].tolist()}"
-        super().__init__(bundle.base, weights, how, name, about)
+        made_of = (bundle.network.state_dict(), bundle.network.decoder)
+        super().__init__(
+            bundle.base, weights, how, name, "".join(map(fingerprint_weights, made_of))
+        )
 
     def unet(self) -> UNet:
         return self.network.apply_decoder(self.base.unet)
