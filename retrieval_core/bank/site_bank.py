@@ -1,9 +1,8 @@
 """The bank: keys and values of every site, of all references and the null token (DESIGN §3).
 
 K_s = W_k LN(f_s), V_s = W_v LN(f_s). Both are linear in LN(f_s), so tokens are merged to the budget
-before: the mean of merged tokens has their mean key and mean value. Values are then computed for
-the merged tokens only; keys also for all tokens where the budget binds, to measure importance
-(`measure_attention`). A `Bank` is made once and only read while sampling.
+before: the mean of merged tokens has their mean key and mean value. Only the merged tokens are then
+projected. A `Bank` is made once and only read while sampling.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from ..network.controlnet import RetrievalControlNet
 from ..network.retrieval_site import RetrievalSite
 from .token_budget import Budget, choose_budgets, limit_tokens
 from .tokens import SiteTokens, Tokens
+
+_QUERIES = 64  # tokens that importance is measured with
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +123,7 @@ def _project(given: SiteTokens, layer: RetrievalSite, budget: int | None) -> Sit
     given = replace(given, tokens=normed[:, None])
     if budget is not None:
         given = limit_tokens(
-            given,
-            budget,
-            lambda chosen: measure_attention(layer, features, normed, given, chosen),
+            given, budget, lambda *projected: measure_attention(layer, features, given, *projected)
         )
         normed = given.tokens[:, 0]
     keys, values = layer.to_k(normed), layer.to_v(normed)
@@ -139,19 +138,29 @@ def _project(given: SiteTokens, layer: RetrievalSite, budget: int | None) -> Sit
 
 
 def measure_attention(
-    layer: RetrievalSite, features: Tensor, normed: Tensor, given: SiteTokens, chosen: Tensor
+    layer: RetrievalSite, features: Tensor, given: SiteTokens, projected: Tensor, basis: Tensor
 ) -> Tensor:
-    """Attention share of each token, [G, N], averaged over heads and queries.
+    """Attention that each token draws from the references' own content, [G, N].
 
-    The queries are made from the references' own tokens at the indices `chosen` [G, Q].
+    The mean over heads and over queries from a random choice of the tokens, by their weights. Keys
+    are those of the projected tokens: W_k B (B^T x), W_k applied to the basis B only.
+
+    Args:
+        features: f_s of all tokens [G, N, D]. given: LN(f_s). projected, basis: [G, N, F], [D, F].
     """
-    rows = torch.arange(len(features), device=features.device)[:, None]
-    q, k = layer.to_q(layer.norm_query(features[rows, chosen])), layer.to_k(normed)
-    k = torch.cat([layer.embed_null(k).expand(len(k), 1, -1), k], 1)
-    q, k = (rearrange(t.float(), "g n (h d) -> h g n d", h=layer.heads) for t in (q, k))
-    bias = F.pad(given.weights.log(), (1, 0))[:, None]
-    shares = torch.zeros_like(bias[:, 0])
+    weights, count = given.weights, features.shape[1]
+    asked = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_QUERIES]
+    asked = asked.to(features.device)
+    share = weights[:, None, asked]
+    q = layer.to_q(layer.norm_query(features[:, asked]))
+    k = layer.to_k(basis.T.to(features))
+    k = torch.cat([k, layer.embed_null(k)])  # the null token is on an axis of its own
+    projected = F.pad(projected, (0, 1, 1, 0))
+    projected[:, 0, -1] = 1
+    q, k = (rearrange(t.float(), "... n (h d) -> h ... n d", h=layer.heads) for t in (q, k))
+    bias = F.pad(weights.log(), (1, 0))[:, None]
+    shares = torch.zeros_like(bias)
     for query, key in zip(q, k, strict=True):  # one head at a time bounds memory
-        logits = query @ key.transpose(1, 2) / key.shape[2] ** 0.5 + bias
-        shares += logits.softmax(-1).mean(1)
-    return shares[:, 1:] / layer.heads
+        logits = query @ key.T / key.shape[1] ** 0.5 @ projected.mT + bias
+        shares += share @ logits.softmax(-1)
+    return shares[:, 0, 1:] / (layer.heads * share.sum(-1).clamp_min(1e-12))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RetrievalError
@@ -28,10 +29,10 @@ AUTOMATIC: Literal["automatic"] = "automatic"
 Budget = Literal["automatic"] | int | Mapping[str, int] | None
 
 LEAST_AUTOMATIC = 512
-QUERIES = 64  # reference tokens that importance is measured with
 _ROUNDS = 8
 _CANDIDATES = 4  # candidates per token to select
-_WIDTH = 64  # of the projection in which distances are measured
+_WIDTH = 32  # of the features in which distances are measured
+_SAMPLED = 1024  # tokens that their basis is found from
 _LEAST_SHARE = 1e-3  # lower limit of importance, relative to its mean
 _CHUNK = 16384  # tokens per product with the selected tokens
 
@@ -69,21 +70,47 @@ def choose_budgets(
 
 @torch.no_grad()
 def limit_tokens(
-    site: SiteTokens, budget: int, measure: Callable[[Tensor], Tensor] | None = None
+    site: SiteTokens, budget: int, measure: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> SiteTokens:
     """Merges the tokens of a site into at most `budget`; `owner` is that of the selected token.
 
     Args:
-        measure: from indices [G, Q] of query tokens to the importance [G, N] of all tokens; None:
-            importance is the tokens' weight.
+        measure: from features [G, N, F] and their basis [D, F] (`project_tokens`, P = 1) to the
+            importance [G, N] of all tokens; None: importance is the tokens' weight.
     """
-    features, importance = _features(site), site.weights
+    features, bases = project_tokens(site)
+    importance = weights = site.weights
     if measure is not None:
-        queries, _ = choose_tokens(features, importance, min(QUERIES, features.shape[1]))
-        floor = _LEAST_SHARE / features.shape[1]
-        importance = measure(queries).clamp_min(floor) * (importance > 0)
+        floor = _LEAST_SHARE / weights.shape[1]
+        importance = measure(features, bases[0]).clamp_min(floor) * (weights > 0)
     selected, labels = choose_tokens(features, importance, budget)
     return _merge(site, selected, labels, importance)
+
+
+def project_tokens(site: SiteTokens) -> tuple[Tensor, list[Tensor]]:
+    """Features [G, N, P * F] in which distances are measured, and their bases [D, F].
+
+    Tokens [G, P, N, D] are projected on about the directions in which they are largest: one step of
+    subspace iteration from random directions, on some of the tokens. Keys and values (P = 2) are
+    centred and scaled to one size.
+    """
+    weights = site.weights[..., None]
+    total = weights.sum(1, keepdim=True).clamp_min(1e-12)
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(weights.shape[1], generator=generator)[:_SAMPLED].to(weights.device)
+    features, bases = [], []
+    for tokens in site.tokens.float().unbind(1):
+        x = (tokens[:, some] * weights[:, some]).flatten(0, 1)
+        start = torch.randn(x.shape[1], _WIDTH, generator=generator).to(x)
+        basis = torch.linalg.qr(x.T @ (x @ start)).Q
+        projected = tokens @ basis
+        if site.tokens.shape[1] > 1:
+            centred = projected - (projected * weights).sum(1, keepdim=True) / total
+            size = (centred.square() * weights).sum((1, 2), keepdim=True) / total
+            projected = centred / size.sqrt().clamp_min(1e-12)
+        features.append(projected)
+        bases.append(basis)
+    return torch.cat(features, -1), bases
 
 
 def choose_tokens(features: Tensor, importance: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +124,10 @@ def choose_tokens(features: Tensor, importance: Tensor, count: int) -> tuple[Ten
         nearest.
     """
     squares = features.square().sum(-1)
-    distance, labels = squares, torch.zeros_like(squares, dtype=torch.long)
+    shares = importance / importance.sum(1, keepdim=True).clamp_min(1e-12)
+    middle = torch.einsum("gn,gnf->gf", shares, features)[:, None]
+    distance = (features - middle).square().sum(-1)
+    labels = torch.zeros_like(distance, dtype=torch.long)
     selected: list[Tensor] = []
     for turn in range(_ROUNDS):
         first, last = (count * t // _ROUNDS for t in (turn, turn + 1))
@@ -143,50 +173,34 @@ def _nearest(features: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
 
 
-def _features(site: SiteTokens) -> Tensor:
-    """Features for distances, [G, N, F]: tokens [G, P, N, D] centred, scaled and projected."""
-    weights = site.weights[..., None]
-    total = weights.sum(1, keepdim=True).clamp_min(1e-12)
-    scaled = []
-    for tokens in site.tokens.float().unbind(1):
-        centred = tokens - (tokens * weights).sum(1, keepdim=True) / total
-        size = (centred.square().mean(-1, keepdim=True) * weights).sum(1, keepdim=True) / total
-        scaled.append(centred / size.sqrt().clamp_min(1e-12))
-    joined = torch.cat(scaled, -1)
-    if joined.shape[-1] <= _WIDTH:
-        return joined
-    # Random projections nearly preserve distances (Johnson and Lindenstrauss).
-    gauss = torch.randn(joined.shape[-1], _WIDTH, generator=torch.Generator().manual_seed(0))
-    return joined @ (gauss / _WIDTH**0.5).to(joined)
-
-
 def _merge(site: SiteTokens, selected: Tensor, labels: Tensor, importance: Tensor) -> SiteTokens:
     """Merges tokens with one label [G, N] into their mean, weighted by importance [G, N]."""
-    count = selected.shape[1]
-    size = _sums(labels, site.weights[..., None], count)
-    used = (size[..., 0] > 0).any(0)  # drops tokens selected twice, or masked in every bank
-    share = importance[:, None, :, None]
-    joined = torch.cat([(site.tokens.float() * share).transpose(1, 2).flatten(2),
-                        importance[..., None]], -1)  # fmt: skip
-    sums = _sums(labels, joined, count)[:, used]
-    means = sums[..., :-1] / sums[..., -1:].clamp_min(torch.finfo(torch.float32).tiny)
+    groups, count = selected.shape
+    labels = (labels + count * torch.arange(groups, device=labels.device)[:, None]).flatten()
+    order = labels.argsort(stable=True)
+    lengths = torch.bincount(labels, minlength=groups * count)
+    starts = lengths.cumsum(0) - lengths
+    ones = torch.ones_like(importance)
+
+    def add(values: Tensor, shares: Tensor) -> Tensor:
+        """Weighted sums of the values [G, N, D] by label, [G, count, D].
+
+        By sorted segments: scattered additions have no fixed order on GPUs.
+        """
+        share = shares.flatten()[order]
+        sums = F.embedding_bag(
+            order, values.flatten(0, 1), starts, mode="sum", per_sample_weights=share
+        )
+        return sums.unflatten(0, (groups, count))
+
+    size = add(site.weights[..., None], ones)[..., 0]
+    used = (size > 0).any(0)  # drops tokens selected twice, or masked in every bank
+    total = add(importance[..., None], ones)[:, used]
+    total = total.clamp_min(torch.finfo(torch.float32).tiny)
+    means = [add(t, importance)[:, used] / total for t in site.tokens.float().unbind(1)]
     owner = site.owner.expand_as(importance).gather(1, selected)[:, used]
     return SiteTokens(
-        means.unflatten(2, (site.tokens.shape[1], -1)).transpose(1, 2).to(site.tokens),
-        size[:, used, 0].log().to(site.tokens),
+        torch.stack(means, 1).to(site.tokens),
+        size[:, used].log().to(site.tokens),
         owner[0] if len(owner) == 1 else owner,
     )
-
-
-def _sums(labels: Tensor, values: Tensor, count: int) -> Tensor:
-    """Sums of the values [G, N, D] by label, [G, count, D].
-
-    By sorted segments: scattered additions have no fixed order on GPUs.
-    """
-    groups = torch.arange(len(labels), device=labels.device)[:, None] * count
-    order = (labels + groups).flatten().argsort(stable=True)
-    lengths = torch.zeros(len(labels) * count, dtype=torch.long, device=labels.device)
-    lengths.scatter_add_(0, (labels + groups).flatten(), torch.ones_like(order))
-    ordered = values.flatten(0, 1)[order]
-    sums = torch.segment_reduce(ordered, "sum", lengths=lengths, unsafe=True)
-    return sums.unflatten(0, (len(labels), count))

@@ -19,6 +19,7 @@ from retrieval_core.bank.token_budget import (
     choose_budgets,
     choose_tokens,
     limit_tokens,
+    project_tokens,
 )
 from retrieval_core.bank.tokens import (
     EncodedReference,
@@ -182,7 +183,7 @@ def test_a_merged_token_is_the_mean_by_importance_of_the_tokens_nearest_to_one_k
     weights = torch.rand(12, generator=torch.Generator().manual_seed(3)) + 0.1
     drawn = torch.rand(12, generator=torch.Generator().manual_seed(4)) + 0.1
     given = site_tokens(tokens, weights.log()[None])
-    kept = limit_tokens(given, 5, (lambda queries: drawn[None]) if measured else None)
+    kept = limit_tokens(given, 5, (lambda *projected: drawn[None]) if measured else None)
     importance = (drawn if measured else weights).double()
     assert sorted(cluster[kept.owner].tolist()) == [0, 1, 2, 3, 4]
     for i, owner in enumerate(kept.owner.tolist()):
@@ -222,28 +223,44 @@ def test_every_token_goes_to_the_nearest_of_those_kept(monkeypatch, chunk):
 
 
 def test_importance_is_the_attention_that_the_references_own_content_draws():
-    """Against softmax(q K^T / sqrt(d) + log w) in float64, query by query and head by head."""
+    """Against softmax(q K^T / sqrt(d) + log w) in float64, query by query and head by head; of so
+    narrow tokens the projection loses nothing, and of so few each is a query."""
     layer, features, weights = site(), rand(2, 9, DIM), rand(2, 9, seed=1).exp()
     weights[1, 4:] = 0
     normed = layer.norm_reference(features)
     given = SiteTokens(normed[:, None], weights.log(), torch.arange(9))
-    chosen = torch.tensor([[0, 3, 5], [2, 1, 0]])
-    found = measure_attention(layer, features, normed, given, chosen)
+    projected, (basis,) = project_tokens(given)
+    found = measure_attention(layer, features, given, projected, basis)
     w = {name: value.double() for name, value in layer.state_dict().items()}
     null, half = w["null_key.weight"][0], DIM // 2
     for group in range(2):
         expected = torch.zeros(9, dtype=torch.float64)
         keys = [null, *(w["to_k.weight"] @ token for token in normed[group].double())]
         logs = [0.0, *weights[group].double().log()]
-        for index in chosen[group].tolist():
+        for index in range(9):
             token = features[group, index].double()  # its LayerNorm is as it was initialised
             token = (token - token.mean()) / (token.var(unbiased=False) + 1e-5).sqrt()
             query = w["to_q.weight"] @ token
+            share = weights[group, index].double() / weights[group].double().sum() / 2
             for head in (slice(0, half), slice(half, DIM)):
                 logits = [query[head] @ key[head] / half**0.5 for key in keys]
                 logits = torch.stack([a + b for a, b in zip(logits, logs, strict=True)])
-                expected += (logits.exp() / logits.exp().sum())[1:] / 6
+                expected += share * (logits.exp() / logits.exp().sum())[1:]
         torch.testing.assert_close(found[group].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_importance_of_wide_tokens_is_found_from_their_largest_directions():
+    """Tokens that vary in 24 directions of 320: the projection to 32 finds these."""
+    layer = site(320)
+    features = rand(1, 200, 24) @ rand(24, 320, seed=1)
+    given = SiteTokens(layer.norm_reference(features)[:, None], None, torch.arange(200))
+    projected, (basis,) = project_tokens(given)
+    assert projected.shape == (1, 200, 32)
+    expected = given.tokens[:, 0]
+    torch.testing.assert_close(projected @ basis.T, expected, rtol=0, atol=1e-3)
+    exact = measure_attention(layer, features, given, expected, torch.eye(320))
+    found = measure_attention(layer, features, given, projected, basis)
+    torch.testing.assert_close(found, exact, rtol=1e-2, atol=1e-5)
 
 
 def test_merging_by_importance_loses_less_than_by_the_weights_alone(monkeypatch):
@@ -307,8 +324,8 @@ def test_features_merge_before_they_are_projected():
     normed = layer.norm_reference(features)[None]
     given = SiteTokens(normed[:, None], None, torch.zeros(200, dtype=torch.long))
 
-    def measure(chosen):
-        return measure_attention(layer, features[None], normed, given, chosen)
+    def measure(projected, basis):
+        return measure_attention(layer, features[None], given, projected, basis)
 
     kept = limit_tokens(given, 30, measure)
     torch.testing.assert_close(means, kept.tokens[:, 0])
