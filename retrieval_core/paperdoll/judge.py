@@ -9,6 +9,7 @@ pattern, one or two pixels wide, which no line of the measurement uses.
 from __future__ import annotations
 
 import os
+from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ FORMAT = "paperdoll_judge"
 
 Attributes = dict[str, str]  # attribute -> value, of one figure
 
-# attribute -> its values, in the order of the head's outputs (part of the trained weights).
+# attribute -> its values, in the order of the head's outputs (part of the trained weights). The
+# attributes are in the order of the fields of `Figure`.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "hair style": tuple(HAIR_STYLES),
     "hair colour": tuple(HAIR_COLOURS),
@@ -59,22 +61,9 @@ BATCH = 256
 
 def list_truth(figure: Figure) -> Attributes:
     """The true attributes of a figure, named as in `ATTRIBUTES`."""
-    who, clothes, scene = figure.identity, figure.outfit, figure.scene
-    return {
-        "hair style": who.hair_style,
-        "hair colour": who.hair_colour,
-        "eye colour": who.eye_colour,
-        "skin": who.skin,
-        "upper": clothes.upper,
-        "upper colour": clothes.upper_colour,
-        "upper pattern": clothes.upper_pattern,
-        "lower": clothes.lower,
-        "lower colour": clothes.lower_colour,
-        "pose": scene.pose,
-        "expression": scene.expression,
-        "background": scene.background,
-        "mirrored": "yes" if scene.mirror else "no",
-    }
+    scene, mirrored = figure.scene.tags(), "yes" if figure.scene.mirror else "no"
+    values = (*astuple(figure.identity), *astuple(figure.outfit), *scene, mirrored)
+    return dict(zip(ATTRIBUTES, values, strict=True))
 
 
 def index_truth(figure: Figure) -> list[int]:

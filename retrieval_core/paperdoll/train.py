@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,12 @@ def train_base(
         model.vae = PatchVAE.fit(stack_images(sum(data[:200], [])), model.vae.channels)
     else:
         model = load_base(start / BASE_FILE)
-        model.unet.requires_grad_(True)
-        model.text.requires_grad_(True)
+        model.requires_grad_(True)
     owner = make_norms_contiguous(BaseTraining(model))
     batches = BaseBatches(data, settings.batch_size, settings.seed, pairs=start is not None)
     description = {"stage": "base", "pairs": start is not None, "characters": characters}
     trainer = _train(owner, owner.loss, batches, settings, out, description)
-    with trainer.ema_weights():
+    with trainer.ema.swapped_in():
         model.save(out / BASE_FILE, torch.float16)
     return load_base(out / BASE_FILE)
 
@@ -121,7 +120,7 @@ def train_retrieval(
     trainer = _train(
         owner, owner.batch_loss, batches, settings, out, description, rate_factors=RATE_FACTORS
     )
-    finished = owner.finished(trainer.ema_state_dict())
+    finished = owner.finished(trainer.ema.averages)
     finished.card.training.update(description, **settings.as_json())
     finished.save(out / RETRIEVAL_FILE, torch.float16)
 
@@ -148,7 +147,7 @@ def train_critic(
     batches = CriticBatches(data, settings.batch_size, settings.seed)
     description = {"stage": "critic", "characters": characters}
     trainer = _train(owner, owner.batch_loss, batches, settings, out, description)
-    with trainer.ema_weights():
+    with trainer.ema.swapped_in():
         save_safetensors(out / CRITIC_FILE, owner.critic.state_dict(), {"format": CRITIC_FORMAT})
 
 
@@ -190,7 +189,7 @@ def train_judge(out: Path, settings: TrainingSettings, figures: int, vae: PatchV
     batches = JudgeBatches(images, ids, vae, settings.batch_size, settings.seed)
     description = {"stage": "judge", "figures": figures}
     trainer = _train(judge, judge.loss, batches, settings, out, description)
-    with trainer.ema_weights():
+    with trainer.ema.swapped_in():
         judge.save(out / JUDGE_FILE)
 
 
@@ -208,21 +207,9 @@ def _train(
     Raises:
         KeyboardInterrupt: interrupted; the run is saved.
     """
-    stage = description["stage"]
-    trainer = Trainer(
-        owner,
-        loss,
-        batches,
-        settings,
-        out / stage,
-        description=description,
-        prefetch=2,
-        label=stage,
-        **given,
-    )
-    result = trainer.run()
-    print(result.message, flush=True)
-    if result.interrupted:
+    folder = out / description["stage"]
+    trainer = Trainer(owner, loss, batches, settings, folder, description=description, **given)
+    if trainer.run():
         raise KeyboardInterrupt
     return trainer
 
@@ -262,30 +249,22 @@ def main(arguments: list[str] | None = None) -> int:
     stages = options.stage or list(STAGES)
 
     def settings(
-        steps: int, batch: int, rate: float, precision: Precision | None = None
+        steps: int, batch: int, rate: float, precision: Precision = options.precision
     ) -> TrainingSettings:
         return TrainingSettings(
-            steps=steps,
-            batch_size=batch,
-            learning_rate=rate,
+            steps,
+            batch,
+            rate,
             warmup_steps=min(100, steps // 10),
-            weight_decay=0.01,
             betas=(0.9, 0.99),
-            clip_norm=1.0,
             ema_decay=0.998,
-            precision=precision or options.precision,
+            precision=precision,
             seed=options.seed,
             checkpoint_every=250,
         )
 
     retrieval = RetrievalOptions(
-        options.characters,
-        options.lock,
-        options.text_drop,
-        options.face_weight,
-        options.correspondence,
-        options.reading,
-        options.drawing,
+        **{field.name: getattr(options, field.name) for field in fields(RetrievalOptions)}
     )
     try:
         if "base" in stages:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network.controlnet import RetrievalControlNet
-from ..training.attributes import AttributeReader, choose_deeper_sites
+from ..training.attributes import AttributeReader
 from ..training.critic import Critic, blur_undecided
 from ..training.objective import retrieval_loss
 from ..training.retrieval_training import TrainableRetrieval
@@ -89,9 +89,9 @@ class PaperdollRetrieval(TrainableRetrieval):
     ) -> None:
         reader = None
         if options.reading:
-            widths = network.config.site_channels()
-            widths = {site: widths[site] for site in choose_deeper_sites(list(widths))}
-            reader = AttributeReader(widths, READ_SIZES)
+            # The features of the first two sites are convolutions with small receptive fields.
+            deeper = dict(list(network.config.site_channels().items())[2:])
+            reader = AttributeReader(deeper, READ_SIZES)
         super().__init__(
             network,
             base.unet,

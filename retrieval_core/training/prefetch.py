@@ -9,25 +9,21 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+AHEAD = 2  # batches
+
 
 @contextmanager
-def prefetch_batches(
-    batch: Callable[[int], Any], first: int, end: int, ahead: int
-) -> Iterator[Iterator[Any]]:
+def prefetch_batches(batch: Callable[[int], Any], first: int, end: int) -> Iterator[Iterator[Any]]:
     """Gives an iterator over `batch(step)` for the steps first .. end - 1.
 
-    ahead: number of batches prepared in advance; 0 makes each on demand. An exception of `batch`
-    is raised when the iterator reaches its step.
+    An exception of `batch` is raised when the iterator reaches its step.
     """
-    if not ahead:
-        yield map(batch, range(first, end))
-        return
     # One thread: `batch` need not be safe to call concurrently.
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
     futures = (pool.submit(batch, step) for step in range(first, end))
 
     def iterate() -> Iterator[Any]:
-        waiting = deque(islice(futures, ahead))
+        waiting = deque(islice(futures, AHEAD))
         while waiting:
             result = waiting.popleft().result()
             waiting.extend(islice(futures, 1))

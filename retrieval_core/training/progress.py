@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Context manager around the steps first .. end - 1; the bar needs tqdm."""
+    """Context manager around the steps first .. end - 1."""
 
     def __init__(self, label: str, first: int, end: int) -> None:
         self.label, self.first, self.end = label, first, end
@@ -20,10 +20,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:  # an optional dependency
-                return self
+            from tqdm import tqdm
+
             self._bar = tqdm(
                 total=self.end, initial=self.first, desc=self.label, unit="step", file=sys.stderr
             )

@@ -24,7 +24,7 @@ from .correspondence import correspondence_loss, find_parts
 from .critic import Critic
 from .objective import resize_mask, retrieval_loss
 from .pairs import copy_left_to_right, hook_halves, join_halves, split_halves, take_left
-from .settings import Lock, choose_trained_modules
+from .settings import Lock
 
 # Part labels of the targets and of the references, and how many labels there are; see
 # `correspondence_loss`.
@@ -38,7 +38,8 @@ class TrainableRetrieval(nn.Module):
         network: the retrieval network to train.
         unet: the base model; it is copied, and its encoder is never trained (§4.2).
         schedule: the base model's noise schedule and prediction type.
-        lock: "train_both", "lock_decoder" or "lock_both" (§5.4).
+        lock: what is trained besides the retrieval layers (§5.4): encoder and decoder
+            ("train_both"), the encoder ("lock_decoder"), or neither ("lock_both").
         face_weight: lambda of eq. 1.
         correspondence: weight of `correspondence_loss`, for batches with part labels; 0 is the
             paper's own objective.
@@ -49,9 +50,6 @@ class TrainableRetrieval(nn.Module):
             loss, for batches with attributes.
         critic: predicts the same attributes from predicted latents, trained beforehand and frozen;
             critic_weight: of its loss.
-
-    Raises:
-        RetrievalError: an unknown lock setting.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class TrainableRetrieval(nn.Module):
         critic_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        trained = choose_trained_modules(lock)
         self.network, self.unet = network, copy.deepcopy(unet)
         self.base_decoder = {k: v.clone() for k, v in select_decoder(unet).items()}
         self.schedule, self.face_weight = schedule, face_weight
@@ -78,9 +75,8 @@ class TrainableRetrieval(nn.Module):
         self.channel_weights = channel_weights
         self.reader, self.attribute_weight = reader, attribute_weight
         self.critic, self.critic_weight = critic, critic_weight
-        self.trains_decoder = "decoder" in trained
-        self.network.encoder.requires_grad_("encoder" in trained)
-        self.network.retrieval.requires_grad_("retrieval" in trained)
+        self.trains_decoder = lock == "train_both"
+        self.network.requires_grad_(True).encoder.requires_grad_(lock != "lock_both")
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_(self.trains_decoder and name.startswith(DECODER_PARTS))
 
@@ -127,21 +123,15 @@ class TrainableRetrieval(nn.Module):
                 row's timestep and with its context.
 
         Raises:
-            RetrievalError: the rows do not divide among the banks, or the banks not into pairs.
+            RetrievalError: an odd number of banks does not fall into pairs.
         """
-        batch, height, width = latents.shape[0], *latents.shape[-2:]
         groups = next(iter(bank.sites.values())).keys.shape[0]
-        if batch % groups:
-            raise RetrievalError(
-                f"{batch} targets cannot be shared among {groups} banks; give each bank equally "
-                "many."
-            )
         if paired and groups % 2:
             raise RetrievalError(
                 f"{groups} banks cannot be paired; give an even number of characters a step."
             )
         device = generator.device  # random numbers are drawn on the generator's device
-        drawn = torch.rand(batch, generator=generator, device=device) ** self.noise_power
+        drawn = torch.rand(len(latents), generator=generator, device=device) ** self.noise_power
         steps = (drawn * self.schedule.steps).long().clamp_max(self.schedule.steps - 1)
         steps = copy_left_to_right(steps, groups) if paired else steps
         eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
@@ -156,10 +146,9 @@ class TrainableRetrieval(nn.Module):
             prediction, *features = (split_halves(t, groups) for t in (prediction, *features))
         else:
             prediction, features = self._predict(noised, at, context, y, hook)
-        masks = [None if m is None else resize_mask(m, height, width) for m in (content, face)]
-        losses = retrieval_loss(
-            prediction, target, masks[0], masks[1], self.face_weight, self.channel_weights
-        )
+        size = latents.shape[2:]
+        masks = [None if m is None else resize_mask(m, size) for m in (content, face)]
+        losses = retrieval_loss(prediction, target, *masks, self.face_weight, self.channel_weights)
         if parts is not None:
             clean = self.schedule.clean(prediction, noised, steps)
             auxiliary = self._measure_auxiliary(bank, features, clean, parts, attributes, generator)
