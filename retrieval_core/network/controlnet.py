@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -35,10 +35,10 @@ from .unet import (
 
 FORMAT = "retrieval_controlnet"
 FORMAT_VERSION = 2
-BASES = ("sd15", "sd21", "sdxl", "paperdoll")
 DECODER_PARTS = ("output_blocks.", "out.")
 # Factor by base; a paper doll's full-resolution sites have only 16 x 16 positions.
 QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
+BASES = tuple(QUERY_POOLING)
 MOST_POOLING = 8
 
 Guidance = Literal["cond", "both"]
@@ -69,6 +69,7 @@ class RetrievalControlNet(nn.Module):
         card: base name, recommended settings and provenance.
         query_pooling: query pooling factor at the full-resolution sites; None: by the base
             (`QUERY_POOLING`).
+        kw: device, dtype of the weights.
 
     Attributes:
         decoder: trained decoder weights under the base model's own names (`output_blocks.*`,
@@ -83,12 +84,10 @@ class RetrievalControlNet(nn.Module):
         card: Card,
         operations: Any = nn,
         attend: AttentionFunction = attention,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
         query_pooling: int | None = None,
+        **kw: Any,
     ):
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
         self.config, self.card = config, card
         if query_pooling is None:
             query_pooling = QUERY_POOLING[card.base]
@@ -170,20 +169,17 @@ class RetrievalControlNet(nn.Module):
         tensors |= {f"decoder.{k}": v for k, v in self.decoder.items()}
         if dtype is not None:
             tensors = {k: v.to(dtype) for k, v in tensors.items()}
-        save_safetensors(path, tensors, self.metadata())
-
-    def metadata(self) -> dict[str, str]:
-        """The file's metadata fields."""
-        pooling = {"query_pooling": str(self.query_pooling)} if self.query_pooling > 1 else {}
-        return {
+        metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION if self.decoder_is_difference else 1),
             "base": self.card.base,
-            "config": json.dumps(self.config.to_dict()),
+            "config": json.dumps(asdict(self.config)),
             "recommended": json.dumps(self.card.recommended),
             "training": json.dumps(self.card.training),
-            **pooling,
         }
+        if self.query_pooling > 1:
+            metadata["query_pooling"] = str(self.query_pooling)
+        save_safetensors(path, tensors, metadata)
 
 
 def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> RetrievalControlNet:

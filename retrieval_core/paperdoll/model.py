@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class PaperdollModel(nn.Module):
         tensors = {UNET_PREFIX + k: v.to(dtype) for k, v in self.unet.state_dict().items()}
         tensors |= {f"text.{k}": v.to(dtype) for k, v in self.text.state_dict().items()}
         tensors |= {f"vae.{k}": v for k, v in self.vae.state_dict().items()}
-        metadata = {"format": FORMAT, "config": json.dumps(self.unet.config.to_dict())}
+        metadata = {"format": FORMAT, "config": json.dumps(asdict(self.unet.config))}
         save_safetensors(path, tensors, metadata)
 
 

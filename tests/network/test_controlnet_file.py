@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -410,11 +410,11 @@ def test_broken_json_is_refused(saved, field, text):
     "change", [{"model_channels": "32"}, {"channel_mult": 2}, {"num_heads": 4}, {"new": 1}]
 )
 def test_a_senseless_configuration_is_refused(saved, change):
-    sentence(load, rewritten(saved, config=json.dumps({**CONFIG.to_dict(), **change})))
+    sentence(load, rewritten(saved, config=json.dumps({**asdict(CONFIG), **change})))
 
 
 def test_another_configuration_than_the_weights_have_is_refused(saved):
-    config = json.dumps({**CONFIG.to_dict(), "context_dim": 24})
+    config = json.dumps({**asdict(CONFIG), "context_dim": 24})
     assert "misshapen" in sentence(load, rewritten(saved, config=config))
 
 

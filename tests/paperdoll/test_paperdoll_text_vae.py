@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -245,7 +246,7 @@ def test_keys_of_no_part_are_refused(saved):
 
 
 def test_a_truncated_file_and_a_broken_configuration_are_refused(saved):
-    config = json.dumps({**TINY.to_dict(), "model_channels": 7})
+    config = json.dumps({**asdict(TINY), "model_channels": 7})
     sentence(load_base, rewritten(saved, config=config))
     assert "'config'" in sentence(load_base, rewritten(saved, config="{"))
     saved.write_bytes(saved.read_bytes()[:1000])
