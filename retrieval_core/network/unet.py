@@ -9,6 +9,7 @@ offloading and kernels.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -246,25 +247,15 @@ class GEGLU(nn.Module):
         return x * gate if torch.is_grad_enabled() else gate.mul_(x)
 
 
-class FeedForward(nn.Module):
-    """Feed-forward part of a transformer block, with a hidden width of 4 C."""
-
-    def __init__(self, dim: int, ops: Any, **kw: Any):
-        super().__init__()
-        last = ops.Linear(dim * 4, dim, **kw)
-        self.net = nn.Sequential(GEGLU(dim, dim * 4, ops, **kw), nn.Dropout(0.0), last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text and feed-forward on tokens [B, N, C]."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, attend: Any, ops: Any, **kw: Any):
         super().__init__()
         self.attn1 = Attention(dim, dim, heads, attend, ops, **kw)
-        self.ff = FeedForward(dim, ops, **kw)
+        last = ops.Linear(dim * 4, dim, **kw)
+        net = nn.Sequential(GEGLU(dim, dim * 4, ops, **kw), nn.Dropout(0.0), last)
+        self.ff = nn.Sequential(OrderedDict(net=net))
         self.attn2 = Attention(dim, context_dim, heads, attend, ops, **kw)
         self.norm1 = ops.LayerNorm(dim, **kw)
         self.norm2 = ops.LayerNorm(dim, **kw)
@@ -320,17 +311,6 @@ class SpatialTransformer(nn.Module):
         if not self.linear:
             h = self.proj_out(h)
         return _add_residual(h, x)
-
-
-class Downsample(nn.Module):
-    """Strided convolution: [B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)]."""
-
-    def __init__(self, channels: int, ops: Any, **kw: Any):
-        super().__init__()
-        self.op = ops.Conv2d(channels, channels, 3, stride=2, padding=1, **kw)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
 
 
 class Upsample(nn.Module):
@@ -416,7 +396,8 @@ class UNetEncoder(nn.Module):
         self.input_blocks = nn.ModuleList([Block(first)])
         for kind, in_channels, out_channels, depth in config.encoder_plan():
             if kind == "down":
-                self.input_blocks.append(Block(Downsample(in_channels, ops, **kw)))
+                op = ops.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, **kw)
+                self.input_blocks.append(Block(nn.Sequential(OrderedDict(op=op))))
             else:
                 self.input_blocks.append(Block(*make_layers(in_channels, out_channels, depth)))
         width = config.site_channels()[MIDDLE]

@@ -23,7 +23,7 @@ from .attributes import AttributeReader
 from .correspondence import correspondence_loss, find_parts
 from .critic import Critic
 from .objective import resize_mask, retrieval_loss
-from .pairs import copy_left_to_right, hook_halves, join_halves, split_halves, take_left
+from .pairs import copy_left_to_right, join_halves, split_halves, take_left
 from .settings import Lock
 
 # Part labels of the targets and of the references, and how many labels there are; see
@@ -86,7 +86,6 @@ class TrainableRetrieval(nn.Module):
         context: Tensor,
         used: Tensor,
         masks: Tensor | None = None,
-        y: Tensor | None = None,
     ) -> Bank:
         """G banks of R references each.
 
@@ -95,7 +94,7 @@ class TrainableRetrieval(nn.Module):
             used: bool [G, R], False for dropped references.
             masks: bool [G * R, h, w] pixel masks, None for whole references.
         """
-        features = self.network.encode_features(latents, context, y)
+        features = self.network.encode_features(latents, context)
         tokens = batch_features(features, latents.shape[2:], used, masks)
         return make_network_bank(self.network, tokens)
 
@@ -107,7 +106,6 @@ class TrainableRetrieval(nn.Module):
         generator: torch.Generator,
         content: Tensor | None = None,
         face: Tensor | None = None,
-        y: Tensor | None = None,
         parts: PartLabels | None = None,
         attributes: Tensor | None = None,
         paired: bool = False,
@@ -137,15 +135,23 @@ class TrainableRetrieval(nn.Module):
         eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)
-        hook = self._make_hook(bank)
+
+        def retrieve(site: str, h: Tensor) -> Tensor:
+            """A bank whose references are dropped adds zero."""
+            entries = bank.sites[site]
+            return h + self.network.retrieval[site](h, entries.keys, entries.values, entries.bias)
+
+        def retrieve_by_halves(site: str, h: Tensor) -> Tensor:
+            return join_halves(retrieve(site, split_halves(h, groups)), groups)
+
         at = steps.to(latents.device)
         if paired:
-            left = [None if t is None else take_left(t, groups) for t in (at, context, y)]
+            left = [take_left(t, groups) for t in (at, context)]
             pictures = join_halves(noised, groups)
-            prediction, features = self._predict(pictures, *left, hook_halves(hook, groups))
+            prediction, features = self._predict(pictures, *left, retrieve_by_halves)
             prediction, *features = (split_halves(t, groups) for t in (prediction, *features))
         else:
-            prediction, features = self._predict(noised, at, context, y, hook)
+            prediction, features = self._predict(noised, at, context, retrieve)
         size = latents.shape[2:]
         masks = [None if m is None else resize_mask(m, size) for m in (content, face)]
         losses = retrieval_loss(prediction, target, *masks, self.face_weight, self.channel_weights)
@@ -182,21 +188,12 @@ class TrainableRetrieval(nn.Module):
             found = found.repeat_interleave(len(clean) // len(found), 0)
             yield "drawn", self.critic_weight, self.critic.loss(clean, attributes, generator, found)
 
-    def _make_hook(self, bank: Bank) -> SkipHook:
-        """A hook that adds retrieved features; a bank whose references are dropped gives zero."""
-
-        def hook(site: str, h: Tensor) -> Tensor:
-            entries = bank.sites[site]
-            return h + self.network.retrieval[site](h, entries.keys, entries.values, entries.bias)
-
-        return hook
-
     def _predict(
-        self, noised: Tensor, steps: Tensor, context: Tensor, y: Tensor | None, hook: SkipHook
+        self, noised: Tensor, steps: Tensor, context: Tensor, hook: SkipHook
     ) -> tuple[Tensor, list[Tensor]]:
         """The prediction and the features of all sites."""
         with torch.no_grad():  # the base encoder is never trained
-            emb = self.unet.embed(steps, y, noised.dtype)
+            emb = self.unet.embed(steps, None, noised.dtype)
             features = self.unet.encode(noised, emb, context)
         return self.unet.decode(features, emb, context, hook), features
 

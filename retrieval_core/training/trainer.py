@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,12 +40,12 @@ def seed_generator(seed: int, step: int, device: torch.device | str = "cpu") -> 
 
 
 class Trainer:
-    """Trains the parameters of `parameters_owner` that require a gradient.
+    """Trains the parameters of a module that require a gradient.
 
-    parameters_owner: module; checkpoints store parameters by their names in it.
+    parameters_owner: the module, whose buffers no step changes; checkpoints store parameters by
+        their names in it.
     loss_fn: (batch, generator) -> scalar tensors by name; "loss" is minimised. All randomness must
-        come from the generator, which is on `device`, so that a resumed run repeats it; for
-        dropout, the global torch generator is seeded for each step too.
+        come from the generator, which is on `device`, so that a resumed run repeats it.
     batches: see `Batches`. settings: see `TrainingSettings`.
     folder: for checkpoints, `losses.csv` and `losses.png`; it names the progress bar. A checkpoint
         found there is resumed.
@@ -84,13 +85,6 @@ class Trainer:
         self.parameters = {n: p for n, p in self.owner.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise RetrievalError("Nothing to train: no parameter requires a gradient.")
-        stored = self.owner.state_dict(keep_vars=True)
-        # Buffers that a step may change: in training mode, as a batch norm's statistics.
-        self.buffers = {
-            n: b
-            for n, b in self.owner.named_buffers()
-            if n in stored and self.owner.get_submodule(n.rpartition(".")[0]).training
-        }
         self.optimizer = self._make_optimizer()
         self.ema = ExponentialMovingAverage(self.parameters, settings.ema_decay)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -110,12 +104,11 @@ class Trainer:
         """
         end = self.settings.steps if until is None else min(until, self.settings.steps)
         first = saved_at = self.step
-        rng_state = torch.get_rng_state()
         # The last save is inside the interruption, so that Ctrl-C cannot prevent it.
         with Interruption() as interruption:
             try:
                 with (
-                    prefetch_batches(self.batches.batch, first, end) as batches,
+                    closing(prefetch_batches(self.batches.batch, first, end)) as batches,
                     Progress(self.folder.name, first, end) as progress,
                 ):
                     while self.step < end and not interruption.requested:
@@ -126,7 +119,6 @@ class Trainer:
                             saved_at = self.step
                         self._stop_if_hopeless()
             finally:
-                torch.set_rng_state(rng_state)
                 if self._consistent and self.step > saved_at:
                     self.save()
         stopped = interruption.requested and self.step < end
@@ -163,11 +155,8 @@ class Trainer:
         rate = settings.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        if self.buffers:  # a forward pass may change them, as batch norm does
-            self._consistent = False
         self.optimizer.zero_grad(set_to_none=True)  # an aborted step may have left gradients
         generator = seed_generator(settings.seed, self.step, self.device)
-        torch.manual_seed(generator.initial_seed())
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
         ):
@@ -210,7 +199,6 @@ class Trainer:
         """All tensors and JSON values that a run needs to resume exactly."""
         tensors = {f"weights.{name}": p for name, p in self.parameters.items()}
         tensors |= {f"ema.{name}": average for name, average in self.ema.averages.items()}
-        tensors |= {f"buffers.{name}": buffer for name, buffer in self.buffers.items()}
         for name, values in self.history.items():
             tensors[f"history.{name}"] = torch.tensor(values, dtype=torch.float64)
         for name, parameter in self.parameters.items():
@@ -242,8 +230,6 @@ class Trainer:
                     "exp_avg": torch.zeros_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
                     "exp_avg_sq": torch.zeros_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
                 }
-        for name, buffer in self.buffers.items():
-            buffer.copy_(tensors[f"buffers.{name}"])
         series = {n: t.tolist() for n, t in tensors.items() if n.startswith("history.")}
         self.history = {name.removeprefix("history."): values for name, values in series.items()}
         self.step = state["step"]

@@ -13,14 +13,12 @@ from retrieval_core.training.trainer import Trainer, seed_generator
 
 
 class Owner(nn.Module):
-    """A trained part, a frozen part, dropout (the global generator), and a moving buffer."""
+    """A trained part, a frozen part, and a parameter that gets no gradient."""
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.trained = nn.Sequential(
-            nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(0.1), nn.Linear(16, 4)
-        )
+        self.trained = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 4))
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.unused = nn.Parameter(torch.ones(2, 2))
         with torch.no_grad():

@@ -22,7 +22,7 @@ from retrieval_core.paperdoll.batches import (
     to_images,
 )
 from retrieval_core.paperdoll.text import CONCEPTS, LENGTH, PAD, Tokenizer
-from retrieval_core.paperdoll.world import is_held_out_identity, is_held_out_outfit
+from retrieval_core.paperdoll.world import is_held_out
 
 COUNT = 6
 # Nothing cut off, filled or moved: a whole figure as a reference is its picture.
@@ -49,8 +49,8 @@ def test_a_characters_figures_are_of_one_character_and_not_held_out():
         assert all(f.identity == who for f in others_clothes)
         assert all(f.outfit == clothes for f in people)
         for figure in figures:
-            assert not is_held_out_identity(figure.identity)
-            assert not is_held_out_outfit(figure.outfit)
+            assert not is_held_out(figure.identity)
+            assert not is_held_out(figure.outfit)
 
 
 def test_rendering_on_all_processors_is_rendering_one_by_one(characters):

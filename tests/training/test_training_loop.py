@@ -165,15 +165,6 @@ def test_a_half_applied_step_is_never_saved(tmp_path, monkeypatch):
     assert all(torch.equal(p, whole.parameters[name]) for name, p in resumed.parameters.items())
 
 
-def test_the_global_generator_is_left_as_it_was(tmp_path):
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    run = trainer(tmp_path)
-    torch.manual_seed(1)
-    run.run(3)
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_the_history_is_written_as_csv(tmp_path):
     run = trainer(tmp_path)
     run.run(50)
