@@ -108,11 +108,6 @@ class UNetConfig:
         assert self.num_head_channels is not None
         return max(1, channels // self.num_head_channels)
 
-    @property
-    def time_channels(self) -> int:
-        """Width of the time embedding."""
-        return self.model_channels * 4
-
     def encoder_plan(self) -> list[tuple[str, int, int, int]]:
         """(kind, in channels, out channels, transformer depth) of each input block after the first.
 
@@ -357,7 +352,8 @@ def _make_layers(
     **kw: Any,
 ) -> list[nn.Module]:
     """A residual block, and `depth` transformer blocks if any."""
-    layers: list[nn.Module] = [ResBlock(in_channels, channels, config.time_channels, ops, **kw)]
+    time = 4 * config.model_channels
+    layers: list[nn.Module] = [ResBlock(in_channels, channels, time, ops, **kw)]
     if depth:
         layers.append(SpatialTransformer(channels, depth, config, attend, ops, **kw))
     return layers
@@ -381,7 +377,7 @@ class UNetEncoder(nn.Module):
         **kw: Any,
     ):
         super().__init__()
-        ops, time = operations, config.time_channels
+        ops, time = operations, 4 * config.model_channels
         make_layers = partial(_make_layers, config, attend, ops, **kw)
         self.config = config
 
