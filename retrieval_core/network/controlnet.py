@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from ..errors import RetrievalError
 from ..files import check_format, parse_json, read_safetensors, save_safetensors
-from .encoder import RetrievalEncoder
 from .retrieval_site import RetrievalSite, choose_query_pools
 from .unet import (
     AttentionFunction,
     UNet,
     UNetConfig,
+    UNetEncoder,
     attention,
     check_weights,
     detect_config,
@@ -35,10 +35,10 @@ from .unet import (
 
 FORMAT = "retrieval_controlnet"
 FORMAT_VERSION = 2
-BASES = ("sd15", "sd21", "sdxl", "paperdoll")
 DECODER_PARTS = ("output_blocks.", "out.")
 # Factor by base; a paper doll's full-resolution sites have only 16 x 16 positions.
 QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
+BASES = tuple(QUERY_POOLING)
 MOST_POOLING = 8
 
 Guidance = Literal["cond", "both"]
@@ -60,6 +60,35 @@ class Card:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+class RetrievalEncoder(UNetEncoder):
+    """A copy of the base U-Net's time embedding, encoder and middle block.
+
+    Its inputs are the clean VAE latent of a reference, timestep 0, and a text context that says
+    what to take from the reference ("face", "clothes", "figure", or tags).
+    """
+
+    def forward(
+        self, latents: Tensor, context: Tensor, y: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Features f_s of every site.
+
+        Args:
+            latents: [R, C, H, W], scaled as the base model's latents are. For an inpainting base
+                (2 C + 1 input channels) an empty mask and the latents themselves are appended.
+            context: [R, L, D] text context of each reference.
+            y: [R, A] vector conditioning where the base has one (SDXL).
+
+        Returns:
+            site -> [R, C_s, H_s, W_s].
+        """
+        if self.config.in_channels == 2 * latents.shape[1] + 1:
+            latents = torch.cat([latents, torch.zeros_like(latents[:, :1]), latents], 1)
+        timesteps = torch.zeros(latents.shape[0], device=latents.device)
+        emb = self.embed(timesteps, y, latents.dtype)
+        features = self.encode(latents, emb, context)
+        return dict(zip(self.config.site_channels(), features, strict=True))
+
+
 class RetrievalControlNet(nn.Module):
     """Encoder and retrieval sites for a base U-Net of shape `config`.
 
@@ -69,6 +98,7 @@ class RetrievalControlNet(nn.Module):
         card: base name, recommended settings and provenance.
         query_pooling: query pooling factor at the full-resolution sites; None: by the base
             (`QUERY_POOLING`).
+        kw: device, dtype of the weights.
 
     Attributes:
         decoder: trained decoder weights under the base model's own names (`output_blocks.*`,
@@ -83,12 +113,10 @@ class RetrievalControlNet(nn.Module):
         card: Card,
         operations: Any = nn,
         attend: AttentionFunction = attention,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
         query_pooling: int | None = None,
+        **kw: Any,
     ):
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
         self.config, self.card = config, card
         if query_pooling is None:
             query_pooling = QUERY_POOLING[card.base]
@@ -108,23 +136,22 @@ class RetrievalControlNet(nn.Module):
 
     @classmethod
     def from_base(
-        cls, base: Mapping[str, Tensor], name: str, seed: int = 0, prefix: str = "", **kw: Any
+        cls, base: Mapping[str, Tensor], name: str, seed: int = 0, **kw: Any
     ) -> RetrievalControlNet:
-        """An untrained network for a base checkpoint, whose encoder it copies (§4.1).
+        """An untrained network for a base U-Net, whose encoder it copies (§4.1).
 
         Args:
-            base: the checkpoint's tensors; the U-Net's begin with `prefix`.
+            base: the U-Net's weights.
             name: one of `BASES`.
             seed: of the retrieval layers' initial rotation.
             kw: of the class, and `config` (by default from the checkpoint's shapes).
 
         Raises:
-            RetrievalError: the checkpoint is not a U-Net of this family.
+            RetrievalError: the weights are not of a U-Net of this family.
         """
-        own = {k[len(prefix) :]: v for k, v in base.items() if k.startswith(prefix)}
-        config = kw.pop("config", None) or detect_config(own)
+        config = kw.pop("config", None) or detect_config(base)
         network = cls(config, Card(name), **kw)
-        copied = {k: v for k, v in own.items() if not k.startswith(DECODER_PARTS)}
+        copied = {k: v for k, v in base.items() if not k.startswith(DECODER_PARTS)}
         load_strictly(network.encoder, copied, "encoder")
         generator = torch.Generator().manual_seed(seed)
         for site in network.retrieval.values():
@@ -170,20 +197,17 @@ class RetrievalControlNet(nn.Module):
         tensors |= {f"decoder.{k}": v for k, v in self.decoder.items()}
         if dtype is not None:
             tensors = {k: v.to(dtype) for k, v in tensors.items()}
-        save_safetensors(path, tensors, self.metadata())
-
-    def metadata(self) -> dict[str, str]:
-        """The file's metadata fields."""
-        pooling = {"query_pooling": str(self.query_pooling)} if self.query_pooling > 1 else {}
-        return {
+        metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION if self.decoder_is_difference else 1),
             "base": self.card.base,
-            "config": json.dumps(self.config.to_dict()),
+            "config": json.dumps(asdict(self.config)),
             "recommended": json.dumps(self.card.recommended),
             "training": json.dumps(self.card.training),
-            **pooling,
         }
+        if self.query_pooling > 1:
+            metadata["query_pooling"] = str(self.query_pooling)
+        save_safetensors(path, tensors, metadata)
 
 
 def load(path: str | os.PathLike[str], base: str | None = None, **kw: Any) -> RetrievalControlNet:

@@ -9,9 +9,12 @@ offloading and kernels.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, count, takewhile
+from operator import mul
 from typing import Any
 
 import torch
@@ -72,36 +75,31 @@ class UNetConfig:
     adm_in_channels: int | None = None
 
     def __post_init__(self) -> None:
-        levels = len(self.channel_mult)
+        def check(good: bool, problem: str) -> None:
+            if not good:
+                raise RetrievalError(
+                    f"The U-Net configuration has {problem}; use a file saved by this pack."
+                )
+
         for name in ("channel_mult", "num_res_blocks", "transformer_depth"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if len(getattr(self, name)) != levels:
-                raise RetrievalError(
-                    f"The U-Net configuration has {levels} levels in channel_mult but "
-                    f"{len(getattr(self, name))} in {name}; give one entry a level."
-                )
-        if (self.num_heads is None) == (self.num_head_channels is None):
-            raise RetrievalError(
-                f"The U-Net configuration sets num_heads={self.num_heads} and num_head_channels="
-                f"{self.num_head_channels}; set exactly one of them."
-            )
-        least = {"model_channels": 1, "context_dim": 1, "in_channels": 1, "out_channels": 1}
-        least |= {"middle_depth": 0, "num_res_blocks": 0, "transformer_depth": 0}
-        least |= {"channel_mult": 1, "num_heads": 1, "num_head_channels": 1, "adm_in_channels": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-            if not all(type(number) is int and number >= low for number in numbers):
-                raise RetrievalError(
-                    f"The U-Net configuration has {name}={value}; it must be whole and {low} or "
-                    "more."
-                )
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+            found, levels = len(getattr(self, name)), len(self.channel_mult)
+            check(found == levels, f"{levels} levels in channel_mult but {found} in {name}")
+        check(
+            (self.num_heads is None) != (self.num_head_channels is None),
+            f"num_heads={self.num_heads} and num_head_channels={self.num_head_channels}, of which "
+            "exactly one is to be set",
+        )
+        for name, value in vars(self).items():
+            low = 0 if name in ("middle_depth", "num_res_blocks", "transformer_depth") else 1
+            if name != "use_linear_in_transformer" and value is not None:
+                numbers = value if isinstance(value, tuple) else (value,)
+                good = all(type(number) is int and number >= low for number in numbers)
+                check(good, f"{name}={value}, which is to be whole and {low} or more")
         for width in (self.model_channels, *(self.model_channels * m for m in self.channel_mult)):
-            if width % 32 or width % self.heads(width):  # group norms have 32 groups
-                raise RetrievalError(
-                    f"The U-Net configuration has a width of {width} channels and "
-                    f"{self.heads(width)} heads; both 32 and the number of heads must divide it."
-                )
+            heads = self.heads(width)
+            good = not (width % 32 or width % heads)  # group norms have 32 groups
+            check(good, f"a width of {width} channels, which 32 or its {heads} heads do not divide")
 
     def heads(self, channels: int) -> int:
         """Number of attention heads at a width of `channels`."""
@@ -109,11 +107,6 @@ class UNetConfig:
             return self.num_heads
         assert self.num_head_channels is not None
         return max(1, channels // self.num_head_channels)
-
-    @property
-    def time_channels(self) -> int:
-        """Width of the time embedding."""
-        return self.model_channels * 4
 
     def encoder_plan(self) -> list[tuple[str, int, int, int]]:
         """(kind, in channels, out channels, transformer depth) of each input block after the first.
@@ -133,56 +126,32 @@ class UNetConfig:
 
     def site_channels(self) -> dict[str, int]:
         """Retrieval sites and their widths: every skip connection, then the middle block (§4.1)."""
-        plan = self.encoder_plan()
-        widths = [self.model_channels, *(out for _, _, out, _ in plan)]
-        sites = {f"input_{i}": width for i, width in enumerate(widths)}
-        sites[MIDDLE] = widths[-1]
-        return sites
+        return self._name_sites(
+            [self.model_channels, *(out for _, _, out, _ in self.encoder_plan())]
+        )
 
     def site_downsampling(self) -> dict[str, int]:
         """Downsampling factor of each site: latent pixels per token along an edge."""
-        factor, factors = 1, [1]
-        for kind, *_ in self.encoder_plan():
-            factor *= 2 if kind == "down" else 1
-            factors.append(factor)
-        sites = {f"input_{i}": f for i, f in enumerate(factors)}
-        sites[MIDDLE] = factors[-1]
-        return sites
+        steps = (2 if kind == "down" else 1 for kind, *_ in self.encoder_plan())
+        return self._name_sites(list(accumulate(steps, mul, initial=1)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values of all fields."""
-        return asdict(self)
+    def _name_sites(self, values: list[int]) -> dict[str, int]:
+        """Values of the skip connections by site; the middle block has the last one's."""
+        return {**{f"input_{i}": value for i, value in enumerate(values)}, MIDDLE: values[-1]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """The inverse of `to_dict`; RetrievalError names what is missing, unknown or impossible."""
-        known = set(cls.__dataclass_fields__)
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise RetrievalError(
-                f"The U-Net configuration has unknown fields {unknown}; this version knows "
-                f"{sorted(known)}, so update the pack or use a file made for it."
-            )
+        """The inverse of `asdict`; RetrievalError names what is missing, unknown or impossible."""
         try:
             return cls(**values)
         except TypeError as error:
             raise RetrievalError(
                 f"The U-Net configuration does not make sense ({error}); use a file saved by this "
-                "pack."
+                "version of the pack."
             ) from error
 
 
 SD15 = UNetConfig(320, (1, 2, 4, 4), (2, 2, 2, 2), (1, 1, 1, 0), 1, 768, num_heads=8)
-SD21 = UNetConfig(
-    320,
-    (1, 2, 4, 4),
-    (2, 2, 2, 2),
-    (1, 1, 1, 0),
-    1,
-    1024,
-    num_head_channels=64,
-    use_linear_in_transformer=True,
-)
 SDXL = UNetConfig(
     320,
     (1, 2, 4),
@@ -196,11 +165,11 @@ SDXL = UNetConfig(
 )
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding [B, dim] of timesteps [B], cosines first (as in the checkpoints)."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * steps / half)[None]
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10000.0) * steps / half)[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -273,25 +242,15 @@ class GEGLU(nn.Module):
         return x * gate if torch.is_grad_enabled() else gate.mul_(x)
 
 
-class FeedForward(nn.Module):
-    """Feed-forward part of a transformer block, with a hidden width of 4 C."""
-
-    def __init__(self, dim: int, ops: Any, **kw: Any):
-        super().__init__()
-        last = ops.Linear(dim * 4, dim, **kw)
-        self.net = nn.Sequential(GEGLU(dim, dim * 4, ops, **kw), nn.Dropout(0.0), last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text and feed-forward on tokens [B, N, C]."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, attend: Any, ops: Any, **kw: Any):
         super().__init__()
         self.attn1 = Attention(dim, dim, heads, attend, ops, **kw)
-        self.ff = FeedForward(dim, ops, **kw)
+        last = ops.Linear(dim * 4, dim, **kw)
+        net = nn.Sequential(GEGLU(dim, dim * 4, ops, **kw), nn.Dropout(0.0), last)
+        self.ff = nn.Sequential(OrderedDict(net=net))
         self.attn2 = Attention(dim, context_dim, heads, attend, ops, **kw)
         self.norm1 = ops.LayerNorm(dim, **kw)
         self.norm2 = ops.LayerNorm(dim, **kw)
@@ -314,12 +273,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = config.use_linear_in_transformer
         self.norm = ops.GroupNorm(32, channels, eps=1e-6, **kw)
-        blocks = (
-            TransformerBlock(
-                channels, config.context_dim, config.heads(channels), attend, ops, **kw
-            )
-            for _ in range(depth)
-        )
+        sizes = channels, config.context_dim, config.heads(channels)
 
         def projection() -> nn.Module:
             if self.linear:
@@ -327,7 +281,9 @@ class SpatialTransformer(nn.Module):
             return ops.Conv2d(channels, channels, 1, **kw)
 
         self.proj_in = projection()
-        self.transformer_blocks = nn.ModuleList(blocks)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(*sizes, attend, ops, **kw) for _ in range(depth)
+        )
         self.proj_out = projection()
 
     def forward(
@@ -350,17 +306,6 @@ class SpatialTransformer(nn.Module):
         if not self.linear:
             h = self.proj_out(h)
         return _add_residual(h, x)
-
-
-class Downsample(nn.Module):
-    """Strided convolution: [B, C, H, W] -> [B, C, ceil(H / 2), ceil(W / 2)]."""
-
-    def __init__(self, channels: int, ops: Any, **kw: Any):
-        super().__init__()
-        self.op = ops.Conv2d(channels, channels, 3, stride=2, padding=1, **kw)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
 
 
 class Upsample(nn.Module):
@@ -397,6 +342,23 @@ class Block(nn.Sequential):
         return x
 
 
+def _make_layers(
+    config: UNetConfig,
+    attend: Any,
+    ops: Any,
+    in_channels: int,
+    channels: int,
+    depth: int,
+    **kw: Any,
+) -> list[nn.Module]:
+    """A residual block, and `depth` transformer blocks if any."""
+    time = 4 * config.model_channels
+    layers: list[nn.Module] = [ResBlock(in_channels, channels, time, ops, **kw)]
+    if depth:
+        layers.append(SpatialTransformer(channels, depth, config, attend, ops, **kw))
+    return layers
+
+
 class UNetEncoder(nn.Module):
     """Encoder half of the U-Net: time embedding, input blocks and middle block.
 
@@ -404,7 +366,7 @@ class UNetEncoder(nn.Module):
         config: the U-Net's shape.
         operations: namespace with Linear, Conv2d, GroupNorm, LayerNorm.
         attend: attention function, see `attention`.
-        device, dtype: of the weights.
+        kw: device, dtype of the weights.
     """
 
     def __init__(
@@ -412,12 +374,11 @@ class UNetEncoder(nn.Module):
         config: UNetConfig,
         operations: Any = nn,
         attend: AttentionFunction = attention,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **kw: Any,
     ):
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        ops, time = operations, config.time_channels
+        ops, time = operations, 4 * config.model_channels
+        make_layers = partial(_make_layers, config, attend, ops, **kw)
         self.config = config
 
         def embedding(width: int) -> nn.Sequential:
@@ -431,18 +392,13 @@ class UNetEncoder(nn.Module):
         self.input_blocks = nn.ModuleList([Block(first)])
         for kind, in_channels, out_channels, depth in config.encoder_plan():
             if kind == "down":
-                self.input_blocks.append(Block(Downsample(in_channels, ops, **kw)))
-                continue
-            layers: list[nn.Module] = [ResBlock(in_channels, out_channels, time, ops, **kw)]
-            if depth:
-                layers.append(SpatialTransformer(out_channels, depth, config, attend, ops, **kw))
-            self.input_blocks.append(Block(*layers))
+                op = ops.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, **kw)
+                self.input_blocks.append(Block(nn.Sequential(OrderedDict(op=op))))
+            else:
+                self.input_blocks.append(Block(*make_layers(in_channels, out_channels, depth)))
         width = config.site_channels()[MIDDLE]
-        middle: list[nn.Module] = [ResBlock(width, width, time, ops, **kw)]
-        if config.middle_depth:
-            middle.append(SpatialTransformer(width, config.middle_depth, config, attend, ops, **kw))
-        middle.append(ResBlock(width, width, time, ops, **kw))
-        self.middle_block = Block(*middle)
+        middle = make_layers(width, width, config.middle_depth)
+        self.middle_block = Block(*middle, ResBlock(width, width, time, ops, **kw))
 
     def embed(self, timesteps: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Time (and SDXL vector) embedding [B, 4 * model_channels]."""
@@ -486,23 +442,19 @@ class UNet(UNetEncoder):
         config: UNetConfig,
         operations: Any = nn,
         attend: AttentionFunction = attention,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **kw: Any,
     ):
-        super().__init__(config, operations, attend, device, dtype)
-        kw = {"device": device, "dtype": dtype}
-        ops, time = operations, config.time_channels
+        super().__init__(config, operations, attend, **kw)
+        ops = operations
         skips = list(config.site_channels().values())[:-1]
         channels = skips[-1]
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(config.channel_mult))):
             width = config.model_channels * config.channel_mult[level]
             for index in range(config.num_res_blocks[level] + 1):
-                layers: list[nn.Module] = [ResBlock(channels + skips.pop(), width, time, ops, **kw)]
+                depth, wide = config.transformer_depth[level], channels + skips.pop()
+                layers = _make_layers(config, attend, ops, wide, width, depth, **kw)
                 channels = width
-                depth = config.transformer_depth[level]
-                if depth:
-                    layers.append(SpatialTransformer(width, depth, config, attend, ops, **kw))
                 if level and index == config.num_res_blocks[level]:
                     layers.append(Upsample(width, ops, **kw))
                 self.output_blocks.append(Block(*layers))
@@ -548,76 +500,57 @@ class UNet(UNetEncoder):
         return self.decode(features, emb, context, skip_hook, self_attention)
 
 
-def detect_config(weights: Mapping[str, Tensor], prefix: str = "") -> UNetConfig:
-    """Derives the configuration from the shapes of a checkpoint of SD 1.x, SD 2.x or SDXL.
-
-    Args:
-        weights: tensors under `prefix` in the original layout.
-        prefix: "model.diffusion_model." for a whole checkpoint.
+def detect_config(weights: Mapping[str, Tensor]) -> UNetConfig:
+    """Derives the configuration from the shapes of a U-Net's weights, of SD 1.x, SD 2.x or SDXL.
 
     Raises:
         RetrievalError: the weights are not of this family.
     """
-
-    def shape(key: str) -> tuple[int, ...] | None:
-        tensor = weights.get(prefix + key)
-        return None if tensor is None else tuple(tensor.shape)
-
-    first, last = shape("input_blocks.0.0.weight"), shape("out.2.weight")
-    if first is None or first[2:] != (3, 3) or shape("time_embed.0.weight") is None:
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    first = shapes.get("input_blocks.0.0.weight", ())
+    if first[2:] != (3, 3) or "time_embed.0.weight" not in shapes:
         raise RetrievalError(
-            f"These weights have no '{prefix}input_blocks.0.0.weight' and time_embed of a U-Net; "
-            "give a checkpoint of SD 1.x, SD 2.x or SDXL."
+            "These weights have no 'input_blocks.0.0.weight' and time_embed of a U-Net; give a "
+            "checkpoint of SD 1.x, SD 2.x or SDXL."
         )
-    base = first[0]
-    mults, blocks, depths = [], [], []
-    level_blocks, width, depth, index = 0, base, 0, 1
-
-    def transformer_depth(stem: str) -> int:
-        n = 0
-        while shape(f"{stem}.transformer_blocks.{n}.attn1.to_q.weight") is not None:
-            n += 1
-        return n
-
-    while True:
-        stem = f"input_blocks.{index}.0"
-        res = shape(f"{stem}.in_layers.2.weight")
-        if res is not None:
-            level_blocks, width = level_blocks + 1, res[0]
-            depth = transformer_depth(f"input_blocks.{index}.1")
-        else:
-            mults.append(width // base)
-            blocks.append(level_blocks)
-            depths.append(depth)
-            level_blocks, depth = 0, 0
-            if shape(f"{stem}.op.weight") is None:
-                break
-        index += 1
-    keys = (k for k in weights if k.startswith(prefix) and k.endswith("attn2.to_k.weight"))
-    context_dim = next((weights[k].shape[1] for k in keys), None)
-    if context_dim is None:
+    contexts = [shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
+    if not contexts:
         raise RetrievalError(
             "These weights have no cross-attention, so they are not a text-to-image U-Net of "
             "SD 1.x, SD 2.x or SDXL; give such a checkpoint."
         )
-    linear = any(
-        k.startswith(prefix + "input") and k.endswith("proj_in.weight") and w.ndim == 2
-        for k, w in weights.items()
-    )
-    adm = shape("label_emb.0.0.weight")
-    old_heads = context_dim == 768
+
+    def transformer_depth(stem: str) -> int:
+        names = (f"{stem}.transformer_blocks.{n}.attn1.to_q.weight" for n in count())
+        return sum(1 for _ in takewhile(shapes.__contains__, names))
+
+    base = first[0]
+    widths, blocks, depths = [base], [0], [0]
+    for index in count(1):
+        stem = f"input_blocks.{index}"
+        residual = shapes.get(f"{stem}.0.in_layers.2.weight")
+        if residual is not None:
+            widths[-1], depths[-1] = residual[0], transformer_depth(f"{stem}.1")
+            blocks[-1] += 1
+        elif f"{stem}.0.op.weight" in shapes:
+            widths, blocks, depths = [*widths, widths[-1]], [*blocks, 0], [*depths, 0]
+        else:
+            break
+    projections = (shape for name, shape in shapes.items() if name.endswith("proj_in.weight"))
+    adm, last = shapes.get("label_emb.0.0.weight"), shapes.get("out.2.weight", (4,))
+    old_heads = contexts[0] == 768
     return UNetConfig(
         model_channels=base,
-        channel_mult=tuple(mults),
+        channel_mult=tuple(width // base for width in widths),
         num_res_blocks=tuple(blocks),
         transformer_depth=tuple(depths),
         middle_depth=transformer_depth("middle_block.1"),
-        context_dim=context_dim,
+        context_dim=contexts[0],
         in_channels=first[1],
-        out_channels=last[0] if last else 4,
+        out_channels=last[0],
         num_heads=8 if old_heads else None,
         num_head_channels=None if old_heads else 64,
-        use_linear_in_transformer=linear,
+        use_linear_in_transformer=any(len(shape) == 2 for shape in projections),
         adm_in_channels=adm[1] if adm else None,
     )
 

@@ -13,10 +13,11 @@ from .world import BACKGROUNDS, SIZE, Colour
 @lru_cache(maxsize=1024)
 def draw_background(name: str, seed: int) -> Image.Image:
     """RGB image of 64x64 pixels; deterministic. It is cached: callers must not draw on it."""
-    rng = np.random.default_rng([BACKGROUNDS.index(name), seed])
+    index = BACKGROUNDS.index(name)
+    rng = np.random.default_rng([index, seed])
     picture = Image.new("RGB", (SIZE, SIZE))
     pen = ImageDraw.Draw(picture)
-    _MOTIFS[name](pen, rng)
+    _MOTIFS[index](pen, rng)
     return picture
 
 
@@ -95,13 +96,4 @@ def _sunset(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
     _gradient(pen, (120, 50, 80), (60, 24, 60), 44, SIZE)
 
 
-_MOTIFS = {
-    "studio": _studio,
-    "sky": _sky,
-    "beach": _beach,
-    "forest": _forest,
-    "city": _city,
-    "night": _night,
-    "room": _room,
-    "sunset": _sunset,
-}
+_MOTIFS = (_studio, _sky, _beach, _forest, _city, _night, _room, _sunset)  # as BACKGROUNDS

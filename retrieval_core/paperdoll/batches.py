@@ -27,7 +27,8 @@ REFERENCES = 4
 TARGETS = SAME - REFERENCES
 # Probabilities that only 1 to 3 of the references are used, and that none is.
 FEWER_REFERENCES, NO_REFERENCES = 0.2, 0.05
-TAG_DROP = 0.1
+# Probabilities that a prompt leaves a tag out, and that one of the base model is empty.
+TAG_DROP, BASE_TEXT_DROP = 0.1, 0.1
 
 # Sources are augmented; targets are not, since the base model never saw a cropped figure.
 SOURCE = RandomView(scale=(0.85, 1.25), shift=0.06, flip=0.5)
@@ -57,19 +58,20 @@ Characters = Sequence[Sequence[Rendering]]  # [N][EACH]
 T = TypeVar("T")
 
 
-def draw_character_figures(seed: int, index: int, held_out: bool) -> list[Figure]:
+def render_characters(seed: int, count: int) -> Characters:
+    """Renders `count` characters that are not held out, on all processors; the same for the same
+    seed anywhere."""
+    return _map_in_processes(partial(render_character, seed), count, 50)
+
+
+def render_character(seed: int, index: int) -> list[Rendering]:
     """The `EACH` figures of character number `index`, from a random stream per character."""
-    rng = np.random.default_rng([seed, index, int(held_out)])
-    identity, outfit = random_identity(rng, held_out), random_outfit(rng, held_out)
+    rng = np.random.default_rng([seed, index, 0])
+    identity, outfit = random_identity(rng, False), random_outfit(rng, False)
     pairs = [(identity, outfit)] * SAME
-    pairs += [(identity, random_outfit(rng, held_out)) for _ in range(OTHER_CLOTHES)]
-    pairs += [(random_identity(rng, held_out), outfit) for _ in range(OTHER_PEOPLE)]
-    return [Figure(who, clothes, random_scene(rng)) for who, clothes in pairs]
-
-
-def render_characters(seed: int, count: int, held_out: bool = False) -> Characters:
-    """Renders `count` characters on all processors; the same for the same seed anywhere."""
-    return _map_in_processes(partial(_render_character, seed, held_out), count, 50)
+    pairs += [(identity, random_outfit(rng, False)) for _ in range(OTHER_CLOTHES)]
+    pairs += [(random_identity(rng, False), outfit) for _ in range(OTHER_PEOPLE)]
+    return [render(Figure(who, clothes, random_scene(rng))) for who, clothes in pairs]
 
 
 def render_any(seed: int, count: int) -> list[Rendering]:
@@ -80,10 +82,6 @@ def render_any(seed: int, count: int) -> list[Rendering]:
 def _map_in_processes(function: Callable[[int], T], count: int, chunk: int) -> list[T]:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, range(count), chunksize=chunk))
-
-
-def _render_character(seed: int, held_out: bool, index: int) -> list[Rendering]:
-    return [render(figure) for figure in draw_character_figures(seed, index, held_out)]
 
 
 def _render_any(seed: int, index: int) -> Rendering:
@@ -115,11 +113,9 @@ def index_read_attributes(renderings: Sequence[Rendering]) -> Tensor:
     return torch.tensor([index_truth(r.figure) for r in renderings])[:, columns]
 
 
-def write_prompt(
-    tags: Sequence[str], rng: np.random.Generator, tag_drop: float, text_drop: float
-) -> str:
-    """A prompt of tags, each left out with one probability and all of them with another."""
-    named = [tag for tag in tags if rng.random() >= tag_drop]
+def write_prompt(scene: Scene, rng: np.random.Generator, text_drop: float) -> str:
+    """A prompt of the scene's tags, some left out, and empty with probability `text_drop`."""
+    named = [tag for tag in scene.tags() if rng.random() >= TAG_DROP]
     return "" if rng.random() < text_drop else ", ".join(named)
 
 
@@ -133,15 +129,13 @@ def tokenize(prompts: Sequence[str]) -> Tensor:
 class BaseBatches:
     """Pictures and tags for the base model; a batch depends on the seed and the step only.
 
-    tag_drop: probability that a single tag is left out; text_drop: that all are. pairs: every
-    other batch has half as many pictures, twice as wide, of two characters in one scene.
+    pairs: every other batch has half as many pictures, twice as wide, of two characters in one
+    scene.
     """
 
     characters: Characters
     size: int
     seed: int
-    tag_drop: float = TAG_DROP
-    text_drop: float = 0.1
     pairs: bool = False
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +146,7 @@ class BaseBatches:
         count = len(self.characters)
         who, which = rng.integers(count, size=self.size), rng.integers(EACH, size=self.size)
         shown = [self.characters[i][j] for i, j in zip(who, which)]
-        prompts = [self._write_prompt(rendering.figure.scene, rng) for rendering in shown]
+        prompts = [write_prompt(r.figure.scene, rng, BASE_TEXT_DROP) for r in shown]
         return stack_images(shown), tokenize(prompts)
 
     def _pairs(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -164,11 +158,8 @@ class BaseBatches:
             pictures.append(
                 np.concatenate([render_in_scene(f, scene, rng).image for f in figures], 1)
             )
-            prompts.append(self._write_prompt(scene, rng))
+            prompts.append(write_prompt(scene, rng, BASE_TEXT_DROP))
         return to_images(np.stack(pictures)), tokenize(prompts)
-
-    def _write_prompt(self, scene: Scene, rng: np.random.Generator) -> str:
-        return write_prompt(scene.tags(), rng, self.tag_drop, self.text_drop)
 
 
 @dataclass(frozen=True)
@@ -225,8 +216,7 @@ class RetrievalBatches:
     characters: Characters
     size: int
     seed: int
-    text_drop: float = 0.5
-    tag_drop: float = TAG_DROP
+    text_drop: float
     pairs: bool = False
 
     def batch(self, step: int) -> RetrievalBatch:
@@ -263,9 +253,7 @@ class RetrievalBatches:
         for row, rendering in zip(face, shown):
             x0, y0, x1, y1 = rendering.head_box
             row[y0:y1, x0:x1] = True
-        prompts = [
-            write_prompt(r.figure.scene.tags(), rng, self.tag_drop, self.text_drop) for r in shown
-        ]
+        prompts = [write_prompt(r.figure.scene, rng, self.text_drop) for r in shown]
         references = item.references
         unmasked = np.ones((SIZE, SIZE), bool)
         masks = [unmasked if r.mask is None else r.mask for r in references]

@@ -10,19 +10,10 @@ import torch
 from ..data import Sample, cut_reference
 from ..data.prepare import PreparedReference
 from ..data.sample import Concept
+from . import world
 from .draw import Rendering, render
 from .judge import FACE, GARMENTS, SCENE, Attributes, list_truth
-from .world import (
-    BACKGROUNDS,
-    SIZE,
-    Figure,
-    Identity,
-    Outfit,
-    Scene,
-    random_identity,
-    random_outfit,
-    random_scene,
-)
+from .world import Figure
 
 REFERENCES = 4
 
@@ -48,16 +39,21 @@ def prepare_rendering(
 ) -> PreparedReference:
     """A rendered figure as a reference for `concept`, with its background unless `masked`."""
     sample = Sample(rendering.image, rendering.mask, rendering.head_box)
-    cut = cut_reference(sample, concept, SIZE, remove_background=masked)
+    cut = cut_reference(sample, concept, world.SIZE, remove_background=masked)
     image = torch.from_numpy(cut.image.copy()).movedim(-1, 0).float() / 255
     mask = None if cut.mask is None else torch.from_numpy(cut.mask).float()
     return PreparedReference(image, mask, concept, 1.0)
 
 
-def _render_sources(
-    who: Identity, clothes: Outfit, background: str, count: int, rng: np.random.Generator
+def render_sources(
+    who: world.Identity,
+    clothes: world.Outfit,
+    background: str,
+    count: int,
+    rng: np.random.Generator,
 ) -> list[Rendering]:
-    scenes = [replace(random_scene(rng), background=background) for _ in range(count)]
+    """One character in `count` random scenes with one background."""
+    scenes = [replace(world.random_scene(rng), background=background) for _ in range(count)]
     return [render(Figure(who, clothes, scene)) for scene in scenes]
 
 
@@ -76,20 +72,13 @@ def _make_case(
     )
 
 
-def _draw_setting(rng: np.random.Generator) -> tuple[str, Scene]:
-    """The background of the references, and the scene of the prompt."""
-    return BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))], random_scene(rng)
-
-
-def make_character_case(
-    seed: int, index: int, count: int = REFERENCES, masked: bool = False
-) -> Case:
-    """Case `index` of the same-character task: `count` whole figures of one held-out character."""
+def make_character_case(seed: int, index: int, masked: bool = False) -> Case:
+    """Case `index` of the same-character task: four whole figures of one held-out character."""
     rng = np.random.default_rng([seed, index, 10])
-    who, clothes = random_identity(rng, True), random_outfit(rng, True)
-    background, scene = _draw_setting(rng)
-    sources = _render_sources(who, clothes, background, count, rng)
-    return _make_case(Figure(who, clothes, scene), sources, ("figure",) * count, masked)
+    who, clothes = world.random_identity(rng, True), world.random_outfit(rng, True)
+    background, scene = world.pick(rng, world.BACKGROUNDS), world.random_scene(rng)
+    sources = render_sources(who, clothes, background, REFERENCES, rng)
+    return _make_case(Figure(who, clothes, scene), sources, ("figure",) * REFERENCES, masked)
 
 
 def make_composition_case(seed: int, index: int, masked: bool = False) -> Case:
@@ -99,11 +88,11 @@ def make_composition_case(seed: int, index: int, masked: bool = False) -> Case:
     second one's face) are drawn independently of the target's.
     """
     rng = np.random.default_rng([seed, index, 11])
-    who, clothes = random_identity(rng, True), random_outfit(rng, True)
-    other, others_clothes = random_identity(rng, True), random_outfit(rng, True)
-    background, scene = _draw_setting(rng)
-    faces = _render_sources(who, others_clothes, background, 2, rng)
-    bodies = _render_sources(other, clothes, background, 2, rng)
+    who, clothes = world.random_identity(rng, True), world.random_outfit(rng, True)
+    other, others_clothes = world.random_identity(rng, True), world.random_outfit(rng, True)
+    background, scene = world.pick(rng, world.BACKGROUNDS), world.random_scene(rng)
+    faces = render_sources(who, others_clothes, background, 2, rng)
+    bodies = render_sources(other, clothes, background, 2, rng)
     concepts = ("face", "face", "clothes", "clothes")
     return _make_case(Figure(who, clothes, scene), [*faces, *bodies], concepts, masked)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ from .world import SIZE
 
 SHOWN = 6
 BATCH = 12
+TASKS = (
+    ("same_character", "Same character", make_character_case),
+    ("composition", "Face of one, clothes of another", make_composition_case),
+)
 
 
 def read_reference(text: str) -> PreparedReference:
@@ -37,11 +42,11 @@ def read_reference(text: str) -> PreparedReference:
     path, concept, weight = text, "figure", 1.0
     # From the right, and only where no file has that name (Windows paths contain a colon).
     if not Path(path).exists() and ":" in path:
-        path, last = path.rsplit(":", 1)
-        concept = last
-        if _is_number(last) and ":" in path and not Path(path).exists():
-            weight = float(last)
-            path, concept = path.rsplit(":", 1)
+        path, concept = path.rsplit(":", 1)
+        if ":" in path and not Path(path).exists():
+            with suppress(ValueError):
+                weight = float(concept)
+                path, concept = path.rsplit(":", 1)
     if concept not in CONCEPTS:
         raise RetrievalError(
             f"The reference '{text}' asks for {concept!r}; write FILE:CONCEPT with a concept of "
@@ -49,14 +54,6 @@ def read_reference(text: str) -> PreparedReference:
         )
     image, alpha = load_image(path)
     return prepare(image, alpha, concept, weight, SIZE)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def draw_pictures(
@@ -75,10 +72,16 @@ def draw_pictures(
 
 
 def show_task(
-    bundle: Bundle, name: str, title: str, cases: list[Case], out: Path, seed: int, how: Sampling
+    bundle: Bundle,
+    name: str,
+    title: str,
+    make_case: Callable[[int, int], Case],
+    options: argparse.Namespace,
+    how: Sampling,
 ) -> Path:
     """Writes one task's sheet and prints its match rates."""
-    batches = []
+    seed = options.seed
+    cases, batches = [make_case(seed, i) for i in range(options.count)], []
     for start in tqdm(range(0, len(cases), BATCH), desc=name, disable=None, leave=False):
         batch = cases[start : start + BATCH]
         tokens = encode_groups(bundle.base, bundle.network, [case.references for case in batch])
@@ -96,7 +99,7 @@ def show_task(
             Tile(maps[i], "retrieved from (frame colours)"),
         ]
         rows.append(Row(case.prompt, references, results))
-    path = out / f"{name}.png"
+    path = options.out / f"{name}.png"
     subtitle = "Each row: one prompt and one seed; the characters were never seen in training."
     write_sheet(path, title, subtitle, rows)
     with_rates = measure_matches(cases, bundle.judge.read(found))
@@ -109,13 +112,11 @@ def show_task(
     return path
 
 
-def show_own(
-    bundle: Bundle, references: list[str], prompt: str, out: Path, seed: int, how: Sampling
-) -> Path:
+def show_own(bundle: Bundle, options: argparse.Namespace, how: Sampling) -> Path:
     """Writes the sheet of the user's own references: four pictures with and without, and maps."""
-    prepared = [read_reference(reference) for reference in references]
-    tokens = encode_group(bundle.base, bundle.network, prepared)
-    plain, found, maps = draw_pictures(bundle, [prompt] * 4, tokens, len(prepared), seed, how)
+    prepared = [read_reference(reference) for reference in options.reference]
+    tokens, prompts = encode_group(bundle.base, bundle.network, prepared), [options.prompt] * 4
+    plain, found, maps = draw_pictures(bundle, prompts, tokens, len(prepared), options.seed, how)
     tiles = [
         Tile(r.image, f"{r.concept}, weight {r.weight:g}", choose_colour(i))
         for i, r in enumerate(prepared)
@@ -125,8 +126,8 @@ def show_own(
         Row("with retrieval", tiles[:8], [Tile(p) for p in found]),
         Row("retrieved from (frame colours)", tiles[8:], [Tile(p) for p in maps]),
     ]
-    path = out / "own_references.png"
-    write_sheet(path, "Your references", f"Prompt: {prompt or '(empty)'}", rows)
+    path = options.out / "own_references.png"
+    write_sheet(path, "Your references", f"Prompt: {options.prompt or '(empty)'}", rows)
     return path
 
 
@@ -155,26 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
         bundle = load_bundle(options.weights)
         if options.reference:
-            paths = [
-                show_own(bundle, options.reference, options.prompt, options.out, options.seed, how)
-            ]
+            paths = [show_own(bundle, options, how)]
         else:
-            tasks = (
-                ("same_character", "Same character", make_character_case),
-                ("composition", "Face of one, clothes of another", make_composition_case),
-            )
-            paths = [
-                show_task(
-                    bundle,
-                    name,
-                    title,
-                    [make(options.seed, i) for i in range(options.count)],
-                    options.out,
-                    options.seed,
-                    how,
-                )
-                for name, title, make in tasks
-            ]
+            paths = [show_task(bundle, *task, options, how) for task in TASKS]
     except RetrievalError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from ..evaluate.characters import FOLDERS, Character
 from ..evaluate.protocol import HELD_OUT, IN_DOMAIN, Protocol
-from .cases import prepare_rendering
-from .draw import render
+from .cases import prepare_rendering, render_sources
 from .judge import FACE, GARMENTS, list_truth
-from .world import BACKGROUNDS, Figure, random_identity, random_outfit, random_scene
+from .world import BACKGROUNDS, pick, random_identity, random_outfit
 
 # As in Table 2, prompts leave some attributes open, so that diversity can be measured.
 PROMPTS = (
@@ -33,10 +30,9 @@ def _draw(protocol: Protocol, domain: str, index: int) -> Character:
     held = domain == HELD_OUT
     rng = np.random.default_rng([protocol.seed, index, 20 + held])
     who, clothes = random_identity(rng, held), random_outfit(rng, held)
-    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    scenes = [replace(random_scene(rng), background=background) for _ in range(protocol.references)]
-    pictures = [render(Figure(who, clothes, scene)) for scene in scenes]
-    known = list_truth(Figure(who, clothes, scenes[0]))
+    background = pick(rng, BACKGROUNDS)
+    pictures = render_sources(who, clothes, background, protocol.references, rng)
+    known = list_truth(pictures[0].figure)
     return Character(
         f"{FOLDERS[domain]}_{index + 1}",
         domain,

@@ -6,24 +6,28 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..bank.site_bank import make_network_bank
 from ..data.prepare import PreparedReference
 from ..evaluate.characters import Character
 from ..evaluate.protocol import Run
 from ..network.fingerprint import fingerprint_weights
 from ..network.unet import UNet
-from ..sampling.applications import Application, Retrieval
-from ..sampling.frozen_site import freeze_sites
+from ..sampling.applications import Application
 from ..training_free import TrainingFree
 from .bundle import Bundle
-from .generate import Sampling, apply_training_free, draw_noise, encode_groups, sample_pictures
+from .generate import (
+    Sampling,
+    apply_bank,
+    apply_training_free,
+    draw_noise,
+    encode_groups,
+    sample_pictures,
+)
 from .model import PaperdollModel
-
-BATCH = 8
 
 
 class PaperdollMethod(ABC):
@@ -33,7 +37,7 @@ class PaperdollMethod(ABC):
     from the same noise.
     """
 
-    batch = BATCH
+    batch = 8
 
     def __init__(
         self, base: PaperdollModel, weights: Sequence[float], how: Sampling, name: str, about: str
@@ -74,18 +78,15 @@ class TrainedMethod(PaperdollMethod):
     ):
         self.network = bundle.network
         made_of = (bundle.network.state_dict(), bundle.network.decoder)
-        super().__init__(
-            bundle.base, weights, how, name, "".join(map(fingerprint_weights, made_of))
-        )
+        about = "".join(map(fingerprint_weights, made_of))
+        super().__init__(bundle.base, weights, how, name, about)
 
     def unet(self) -> UNet:
         return self.network.apply_decoder(self.base.unet)
 
     def apply(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Application:
-        guidance = self.how.guidance or self.network.card.recommended["guidance"]
-        bank = make_network_bank(self.network, encode_groups(self.base, self.network, groups))
-        sites = freeze_sites(self.network)
-        return Retrieval(bank, weight, end=self.how.end, guidance=guidance, sites=sites)
+        tokens = encode_groups(self.base, self.network, groups)
+        return apply_bank(self.network, tokens, replace(self.how, strength=weight))
 
 
 class TrainingFreeMethod(PaperdollMethod):

@@ -13,12 +13,10 @@ from ..evaluate.protocol import Run
 from ..metrics import DEFAULT_QUESTIONS, VQADiversity, score_answers
 from ..metrics.word_embedder import WordEmbedder
 from ..network.fingerprint import fingerprint_weights
-from .judge import Judge
+from .judge import ATTRIBUTES, SCENE, Judge
 from .judge_scores import describe, match_attributes
 from .text import split_tags
-from .world import BACKGROUNDS, EXPRESSIONS, POSES, SIZE
-
-_SAID = {"pose": POSES, "expression": EXPRESSIONS, "background": BACKGROUNDS}
+from .world import SIZE
 
 
 class PaperdollScorer:
@@ -65,4 +63,4 @@ class PaperdollScorer:
 def parse_prompt(prompt: str) -> dict[str, str]:
     """The attributes that a paper-doll prompt names."""
     tags = split_tags(prompt)
-    return {name: tag for name, values in _SAID.items() for tag in tags if tag in values}
+    return {name: tag for name in SCENE for tag in tags if tag in ATTRIBUTES[name]}

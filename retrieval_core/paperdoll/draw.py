@@ -14,18 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
+from . import world
 from .backgrounds import draw_background
-from .world import (
-    EYE_COLOURS,
-    GARMENT_COLOURS,
-    HAIR_COLOURS,
-    SIZE,
-    SKIN_TONES,
-    Colour,
-    Figure,
-    Identity,
-    Outfit,
-)
+from .world import SIZE, Colour, Figure, Identity, Outfit
 
 SCALE = 3
 OUTLINE: Colour = (30, 24, 34)
@@ -134,7 +125,7 @@ def render(figure: Figure) -> Rendering:
 
 def _draw_figure(sketch: Sketch, figure: Figure, stance: Stance) -> None:
     who, clothes = figure.identity, figure.outfit
-    skin, hair = SKIN_TONES[who.skin], HAIR_COLOURS[who.hair_colour]
+    skin, hair = world.SKIN_TONES[who.skin], world.HAIR_COLOURS[who.hair_colour]
     down = stance.drop
     sketch.part = HAIR
     _draw_hair_behind(sketch, who.hair_style, hair, down)
@@ -153,7 +144,11 @@ def _draw_figure(sketch: Sketch, figure: Figure, stance: Stance) -> None:
     _draw_upper(sketch, clothes, stance)
     if clothes.lower == "overalls":
         sketch.part = LOWER
-        _draw_bib(sketch, GARMENT_COLOURS[clothes.lower_colour], down)
+        colour = world.GARMENT_COLOURS[clothes.lower_colour]
+        bib = ((28, 37), (36, 37), (37, 46), (27, 46))
+        sketch.polygon(colour, *((x, y + down) for x, y in bib))
+        for x in (28.4, 35.6):
+            sketch.line(colour, 1.7, (x, 32 + down), (x, 38 + down))
     _draw_face(sketch, who, figure.scene.expression, down)
     sketch.part = HAIR
     _draw_hair_front(sketch, who.hair_style, hair, down)
@@ -232,7 +227,7 @@ def _between(a: Point, b: Point, share: float) -> Point:
 
 
 def _draw_lower(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
-    colour, kind, d = GARMENT_COLOURS[clothes.lower_colour], clothes.lower, stance.drop
+    colour, kind, d = world.GARMENT_COLOURS[clothes.lower_colour], clothes.lower, stance.drop
     if kind in ("mini skirt", "long skirt"):
         hem = 52.5 if kind == "mini skirt" else 58.0
         hem = min(hem + d, 59.0)
@@ -245,29 +240,31 @@ def _draw_lower(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
         sketch.line(colour, width, *_shorten((x, 46 + d), knee, foot, share))
 
 
+# The outline of an upper garment's body, and the box of its pattern.
+_SHIRT = (
+    ((26, 31.5), (38, 31.5), (39.5, 35), (38.6, 46), (25.4, 46), (24.5, 35)), (26, 34, 38, 45.5)
+)  # fmt: skip
+_TORSOS = {
+    "poncho": (
+        ((28, 31), (36, 31), (44, 37), (47.5, 46.5), (16.5, 46.5), (20, 37)), (21, 34, 43, 45.5)
+    ),
+    "tank top": (((27, 35), (37, 35), (38.2, 46), (25.8, 46)), (27, 36, 37, 45.5)),
+}  # fmt: skip
+
+
 def _draw_upper(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
-    colour, kind, d = GARMENT_COLOURS[clothes.upper_colour], clothes.upper, stance.drop
+    colour, kind, d = world.GARMENT_COLOURS[clothes.upper_colour], clothes.upper, stance.drop
     sleeve = {"t-shirt": 0.42, "sailor shirt": 0.42, "sweater": 0.9, "open jacket": 0.9}.get(kind)
     shoulders = ((25.5, 34 + d), (38.5, 34 + d))
     if sleeve is not None:
         for hand, elbow, shoulder in zip(stance.hands, stance.elbows, shoulders):
             sketch.line(colour, 6.2, *_shorten(shoulder, elbow, hand, sleeve))
-    if kind == "poncho":
-        hem = (16.5, 46.5 + d), (47.5, 46.5 + d)
-        sketch.polygon(colour, (28, 31 + d), (36, 31 + d), (44, 37 + d), *hem[::-1], (20, 37 + d))
-        _draw_pattern(sketch, clothes, (21, 34 + d, 43, 45.5 + d))
-        return
+    outline, (x0, y0, x1, y1) = _TORSOS.get(kind, _SHIRT)
+    sketch.polygon(colour, *((x, y + d) for x, y in outline))
     if kind == "tank top":
-        sketch.polygon(colour, (27, 35 + d), (37, 35 + d), (38.2, 46 + d), (25.8, 46 + d))
         for x in (28.2, 35.8):
             sketch.line(colour, 2.2, (x, 32 + d), (x, 36 + d))
-        _draw_pattern(sketch, clothes, (27, 36 + d, 37, 45.5 + d))
-        return
-    sketch.polygon(
-        colour, (26, 31.5 + d), (38, 31.5 + d), (39.5, 35 + d), (38.6, 46 + d), (25.4, 46 + d),
-        (24.5, 35 + d),
-    )  # fmt: skip
-    _draw_pattern(sketch, clothes, (26, 34 + d, 38, 45.5 + d))
+    _draw_pattern(sketch, clothes, (x0, y0 + d, x1, y1 + d))
     if kind == "open jacket":
         shirt = (250, 250, 250) if clothes.upper_colour != "white" else (150, 170, 190)
         sketch.polygon(shirt, (29.2, 31.5 + d), (34.8, 31.5 + d), (34, 46 + d), (30, 46 + d))
@@ -281,7 +278,7 @@ def _draw_upper(sketch: Sketch, clothes: Outfit, stance: Stance) -> None:
 
 def _draw_pattern(sketch: Sketch, clothes: Outfit, box: tuple[float, float, float, float]) -> None:
     x0, y0, x1, y1 = box
-    tint = _tint(GARMENT_COLOURS[clothes.upper_colour])
+    tint = _tint(world.GARMENT_COLOURS[clothes.upper_colour])
     kind = clothes.upper_pattern
     if kind in ("stripes", "check"):
         for y in np.arange(y0 + 1.5, y1, 4.0 if kind == "stripes" else 4.5).tolist():
@@ -298,18 +295,21 @@ def _draw_pattern(sketch: Sketch, clothes: Outfit, box: tuple[float, float, floa
                 sketch.ellipse(tint, x, y, 1.0, 1.0)
 
 
-def _draw_bib(sketch: Sketch, colour: Colour, d: float) -> None:
-    sketch.polygon(colour, (28, 37 + d), (36, 37 + d), (37, 46 + d), (27, 46 + d))
-    for x in (28.4, 35.6):
-        sketch.line(colour, 1.7, (x, 32 + d), (x, 38 + d))
+_BROWS: dict[str, tuple[float, float]] = {  # heights of the inner and the outer end
+    "smile": (15.6, 15.8),
+    "laughing": (14.9, 15.6),
+    "sad": (14.4, 16.8),
+    "angry": (17.4, 14.2),
+    "surprised": (13.4, 13.6),
+}
 
 
 def _draw_face(sketch: Sketch, who: Identity, expression: str, d: float) -> None:
-    skin = SKIN_TONES[who.skin]
+    skin = world.SKIN_TONES[who.skin]
     sketch.part = SKIN
     sketch.ellipse(skin, 32, 20 + d, 11.2, 10.6)
     sketch.part = EYES
-    iris = EYE_COLOURS[who.eye_colour]
+    iris = world.EYE_COLOURS[who.eye_colour]
     wide = 0.5 if expression == "surprised" else 0.0
     for x in (27.0, 37.0):
         sketch.ellipse((252, 252, 252), x, 20.5 + d, 3.5, 3.7 + wide)
@@ -317,21 +317,11 @@ def _draw_face(sketch: Sketch, who: Identity, expression: str, d: float) -> None
         sketch.ellipse((16, 12, 22), x, 21 + d, 1.0, 1.3)
         sketch.ellipse((255, 255, 255), x + 1.1, 19.3 + d, 0.7, 0.7)
     sketch.part = NOTHING
-    _draw_brows(sketch, expression, d)
-    _draw_mouth(sketch, expression, d)
-
-
-def _draw_brows(sketch: Sketch, expression: str, d: float) -> None:
-    inner, outer = {
-        "smile": (15.6, 15.8),
-        "laughing": (14.9, 15.6),
-        "sad": (14.4, 16.8),
-        "angry": (17.4, 14.2),
-        "surprised": (13.4, 13.6),
-    }[expression]
+    inner, outer = _BROWS[expression]
     for side in (-1, 1):
         ends = (32 + side * 2.6, inner + d), (32 + side * 8, outer + d)
         sketch.line(OUTLINE, 1.3, *ends)
+    _draw_mouth(sketch, expression, d)
 
 
 def _draw_mouth(sketch: Sketch, expression: str, d: float) -> None:
@@ -373,17 +363,12 @@ def _draw_hair_behind(sketch: Sketch, style: str, colour: Colour, d: float) -> N
     elif style == "afro":
         sketch.ellipse(colour, 32, 16.5 + d, 18.5, 15.5)
     elif style == "spiky hair":
-        sketch.polygon(colour, *_spikes(d))
-
-
-def _spikes(d: float) -> list[Point]:
-    """A star around the upper head."""
-    points = []
-    for i, angle in enumerate(np.linspace(-200, 20, 15).tolist()):
-        radius = 18.5 if i % 2 else 12.0
-        x = 32 + radius * math.cos(math.radians(angle))
-        points.append((x, 19 + 0.92 * radius * math.sin(math.radians(angle)) + d))
-    return points
+        star = []
+        for i, angle in enumerate(np.linspace(-200, 20, 15).tolist()):
+            radius = 18.5 if i % 2 else 12.0
+            x = 32 + radius * math.cos(math.radians(angle))
+            star.append((x, 19 + 0.92 * radius * math.sin(math.radians(angle)) + d))
+        sketch.polygon(colour, *star)
 
 
 def _make_cap(low: float, fringe: tuple[float, ...]) -> tuple[Point, ...]:

@@ -140,8 +140,8 @@ def generate(
     bundle: Bundle,
     prompts: Sequence[str],
     noise: Tensor,
-    retrieval: Application | None = None,
-    how: Sampling | None = None,
+    retrieval: Application | None,
+    how: Sampling,
 ) -> Tensor:
     """Pictures [B, 3, 64, 64] in 0..1 for prompts, from unit noise [B, C, 16, 16].
 
@@ -149,7 +149,7 @@ def generate(
         retrieval: of references; None, strength 0 or an empty bank gives the base model's
             pictures, bit for bit.
     """
-    base, how = bundle.base, how or Sampling()
+    base = bundle.base
     if retrieval is None or retrieval.strength == 0 or retrieval.bank.empty:
         return sample_pictures(base, base.unet, prompts, noise, [], how)
     unet = bundle.network.apply_decoder(base.unet)

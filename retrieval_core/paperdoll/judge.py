@@ -9,6 +9,7 @@ pattern, one or two pixels wide, which no line of the measurement uses.
 from __future__ import annotations
 
 import os
+from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -16,39 +17,27 @@ from torch import Tensor, nn
 
 from ..files import check_format, read_safetensors, save_safetensors
 from ..network.unet import load_strictly
-from .world import (
-    BACKGROUNDS,
-    EXPRESSIONS,
-    EYE_COLOURS,
-    GARMENT_COLOURS,
-    HAIR_COLOURS,
-    HAIR_STYLES,
-    LOWER_KINDS,
-    PATTERNS,
-    POSES,
-    SKIN_TONES,
-    UPPER_KINDS,
-    Figure,
-)
+from . import world
 
 FORMAT = "paperdoll_judge"
 
 Attributes = dict[str, str]  # attribute -> value, of one figure
 
-# attribute -> its values, in the order of the head's outputs (part of the trained weights).
+# attribute -> its values, in the order of the head's outputs (part of the trained weights). The
+# attributes are in the order of the fields of `Figure`.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "hair style": tuple(HAIR_STYLES),
-    "hair colour": tuple(HAIR_COLOURS),
-    "eye colour": tuple(EYE_COLOURS),
-    "skin": tuple(SKIN_TONES),
-    "upper": tuple(UPPER_KINDS),
-    "upper colour": tuple(GARMENT_COLOURS),
-    "upper pattern": tuple(PATTERNS),
-    "lower": tuple(LOWER_KINDS),
-    "lower colour": tuple(GARMENT_COLOURS),
-    "pose": tuple(POSES),
-    "expression": tuple(EXPRESSIONS),
-    "background": tuple(BACKGROUNDS),
+    "hair style": world.HAIR_STYLES,
+    "hair colour": tuple(world.HAIR_COLOURS),
+    "eye colour": tuple(world.EYE_COLOURS),
+    "skin": tuple(world.SKIN_TONES),
+    "upper": world.UPPER_KINDS,
+    "upper colour": tuple(world.GARMENT_COLOURS),
+    "upper pattern": world.PATTERNS,
+    "lower": world.LOWER_KINDS,
+    "lower colour": tuple(world.GARMENT_COLOURS),
+    "pose": world.POSES,
+    "expression": world.EXPRESSIONS,
+    "background": world.BACKGROUNDS,
     "mirrored": ("no", "yes"),
 }
 FACE = ("hair style", "hair colour", "eye colour")
@@ -57,27 +46,14 @@ SCENE = ("pose", "expression", "background")
 BATCH = 256
 
 
-def list_truth(figure: Figure) -> Attributes:
+def list_truth(figure: world.Figure) -> Attributes:
     """The true attributes of a figure, named as in `ATTRIBUTES`."""
-    who, clothes, scene = figure.identity, figure.outfit, figure.scene
-    return {
-        "hair style": who.hair_style,
-        "hair colour": who.hair_colour,
-        "eye colour": who.eye_colour,
-        "skin": who.skin,
-        "upper": clothes.upper,
-        "upper colour": clothes.upper_colour,
-        "upper pattern": clothes.upper_pattern,
-        "lower": clothes.lower,
-        "lower colour": clothes.lower_colour,
-        "pose": scene.pose,
-        "expression": scene.expression,
-        "background": scene.background,
-        "mirrored": "yes" if scene.mirror else "no",
-    }
+    scene, mirrored = figure.scene.tags(), "yes" if figure.scene.mirror else "no"
+    values = (*astuple(figure.identity), *astuple(figure.outfit), *scene, mirrored)
+    return dict(zip(ATTRIBUTES, values, strict=True))
 
 
-def index_truth(figure: Figure) -> list[int]:
+def index_truth(figure: world.Figure) -> list[int]:
     """`list_truth` as the index of each value, in the order of `ATTRIBUTES`."""
     values = list_truth(figure)
     return [names.index(values[attribute]) for attribute, names in ATTRIBUTES.items()]

@@ -168,9 +168,8 @@ def check_exactness(bundle: Bundle, how: Sampling) -> dict[str, bool]:
     }
 
 
-def measure(bundle: Bundle, count: int, seed: int, how: Sampling | None = None) -> dict:
+def measure(bundle: Bundle, count: int, seed: int, how: Sampling) -> dict[str, Any]:
     """All lines of the measurement on `count` figures each, as one JSON-able dict."""
-    how = how or Sampling()
     read = partial(read_figures, bundle, how, seed)
     same = [make_character_case(seed, i) for i in range(count)]
     composed = [make_composition_case(seed, i) for i in range(count)]
@@ -259,14 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--end", type=float, default=Sampling.end)
     parser.add_argument("--token-budget", type=int, help="tokens a site, default: all")
     options = parser.parse_args(arguments)
-    how = Sampling(
-        options.steps,
-        options.cfg,
-        strength=options.strength,
-        guidance=options.guidance,
-        token_budget=options.token_budget,
-        end=options.end,
-    )
+    names = ("steps", "cfg", "strength", "guidance", "token_budget", "end")
+    how = Sampling(**{name: getattr(options, name) for name in names})
     return print_result(
         options,
         lambda: measure(load_bundle(options.weights), options.count, options.seed, how),

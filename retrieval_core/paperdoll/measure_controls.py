@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,20 +19,14 @@ import torch
 from torch import Tensor
 
 from ..bank.token_budget import AUTOMATIC, Budget, choose_budgets
-from ..network.retrieval_site import RetrievalSite, choose_query_pools
+from ..network.retrieval_site import choose_query_pools
 from ..network.unet import SD15, SDXL, UNetConfig
 from ..sampling.applications import Application
 from ..sampling.sampler import Denoise, make_guided_denoiser, sample
 from .bundle import Bundle, load_bundle
-from .cases import (
-    REFERENCES,
-    Case,
-    drop_prompt,
-    make_character_case,
-    make_composition_case,
-)
+from .cases import REFERENCES, Case, drop_prompt, make_character_case, make_composition_case
 from .generate import Sampling, apply_bank, encode_groups
-from .judge import Attributes, compute_chance
+from .judge import compute_chance
 from .measure import (
     compute_chance_levels,
     draw_in_batches,
@@ -79,10 +73,7 @@ def measure_budgets(bundle: Bundle, count: int, seed: int, how: Sampling) -> dic
         ratios = compute_merging_ratios(config, edge)
         merged = ", ".join(f"{ratio:g}x" for ratio in ratios.values())
         budgets[f"ratios of {name} ({merged})"] = imitate_ratios(ratios, bundle)
-    runs = {
-        name: partial(read_figures, bundle, replace(how, token_budget=budget), seed)
-        for name, budget in budgets.items()
-    }
+    runs = {name: (bundle, replace(how, token_budget=size)) for name, size in budgets.items()}
     return _compare(runs, count, seed)
 
 
@@ -93,29 +84,22 @@ def measure_pooling(bundle: Bundle, count: int, seed: int, how: Sampling) -> dic
     """
     pooled = replace(bundle, network=copy.deepcopy(bundle.network))
     for site, pool in choose_query_pools(pooled.network.config, 2).items():
-        layer = pooled.network.retrieval[site]
-        assert isinstance(layer, RetrievalSite)
-        layer.pool = pool
-    runs = {"each position": bundle, "pooled": pooled}
-    return _compare(
-        {name: partial(read_figures, one, how, seed) for name, one in runs.items()}, count, seed
-    )
+        pooled.network.retrieval[site].pool = pool
+    return _compare({"each position": (bundle, how), "pooled": (pooled, how)}, count, seed)
 
 
-def _compare(
-    runs: Mapping[str, Callable[[Sequence[Case], str], list[Attributes]]], count: int, seed: int
-) -> dict[str, Any]:
+def _compare(runs: Mapping[str, tuple[Bundle, Sampling]], count: int, seed: int) -> dict[str, Any]:
     """Attribute match of runs from the same noise, and what each loses compared with the first."""
     lines: dict[str, Any] = {}
     for task, make in TASKS.items():
         cases = [make(seed, i) for i in range(count)]
         rates = {
-            name: measure_matches(cases, read(cases, f"{task}, {name}"))
-            for name, read in runs.items()
+            name: measure_matches(cases, read_figures(*run, seed, cases, f"{task}, {name}"))
+            for name, run in runs.items()
         }
         first = next(iter(rates.values()))["mean"]
-        lost = {name: round(first - rate["mean"], 2) for name, rate in rates.items()}
-        lines[task] = {**rates, "lost, points": dict(list(lost.items())[1:])}
+        lost = {name: round(first - rates[name]["mean"], 2) for name in list(rates)[1:]}
+        lines[task] = {**rates, "lost, points": lost}
     return lines
 
 
@@ -151,7 +135,13 @@ def measure_regions(bundle: Bundle, count: int, seed: int, how: Sampling) -> dic
         "without retrieval": {"retrieve": False},
     }
     for name, given in settings.items():
-        left, right = read_halves(bundle, lefts, rights, seed, how, **given)
+
+        def draw(batch: Sequence[tuple[Case, Case]], noise: Tensor) -> Tensor:
+            return generate_pairs(bundle, *zip(*batch), noise, how, **given)  # noqa: B023
+
+        pairs = list(zip(lefts, rights))
+        pictures = draw_in_batches(bundle.base, seed, pairs, draw, "two regions", width=2)
+        left, right = (bundle.judge.read(half) for half in pictures.split(SIZE, -1))
         lines[name] = {
             "left": measure_matches(lefts, left),
             "right": measure_matches(rights, right),
@@ -160,29 +150,6 @@ def measure_regions(bundle: Bundle, count: int, seed: int, how: Sampling) -> dic
             "text followed on the left": measure_following(lefts, left),
         }
     return lines
-
-
-def read_halves(
-    bundle: Bundle,
-    lefts: Sequence[Case],
-    rights: Sequence[Case],
-    seed: int,
-    how: Sampling,
-    **given: Any,
-) -> tuple[list[Attributes], list[Attributes]]:
-    """The judge's attributes of both halves of one double-width picture per pair of cases.
-
-    Args:
-        given: `retrieve`, `by_area` and `apart`, see `generate_pairs`.
-    """
-
-    def draw(batch: Sequence[tuple[Case, Case]], noise: Tensor) -> Tensor:
-        return generate_pairs(bundle, *zip(*batch), noise, how, **given)
-
-    pairs = list(zip(lefts, rights, strict=True))
-    pictures = draw_in_batches(bundle.base, seed, pairs, draw, "two regions", width=2)
-    left, right = (bundle.judge.read(half) for half in pictures.split(SIZE, -1))
-    return left, right
 
 
 def generate_pairs(
@@ -228,7 +195,6 @@ def generate_pairs(
 
 
 def _crop(retrieval: Application, half: int) -> Application:
-    assert retrieval.region is not None
     return replace(retrieval, region=retrieval.region.chunk(2, -1)[half])
 
 

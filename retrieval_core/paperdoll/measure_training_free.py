@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -36,37 +35,20 @@ from .model import PaperdollModel, load_base
 TASKS = {"same character": make_character_case, "composition": make_composition_case}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One line of the measurement; None as `levels` is the base model without retrieval."""
-
-    levels: int | None = LEVELS
-    layers: str = LAYERS
-    strength: float = 1.0
-    guidance: Guidance = "cond"
-    adain: bool = False
-
-    @property
-    def name(self) -> str:
-        if self.levels is None:
-            return "without retrieval"
-        name = f"noise levels {self.levels}, {self.layers}, strength {self.strength:g}, "
-        return f"{name}{self.guidance}{', AdaIN' * self.adain}"
-
-
 def generate_pictures(
-    base: PaperdollModel, cases: Sequence[Case], noise: Tensor, setting: Setting, how: Sampling
+    base: PaperdollModel,
+    cases: Sequence[Case],
+    noise: Tensor,
+    how: Sampling,
+    network: TrainingFree | None = None,
+    strength: float = 1.0,
+    guidance: Guidance = "cond",
 ) -> Tensor:
-    """One picture per case, [B, 3, 64, 64] in 0..1, from unit noise."""
+    """One picture per case, [B, 3, 64, 64] in 0..1, from unit noise; network None: no retrieval."""
     applied = []
-    if setting.levels is not None:
-        network = TrainingFree(
-            base.unet.config, "paperdoll", "", setting.layers, setting.levels, setting.adain
-        )
+    if network is not None:
         groups = [case.references for case in cases]
-        applied.append(
-            apply_training_free(base, network, groups, setting.strength, setting.guidance)
-        )
+        applied.append(apply_training_free(base, network, groups, strength, guidance))
     prompts = [case.prompt for case in cases]
     return sample_pictures(base, base.unet, prompts, noise, applied, how)
 
@@ -77,24 +59,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     judge = load_judge(find_bundled(JUDGE_FILE, options.weights))
     masked, how = not options.unmasked, Sampling(options.steps, options.cfg)
     cases = [TASKS[options.task](options.seed, i, masked=masked) for i in range(options.count)]
-    lines: dict[str, Any] = {}
-    combinations = product(options.levels, options.layers, options.strength, options.guidance)
-    for setting in [Setting(None), *(Setting(*values, options.adain) for values in combinations)]:
-        draw = partial(generate_pictures, base, setting=setting, how=how)
-        found = judge.read(draw_in_batches(base, options.seed, cases, draw, setting.name))
-        lines[setting.name] = {
-            "attribute match": measure_matches(cases, found),
-            "text followed": measure_following(cases, found),
-            "reference background": measure_leak(cases, found),
-        }
-    return {
+    result: dict[str, Any] = {
         "figures": options.count,
         "seed": options.seed,
         "task": options.task,
         "references masked": masked,
         "chance": compute_chance_levels(),
-        **lines,
     }
+
+    def add_line(name: str, **setting: Any) -> None:
+        draw = partial(generate_pictures, base, how=how, **setting)
+        found = judge.read(draw_in_batches(base, options.seed, cases, draw, name))
+        result[name] = {
+            "attribute match": measure_matches(cases, found),
+            "text followed": measure_following(cases, found),
+            "reference background": measure_leak(cases, found),
+        }
+
+    add_line("without retrieval")
+    settings = product(options.levels, options.layers, options.strength, options.guidance)
+    for levels, layers, strength, guidance in settings:
+        network = TrainingFree(base.unet.config, "paperdoll", "", layers, levels, options.adain)
+        name = f"noise levels {levels}, {layers}, strength {strength:g}, {guidance}"
+        name += ", AdaIN" * options.adain
+        add_line(name, network=network, strength=strength, guidance=guidance)
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:

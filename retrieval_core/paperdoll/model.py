@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrievalError
 from ..files import check_format, parse_json, read_safetensors, save_safetensors
 from ..network.unet import UNet, UNetConfig, load_strictly
 from ..sampling.noise_schedule import NoiseSchedule
@@ -66,7 +66,7 @@ class PaperdollModel(nn.Module):
         tensors = {UNET_PREFIX + k: v.to(dtype) for k, v in self.unet.state_dict().items()}
         tensors |= {f"text.{k}": v.to(dtype) for k, v in self.text.state_dict().items()}
         tensors |= {f"vae.{k}": v for k, v in self.vae.state_dict().items()}
-        metadata = {"format": FORMAT, "config": json.dumps(self.unet.config.to_dict())}
+        metadata = {"format": FORMAT, "config": json.dumps(asdict(self.unet.config))}
         save_safetensors(path, tensors, metadata)
 
 
@@ -81,14 +81,9 @@ def load_base(path: str | os.PathLike[str]) -> PaperdollModel:
     check_format(path, metadata, FORMAT, remedy)
     config = UNetConfig.from_dict(parse_json(metadata.get("config"), "config", path))
     model = PaperdollModel(config)
-    modules = {UNET_PREFIX: model.unet, "text.": model.text, "vae.": model.vae}
-    extra = sorted(key for key in tensors if not key.startswith(tuple(modules)))
-    if extra:
-        raise RetrievalError(
-            f"'{path}' has {len(extra)} unexpected keys (first: {extra[0]}); use the base model "
-            "bundled with the pack or one trained by retrieval_core.paperdoll.train."
-        )
-    for prefix, module in modules.items():
-        own = {k[len(prefix) :]: v.float() for k, v in tensors.items() if k.startswith(prefix)}
-        load_strictly(module, own, f"'{path}' {prefix[:-1]}")
+    weights = {
+        "unet." + k.removeprefix(UNET_PREFIX) if k.startswith(UNET_PREFIX) else k: v.float()
+        for k, v in tensors.items()
+    }
+    load_strictly(model, weights, f"base model '{path}'")
     return model.eval().requires_grad_(False)

@@ -125,17 +125,9 @@ class Figure:
     scene: Scene
 
 
-def is_held_out_identity(identity: Identity) -> bool:
-    """Whether training never sees this combination of hair, eyes and skin."""
-    return _held_out("identity", identity)
-
-
-def is_held_out_outfit(outfit: Outfit) -> bool:
-    """Whether training never sees this combination of garments, colours and pattern."""
-    return _held_out("outfit", outfit)
-
-
-def _held_out(kind: str, value: Any) -> bool:
+def is_held_out(value: Identity | Outfit) -> bool:
+    """Whether training never sees this combination of attributes."""
+    kind = "identity" if isinstance(value, Identity) else "outfit"
     digest = hashlib.sha256("|".join((kind, *astuple(value))).encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
@@ -144,26 +136,26 @@ def random_identity(rng: np.random.Generator, held_out: bool | None = None) -> I
     """An identity, uniform. held_out: among the held-out ones, the others, or (None) all."""
     while True:
         identity = Identity(
-            _pick(rng, HAIR_STYLES),
-            _pick(rng, HAIR_COLOURS),
-            _pick(rng, EYE_COLOURS),
-            _pick(rng, SKIN_TONES),
+            pick(rng, HAIR_STYLES),
+            pick(rng, HAIR_COLOURS),
+            pick(rng, EYE_COLOURS),
+            pick(rng, SKIN_TONES),
         )
-        if held_out is None or is_held_out_identity(identity) == held_out:
+        if held_out is None or is_held_out(identity) == held_out:
             return identity
 
 
 def random_outfit(rng: np.random.Generator, held_out: bool | None = None) -> Outfit:
     """An outfit whose two colours differ, half of them plain; held_out as in `random_identity`."""
     while True:
-        pattern = "plain" if rng.random() < 0.5 else _pick(rng, PATTERNS[1:])
-        upper_colour = _pick(rng, GARMENT_COLOURS)
+        pattern = "plain" if rng.random() < 0.5 else pick(rng, PATTERNS[1:])
+        upper_colour = pick(rng, GARMENT_COLOURS)
         others = [colour for colour in GARMENT_COLOURS if colour != upper_colour]
         outfit = Outfit(
-            _pick(rng, UPPER_KINDS), upper_colour, pattern, _pick(rng, LOWER_KINDS),
-            _pick(rng, others),
+            pick(rng, UPPER_KINDS), upper_colour, pattern, pick(rng, LOWER_KINDS),
+            pick(rng, others),
         )  # fmt: skip
-        if held_out is None or is_held_out_outfit(outfit) == held_out:
+        if held_out is None or is_held_out(outfit) == held_out:
             return outfit
 
 
@@ -171,15 +163,15 @@ def random_scene(rng: np.random.Generator) -> Scene:
     """A scene, uniform in every attribute."""
     right, down = rng.integers(-LARGEST_SHIFT, LARGEST_SHIFT + 1, 2).tolist()
     return Scene(
-        _pick(rng, POSES),
-        _pick(rng, EXPRESSIONS),
-        _pick(rng, BACKGROUNDS),
+        pick(rng, POSES),
+        pick(rng, EXPRESSIONS),
+        pick(rng, BACKGROUNDS),
         bool(rng.integers(2)),
         (right, down),
         int(rng.integers(BACKGROUND_VARIANTS)),
     )
 
 
-def _pick(rng: np.random.Generator, names: Any) -> str:
+def pick(rng: np.random.Generator, names: Any) -> str:
     choices = tuple(names)
     return choices[int(rng.integers(len(choices)))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bank.site_bank import Bank
 from ..errors import RetrievalError
-from ..network.controlnet import GUIDANCES, Guidance
+from ..network.controlnet import Guidance
 from ..network.unet import Attention
 from .controls import CONSTANT, StrengthCurve
 from .frozen_site import FrozenSite, SiteRegion
@@ -41,8 +41,7 @@ class Application:
             sampling; 0 for never.
 
     Raises:
-        RetrievalError: a strength that is not finite, a schedule outside 0..1, or an unknown
-            guidance.
+        RetrievalError: a strength that is not finite, or a schedule outside 0..1.
     """
 
     bank: Bank
@@ -65,11 +64,6 @@ class Application:
             raise RetrievalError(
                 f"The retrieval strength is {self.strength}; give a finite number (0 switches "
                 "retrieval off)."
-            )
-        if self.guidance not in GUIDANCES:
-            raise RetrievalError(
-                f"There is no guidance '{self.guidance}'; choose 'cond' (conditional rows) or "
-                "'both'."
             )
 
     def strength_at(self, progress: float) -> float:

@@ -36,12 +36,10 @@ class Shares:
 
     Attributes:
         total: the sum. seen: [H, W], how many summands each position has.
-        steps: number of summands.
     """
 
     total: Tensor | None = None
     seen: Tensor | None = None
-    steps: int = 0
 
     def add(
         self,
@@ -59,12 +57,9 @@ class Shares:
         whole = (*shares.shape[:2], *(canvas or (height, width)))
         if self.total is None or self.total.shape != whole:
             self.total, self.seen = shares.new_zeros(whole), shares.new_zeros(whole[-2:])
-            self.steps = 0
-        assert self.seen is not None
-        (y, x) = corner
+        y, x = corner
         self.total[..., y : y + height, x : x + width] += shares
         self.seen[y : y + height, x : x + width] += 1
-        self.steps += 1
 
     def mean(self) -> Tensor:
         """Mean shares over the steps, the null token's first; they sum to 1 at each position."""
@@ -159,31 +154,19 @@ class RecordedRetrieval(Retrieval):
         return super().add_retrieved(site, h, cond_or_uncond, strength)
 
 
-def find_strongest_reference(shares: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The reference with the largest attention share in each pixel.
-
-    Args:
-        shares: [B, 1 + references, h, w], the null token's first (`Shares.mean`).
-
-    Returns:
-        index [B, H, W] of the reference, and its share [B, H, W] in 0..1.
-    """
-    smooth = F.interpolate(shares, size=(height, width), mode="bilinear", align_corners=False)
-    best, index = smooth[:, 1:].max(1)
-    return index, best.clamp(0, 1)
-
-
 def draw_overlay(pictures: Tensor, shares: Tensor, colours: Sequence[Sequence[float]]) -> Tensor:
     """Tints pictures [B, 3, H, W], in grey, with the colour of the strongest reference.
 
     Args:
-        shares: see `find_strongest_reference`.
+        shares: [B, 1 + references, h, w], the null token's first (`Shares.mean`).
         colours: (r, g, b) in 0..1 for each reference.
     """
-    index, confidence = find_strongest_reference(shares, *pictures.shape[-2:])
+    smooth = F.interpolate(shares, size=pictures.shape[-2:], mode="bilinear", align_corners=False)
+    confidence, index = smooth[:, 1:].max(1)
     palette = torch.tensor(colours, dtype=pictures.dtype, device=pictures.device)
     tint = palette[index].movedim(-1, 1)
     grey = pictures.mean(1, keepdim=True).expand_as(pictures)
+    confidence = confidence.clamp(0, 1)
     strength = 0.25 + 0.45 * (confidence / confidence.amax((1, 2), keepdim=True).clamp_min(1e-8))
     return torch.lerp(grey, tint, strength[:, None])
 
@@ -192,7 +175,7 @@ def make_reference_masks(shares: Tensor, height: int, width: int, hard: bool) ->
     """A mask of each reference, [B, references, H, W] in 0..1.
 
     Args:
-        shares: see `find_strongest_reference`.
+        shares: see `draw_overlay`.
         hard: 1 at each position for the strongest reference, 0 for all where the null token has
             more than half; otherwise the shares themselves.
     """

@@ -39,22 +39,26 @@ class NoiseSchedule:
         abar = self.alphas_cumprod()
         return ((1 - abar) / abar).sqrt()
 
+    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar) at timesteps [B], for rows like `like`."""
+        abar = self.alphas_cumprod()[timesteps.cpu()]
+        return _per_row(abar.sqrt(), like), _per_row((1 - abar).sqrt(), like)
+
     def noised(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """The network's input sqrt(abar) x0 + sqrt(1 - abar) eps at timesteps [B]."""
-        abar = self.alphas_cumprod()[timesteps.cpu()]
-        return _per_row(abar.sqrt(), x0) * x0 + _per_row((1 - abar).sqrt(), x0) * eps
+        signal, noise = self._levels(timesteps, x0)
+        return signal * x0 + noise * eps
 
     def target(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """The network's target: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x0."""
         if self.prediction == "eps":
             return eps
-        abar = self.alphas_cumprod()[timesteps.cpu()]
-        return _per_row(abar.sqrt(), x0) * eps - _per_row((1 - abar).sqrt(), x0) * x0
+        signal, noise = self._levels(timesteps, x0)
+        return signal * eps - noise * x0
 
     def clean(self, prediction: Tensor, noised: Tensor, timesteps: Tensor) -> Tensor:
         """x0 from the network's prediction at `noised`, its input, at timesteps [B]."""
-        abar = self.alphas_cumprod()[timesteps.cpu()]
-        signal, noise = _per_row(abar.sqrt(), noised), _per_row((1 - abar).sqrt(), noised)
+        signal, noise = self._levels(timesteps, noised)
         if self.prediction == "eps":
             return (noised - noise * prediction) / signal
         return signal * noised - noise * prediction

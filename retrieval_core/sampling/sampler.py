@@ -25,7 +25,6 @@ def make_guided_denoiser(
     uncond: Tensor,
     cfg: float,
     applications: Sequence[Application] = (),
-    y: tuple[Tensor, Tensor] | None = None,
 ) -> Denoise:
     """Builds the x0-prediction with classifier-free guidance: uncond + cfg * (cond - uncond).
 
@@ -35,7 +34,6 @@ def make_guided_denoiser(
         cond, uncond: text contexts [B, L, D].
         cfg: guidance scale; at 1 only the conditional rows are computed.
         applications: of references; their `guidance` says which rows retrieve.
-        y: vector conditionings [B, A] of cond and uncond, where the base has one (SDXL).
 
     Returns:
         A function of the noised latent x [B, C, H, W] (sigma space) and the timestep.
@@ -43,7 +41,6 @@ def make_guided_denoiser(
     sigmas, applied = schedule.sigmas(), Applications(applications)
     chunks = 1 if cfg == 1.0 else 2
     context = torch.cat([cond, uncond][:chunks])
-    vector = None if y is None else torch.cat(y[:chunks])
 
     def denoise(x: Tensor, timestep: int) -> Tensor:
         sigma = sigmas[timestep]
@@ -52,7 +49,7 @@ def make_guided_denoiser(
         steps = torch.full((rows.shape[0],), timestep, device=x.device)
         progress = 1 - timestep / (schedule.steps - 1)
         hooks = applied.hooks(range(chunks), progress)
-        prediction = unet(rows, steps, context, vector, **hooks)
+        prediction = unet(rows, steps, context, **hooks)
         if chunks == 2:
             positive, negative = prediction.chunk(2)
             prediction = negative + cfg * (positive - negative)
@@ -68,7 +65,6 @@ def sample(
     schedule: NoiseSchedule,
     steps: int = 20,
     sampler: Sampler = "dpmpp_2m",
-    on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Samples a latent from unit noise [B, C, H, W]; deterministic given the noise.
 
@@ -76,14 +72,12 @@ def sample(
     2211.01095, algorithm 2).
 
     Raises:
-        RetrievalError: fewer than one step, as many as the schedule has, or an unknown sampler.
+        RetrievalError: fewer than one step, or as many as the schedule has.
     """
     if not 1 <= steps < schedule.steps:  # `schedule.steps` of them would visit a timestep twice
         raise RetrievalError(
             f"Sampling with {steps} steps is not possible; give between 1 and {schedule.steps - 1}."
         )
-    if sampler not in ("dpmpp_2m", "ddim"):
-        raise RetrievalError(f"There is no sampler '{sampler}'; choose dpmpp_2m or ddim.")
     timesteps = schedule.timesteps(steps).tolist()
     sigmas = [float(s) for s in schedule.sigmas()[timesteps]] + [0.0]
     x = noise * (1 + sigmas[0] ** 2) ** 0.5
@@ -100,6 +94,4 @@ def sample(
             direction = (1 + 1 / (2 * r)) * x0 - (1 / (2 * r)) * previous
         x = ratio * x + (1 - ratio) * direction
         previous = x0
-        if on_step is not None:
-            on_step(i + 1, steps)
     return x

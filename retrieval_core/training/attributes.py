@@ -8,7 +8,7 @@ values retrieved where the target shows their part. The classifiers are only use
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +83,3 @@ def attend_values(site: RetrievalSite, h: Tensor, bank: SiteBank) -> Tensor:
     )
     maps = unpool_queries(retrieved.transpose(1, 2), h.shape[2:], site.pool)
     return maps.flatten(2).transpose(1, 2)
-
-
-def choose_deeper_sites(names: Sequence[str]) -> list[str]:
-    """All sites but the first two, whose features are convolutions with small receptive fields."""
-    return list(names)[2:]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from types import FrameType
 
 
 class Interruption:
     """Context manager; `requested` becomes True on SIGINT or SIGTERM.
 
-    A second SIGINT raises KeyboardInterrupt at once. Python handles signals in the main thread
-    only; in another thread this does nothing.
+    A second SIGINT raises KeyboardInterrupt at once. For the main thread, as Python's signals are.
     """
 
     def __init__(self) -> None:
@@ -20,9 +18,8 @@ class Interruption:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,9 +18,9 @@ def average_masked(squares: Tensor, mask: Tensor) -> Tensor:
     return total / weight.flatten(1).sum(1).clamp_min(1e-8)
 
 
-def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Converts a pixel mask [B, H, W] to the share covered of each latent pixel, [B, 1, h, w]."""
-    return F.adaptive_avg_pool2d(mask[:, None].float(), (height, width))
+    return F.adaptive_avg_pool2d(mask[:, None].float(), size)
 
 
 def retrieval_loss(
@@ -50,8 +50,5 @@ def retrieval_loss(
     if face is None or face_weight == 0:
         return {"loss": whole, "content": whole.detach()}
     inner = average_masked(squares, face).mean()
-    return {
-        "loss": whole + face_weight * inner,
-        "content": whole.detach(),
-        "face": inner.detach(),
-    }
+    loss = whole + face_weight * inner
+    return {"loss": loss, "content": whole.detach(), "face": inner.detach()}

@@ -9,8 +9,6 @@ from __future__ import annotations
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ..network.unet import SkipHook
-
 
 def join_halves(rows: Tensor, groups: int) -> Tensor:
     """Rows [G * T, C, H, W] as pictures [G / 2 * T, C, H, 2 * W]."""
@@ -31,12 +29,3 @@ def copy_left_to_right(values: Tensor, groups: int) -> Tensor:
     """One value per row [G * T, ...], the right halves' replaced by the left ones'."""
     left = take_left(values, groups)
     return repeat(left, "(g t) ... -> (g s t) ...", g=groups // 2, s=2)
-
-
-def hook_halves(hook: SkipHook, groups: int) -> SkipHook:
-    """A hook for pictures that applies a hook for rows to their halves."""
-
-    def picture_hook(site: str, h: Tensor) -> Tensor:
-        return join_halves(hook(site, split_halves(h, groups)), groups)
-
-    return picture_hook

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+AHEAD = 2  # batches
 
-@contextmanager
+
 def prefetch_batches(
-    batch: Callable[[int], Any], first: int, end: int, ahead: int
-) -> Iterator[Iterator[Any]]:
-    """Gives an iterator over `batch(step)` for the steps first .. end - 1.
+    batch: Callable[[int], Any], first: int, end: int
+) -> Generator[Any, None, None]:
+    """Yields `batch(step)` for the steps first .. end - 1; closing it ends the thread.
 
-    ahead: number of batches prepared in advance; 0 makes each on demand. An exception of `batch`
-    is raised when the iterator reaches its step.
+    An exception of `batch` is raised when the iterator reaches its step.
     """
-    if not ahead:
-        yield map(batch, range(first, end))
-        return
     # One thread: `batch` need not be safe to call concurrently.
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
     futures = (pool.submit(batch, step) for step in range(first, end))
-
-    def iterate() -> Iterator[Any]:
-        waiting = deque(islice(futures, ahead))
+    waiting = deque(islice(futures, AHEAD))
+    try:
         while waiting:
             result = waiting.popleft().result()
             waiting.extend(islice(futures, 1))
             yield result
-
-    try:
-        yield iterate()
     finally:
         pool.shutdown(cancel_futures=True)

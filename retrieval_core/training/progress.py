@@ -6,32 +6,25 @@ import sys
 import time
 from collections.abc import Mapping
 
+from tqdm import tqdm
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Context manager around the steps first .. end - 1; the bar needs tqdm."""
+    """Context manager around the steps first .. end - 1."""
 
     def __init__(self, label: str, first: int, end: int) -> None:
         self.label, self.first, self.end = label, first, end
-        self._bar = None
+        self._bar = tqdm(total=end, initial=first, desc=label, unit="step", disable=None)
         self._smooth: float | None = None
         self._started = self._said = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:  # an optional dependency
-                return self
-            self._bar = tqdm(
-                total=self.end, initial=self.first, desc=self.label, unit="step", file=sys.stderr
-            )
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def update(self, step: int, losses: Mapping[str, float], skipped: int) -> None:
         """Shows that `step` steps are done; losses: of the last one."""
@@ -41,7 +34,7 @@ class Progress:
         text = "loss -" if self._smooth is None else f"loss {self._smooth:.4f}"
         if skipped:
             text += f", {skipped} skipped"
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             return

@@ -23,8 +23,8 @@ from .attributes import AttributeReader
 from .correspondence import correspondence_loss, find_parts
 from .critic import Critic
 from .objective import resize_mask, retrieval_loss
-from .pairs import copy_left_to_right, hook_halves, join_halves, split_halves, take_left
-from .settings import Lock, choose_trained_modules
+from .pairs import copy_left_to_right, join_halves, split_halves, take_left
+from .settings import Lock
 
 # Part labels of the targets and of the references, and how many labels there are; see
 # `correspondence_loss`.
@@ -38,7 +38,8 @@ class TrainableRetrieval(nn.Module):
         network: the retrieval network to train.
         unet: the base model; it is copied, and its encoder is never trained (§4.2).
         schedule: the base model's noise schedule and prediction type.
-        lock: "train_both", "lock_decoder" or "lock_both" (§5.4).
+        lock: what is trained besides the retrieval layers (§5.4): encoder and decoder
+            ("train_both"), the encoder ("lock_decoder"), or neither ("lock_both").
         face_weight: lambda of eq. 1.
         correspondence: weight of `correspondence_loss`, for batches with part labels; 0 is the
             paper's own objective.
@@ -49,9 +50,6 @@ class TrainableRetrieval(nn.Module):
             loss, for batches with attributes.
         critic: predicts the same attributes from predicted latents, trained beforehand and frozen;
             critic_weight: of its loss.
-
-    Raises:
-        RetrievalError: an unknown lock setting.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class TrainableRetrieval(nn.Module):
         critic_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        trained = choose_trained_modules(lock)
         self.network, self.unet = network, copy.deepcopy(unet)
         self.base_decoder = {k: v.clone() for k, v in select_decoder(unet).items()}
         self.schedule, self.face_weight = schedule, face_weight
@@ -78,9 +75,8 @@ class TrainableRetrieval(nn.Module):
         self.channel_weights = channel_weights
         self.reader, self.attribute_weight = reader, attribute_weight
         self.critic, self.critic_weight = critic, critic_weight
-        self.trains_decoder = "decoder" in trained
-        self.network.encoder.requires_grad_("encoder" in trained)
-        self.network.retrieval.requires_grad_("retrieval" in trained)
+        self.trains_decoder = lock == "train_both"
+        self.network.requires_grad_(True).encoder.requires_grad_(lock != "lock_both")
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_(self.trains_decoder and name.startswith(DECODER_PARTS))
 
@@ -90,7 +86,6 @@ class TrainableRetrieval(nn.Module):
         context: Tensor,
         used: Tensor,
         masks: Tensor | None = None,
-        y: Tensor | None = None,
     ) -> Bank:
         """G banks of R references each.
 
@@ -99,7 +94,7 @@ class TrainableRetrieval(nn.Module):
             used: bool [G, R], False for dropped references.
             masks: bool [G * R, h, w] pixel masks, None for whole references.
         """
-        features = self.network.encode_features(latents, context, y)
+        features = self.network.encode_features(latents, context)
         tokens = batch_features(features, latents.shape[2:], used, masks)
         return make_network_bank(self.network, tokens)
 
@@ -111,7 +106,6 @@ class TrainableRetrieval(nn.Module):
         generator: torch.Generator,
         content: Tensor | None = None,
         face: Tensor | None = None,
-        y: Tensor | None = None,
         parts: PartLabels | None = None,
         attributes: Tensor | None = None,
         paired: bool = False,
@@ -127,39 +121,40 @@ class TrainableRetrieval(nn.Module):
                 row's timestep and with its context.
 
         Raises:
-            RetrievalError: the rows do not divide among the banks, or the banks not into pairs.
+            RetrievalError: an odd number of banks does not fall into pairs.
         """
-        batch, height, width = latents.shape[0], *latents.shape[-2:]
         groups = next(iter(bank.sites.values())).keys.shape[0]
-        if batch % groups:
-            raise RetrievalError(
-                f"{batch} targets cannot be shared among {groups} banks; give each bank equally "
-                "many."
-            )
         if paired and groups % 2:
             raise RetrievalError(
                 f"{groups} banks cannot be paired; give an even number of characters a step."
             )
         device = generator.device  # random numbers are drawn on the generator's device
-        drawn = torch.rand(batch, generator=generator, device=device) ** self.noise_power
+        drawn = torch.rand(len(latents), generator=generator, device=device) ** self.noise_power
         steps = (drawn * self.schedule.steps).long().clamp_max(self.schedule.steps - 1)
         steps = copy_left_to_right(steps, groups) if paired else steps
         eps = torch.randn(latents.shape, generator=generator, device=device).to(latents)
         noised = self.schedule.noised(latents, eps, steps)
         target = self.schedule.target(latents, eps, steps)
-        hook = self._make_hook(bank)
+
+        def retrieve(site: str, h: Tensor) -> Tensor:
+            """A bank whose references are dropped adds zero."""
+            entries = bank.sites[site]
+            return h + self.network.retrieval[site](h, entries.keys, entries.values, entries.bias)
+
+        def retrieve_by_halves(site: str, h: Tensor) -> Tensor:
+            return join_halves(retrieve(site, split_halves(h, groups)), groups)
+
         at = steps.to(latents.device)
         if paired:
-            left = [None if t is None else take_left(t, groups) for t in (at, context, y)]
+            left = [take_left(t, groups) for t in (at, context)]
             pictures = join_halves(noised, groups)
-            prediction, features = self._predict(pictures, *left, hook_halves(hook, groups))
+            prediction, features = self._predict(pictures, *left, retrieve_by_halves)
             prediction, *features = (split_halves(t, groups) for t in (prediction, *features))
         else:
-            prediction, features = self._predict(noised, at, context, y, hook)
-        masks = [None if m is None else resize_mask(m, height, width) for m in (content, face)]
-        losses = retrieval_loss(
-            prediction, target, masks[0], masks[1], self.face_weight, self.channel_weights
-        )
+            prediction, features = self._predict(noised, at, context, retrieve)
+        size = latents.shape[2:]
+        masks = [None if m is None else resize_mask(m, size) for m in (content, face)]
+        losses = retrieval_loss(prediction, target, *masks, self.face_weight, self.channel_weights)
         if parts is not None:
             clean = self.schedule.clean(prediction, noised, steps)
             auxiliary = self._measure_auxiliary(bank, features, clean, parts, attributes, generator)
@@ -193,21 +188,12 @@ class TrainableRetrieval(nn.Module):
             found = found.repeat_interleave(len(clean) // len(found), 0)
             yield "drawn", self.critic_weight, self.critic.loss(clean, attributes, generator, found)
 
-    def _make_hook(self, bank: Bank) -> SkipHook:
-        """A hook that adds retrieved features; a bank whose references are dropped gives zero."""
-
-        def hook(site: str, h: Tensor) -> Tensor:
-            entries = bank.sites[site]
-            return h + self.network.retrieval[site](h, entries.keys, entries.values, entries.bias)
-
-        return hook
-
     def _predict(
-        self, noised: Tensor, steps: Tensor, context: Tensor, y: Tensor | None, hook: SkipHook
+        self, noised: Tensor, steps: Tensor, context: Tensor, hook: SkipHook
     ) -> tuple[Tensor, list[Tensor]]:
         """The prediction and the features of all sites."""
         with torch.no_grad():  # the base encoder is never trained
-            emb = self.unet.embed(steps, y, noised.dtype)
+            emb = self.unet.embed(steps, None, noised.dtype)
             features = self.unet.encode(noised, emb, context)
         return self.unet.decode(features, emb, context, hook), features
 

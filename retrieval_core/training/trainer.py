@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..errors import RetrievalError
-from .checkpoint import LAST, Checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
+from .checkpoint import LAST, load_checkpoint, remove_leftovers, save_checkpoint
 from .ema import ExponentialMovingAverage
 from .interruption import Interruption
 from .loss_plot import write_losses
 from .prefetch import prefetch_batches
 from .progress import Progress
-from .randomness import seed_generator
 from .settings import TrainingSettings
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -34,40 +33,32 @@ class Batches(Protocol):
     def batch(self, step: int) -> Any: ...
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """Outcome of `Trainer.run`.
-
-    step: steps done. interrupted: stopped by Ctrl-C or a termination signal, with the state saved.
-    skipped: steps skipped because loss or gradient was not finite. history: see `Trainer`.
-    message: one sentence for the user.
-    """
-
-    step: int
-    interrupted: bool
-    skipped: int
-    history: dict[str, list[float]]
-    message: str
+def seed_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of one step, from seed and step alone: resuming needs no generator state."""
+    (derived,) = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    return torch.Generator(device=device).manual_seed(int(derived))
 
 
 class Trainer:
-    """Trains the parameters of `parameters_owner` that require a gradient.
+    """Trains the parameters of a module that require a gradient.
 
-    parameters_owner: module; checkpoints store parameters by their names in it.
+    parameters_owner: the module, whose buffers no step changes; checkpoints store parameters by
+        their names in it.
     loss_fn: (batch, generator) -> scalar tensors by name; "loss" is minimised. All randomness must
-        come from the generator, which is on `device`, so that a resumed run repeats it; for
-        dropout, the global torch generator is seeded for each step too.
+        come from the generator, which is on `device`, so that a resumed run repeats it.
     batches: see `Batches`. settings: see `TrainingSettings`.
-    folder: for checkpoints, `losses.csv` and `losses.png`. A checkpoint found there is resumed.
+    folder: for checkpoints, `losses.csv` and `losses.png`; it names the progress bar. A checkpoint
+        found there is resumed.
     device: of owner and optimiser.
     description: JSON values that identify the run (lock, text drop, ...); it is resumed only with
         the same ones.
-    prefetch: number of batches prepared ahead on a thread, which changes no result.
     rate_factors: prefix of parameter names -> factor on their learning rate, so that copies of
         trained layers can learn slower than fresh ones.
 
+    `step`: steps done. `skipped`: those of them whose loss or gradient was not finite.
     `history`: name -> one value per step done, of every loss and of "learning_rate" and
     "grad_norm" (before clipping); NaN where a step has none.
+    `ema`: averages of the trained parameters, by name.
     Raises RetrievalError if the folder cannot be used or holds another run.
     """
 
@@ -81,13 +72,11 @@ class Trainer:
         *,
         device: torch.device | str = "cpu",
         description: Mapping[str, Any] | None = None,
-        prefetch: int = 0,
-        label: str = "training",
         rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         self.owner = parameters_owner.to(device)
         self.loss_fn, self.batches, self.settings = loss_fn, batches, settings
-        self.device, self.prefetch, self.label = torch.device(device), prefetch, label
+        self.device = torch.device(device)
         self.rate_factors = dict(rate_factors or {})
         # Through JSON, as in a checkpoint: a tuple becomes a list.
         about = {**(description or {}), "rate_factors": self.rate_factors}
@@ -96,41 +85,31 @@ class Trainer:
         self.parameters = {n: p for n, p in self.owner.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise RetrievalError("Nothing to train: no parameter requires a gradient.")
-        stored = self.owner.state_dict(keep_vars=True)
-        # Buffers that a step may change: in training mode, as a batch norm's statistics.
-        self.buffers = {
-            n: b
-            for n, b in self.owner.named_buffers()
-            if n in stored and self.owner.get_submodule(n.rpartition(".")[0]).training
-        }
         self.optimizer = self._make_optimizer()
         self.ema = ExponentialMovingAverage(self.parameters, settings.ema_decay)
-        self.step = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.step = self.skipped = self.skipped_in_a_row = 0
         self.history: dict[str, list[float]] = {}
         self._consistent = True  # False while a step is half applied
         checkpoint = load_checkpoint(self.folder)
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self._restore(*checkpoint)
 
-    def run(self, until: int | None = None) -> TrainingResult:
-        """Trains to step `until` (the settings' `steps` if None) and saves.
+    def run(self, until: int | None = None) -> bool:
+        """Trains to step `until` (the settings' `steps` if None), saves, and says so in one line.
 
-        Ctrl-C and SIGTERM finish the current step, save, and return with `interrupted` set; a
-        second Ctrl-C raises KeyboardInterrupt at once. An exception of the loss or the data is
-        raised after the last whole step has been saved. RetrievalError after 20 steps in a row
-        without a finite loss and gradient.
+        Ctrl-C and SIGTERM finish the current step, save, and return True for interrupted; a second
+        Ctrl-C raises KeyboardInterrupt at once. An exception of the loss or the data is raised
+        after the last whole step has been saved. RetrievalError after 20 steps in a row without a
+        finite loss and gradient.
         """
         end = self.settings.steps if until is None else min(until, self.settings.steps)
         first = saved_at = self.step
-        rng_state = torch.get_rng_state()
         # The last save is inside the interruption, so that Ctrl-C cannot prevent it.
         with Interruption() as interruption:
             try:
                 with (
-                    prefetch_batches(self.batches.batch, first, end, self.prefetch) as batches,
-                    Progress(self.label, first, end) as progress,
+                    closing(prefetch_batches(self.batches.batch, first, end)) as batches,
+                    Progress(self.folder.name, first, end) as progress,
                 ):
                     while self.step < end and not interruption.requested:
                         losses = self._train_step(next(batches))
@@ -140,31 +119,20 @@ class Trainer:
                             saved_at = self.step
                         self._stop_if_hopeless()
             finally:
-                torch.set_rng_state(rng_state)
                 if self._consistent and self.step > saved_at:
                     self.save()
         stopped = interruption.requested and self.step < end
-        total = self.settings.steps
+        at, file = f"step {self.step} of {self.settings.steps}", self.folder / LAST
         if stopped:
-            message = (
-                f"Training was interrupted after step {self.step} of {total}; run the same "
-                f"command again to go on from {self.folder / LAST}."
-            )
+            again = f"run the same command again to go on from {file}"
+            print(f"Training was interrupted after {at}; {again}.", flush=True)
         else:
-            message = f"Training is at step {self.step} of {total}, saved in {self.folder / LAST}."
-        return TrainingResult(self.step, stopped, self.skipped, self.history, message)
-
-    def ema_state_dict(self) -> dict[str, torch.Tensor]:
-        """Copies of the trained parameters' averages by name, on their device."""
-        return {name: average.clone() for name, average in self.ema.averages.items()}
-
-    def ema_weights(self) -> AbstractContextManager[None]:
-        """The owner holds the averages inside `with trainer.ema_weights():`."""
-        return self.ema.swapped_in()
+            print(f"Training is at {at}, saved in {file}.", flush=True)
+        return stopped
 
     def save(self) -> None:
         """Writes the checkpoint, `losses.csv` and `losses.png`."""
-        save_checkpoint(self.folder, self._snapshot())
+        save_checkpoint(self.folder, *self._snapshot())
         write_losses(self.folder, self.history)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
@@ -187,11 +155,8 @@ class Trainer:
         rate = settings.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        if self.buffers:  # a forward pass may change them, as batch norm does
-            self._consistent = False
         self.optimizer.zero_grad(set_to_none=True)  # an aborted step may have left gradients
         generator = seed_generator(settings.seed, self.step, self.device)
-        torch.manual_seed(generator.initial_seed())
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"
         ):
@@ -230,10 +195,12 @@ class Trainer:
         for name, series in self.history.items():
             series.append(values.get(name, math.nan))
 
-    def _snapshot(self) -> Checkpoint:
+    def _snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All tensors and JSON values that a run needs to resume exactly."""
         tensors = {f"weights.{name}": p for name, p in self.parameters.items()}
         tensors |= {f"ema.{name}": average for name, average in self.ema.averages.items()}
-        tensors |= {f"buffers.{name}": buffer for name, buffer in self.buffers.items()}
+        for name, values in self.history.items():
+            tensors[f"history.{name}"] = torch.tensor(values, dtype=torch.float64)
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter)
             if state:  # none before the parameter's first gradient
@@ -245,12 +212,12 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "ema_updates": self.ema.updates,
+            "step": self.step,
         }
-        return Checkpoint(self.step, tensors, state, self.history)
+        return tensors, state
 
     @torch.no_grad()
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        tensors, state = checkpoint.tensors, checkpoint.state
+    def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         self._refuse_other_run(state, tensors)
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"weights.{name}"])
@@ -263,16 +230,16 @@ class Trainer:
                     "exp_avg": torch.zeros_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
                     "exp_avg_sq": torch.zeros_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
                 }
-        for name, buffer in self.buffers.items():
-            buffer.copy_(tensors[f"buffers.{name}"])
-        self.step, self.history = checkpoint.step, checkpoint.history
+        series = {n: t.tolist() for n, t in tensors.items() if n.startswith("history.")}
+        self.history = {name.removeprefix("history."): values for name, values in series.items()}
+        self.step = state["step"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.ema.updates = state["ema_updates"]
 
     def _refuse_other_run(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        names = TrainingSettings.fixed_names()
-        now, then = self.settings.as_json(), TrainingSettings.stored(state["settings"])
-        pairs = [(name, then.get(name), now.get(name)) for name in names]
+        now = self.settings.as_json()
+        then = {"precision": "float32", **state["settings"]}  # older checkpoints lack it
+        pairs = [(n, then.get(n), now[n]) for n in now if n != "checkpoint_every"]
         described = sorted({*state["description"], *self.description})
         pairs += [(n, state["description"].get(n), self.description.get(n)) for n in described]
         pairs += [

@@ -29,14 +29,13 @@ def record(
     network: TrainingFree,
     latents: Tensor,
     context: Tensor,
-    y: Tensor | None = None,
 ) -> Features:
     """Records keys and values of references at each noise level; one pass of the U-Net a level.
 
     Args:
         unet: the base model's. schedule: its noise schedule.
         latents: [R, C, H, W], clean, scaled as the base model's latents are.
-        context: [R, L, D] text context of each reference. y: [R, A] where the base has one.
+        context: [R, L, D] text context of each reference.
 
     Returns:
         `name_site` -> [R, 2, N, D] keys and values, and the layer's height and width.
@@ -57,5 +56,5 @@ def record(
             return layer.attend(q, k, v, heads)
 
         noised = schedule.noised(latents, noise, steps)
-        unet(noised, steps, context, y, self_attention=record_layer)
+        unet(noised, steps, context, self_attention=record_layer)
     return recorded

@@ -13,7 +13,7 @@ from ..network.controlnet import Card
 from ..network.fingerprint import fingerprint_weights
 from ..network.unet import MIDDLE, UNet, UNetConfig
 from ..sampling.controls import choose_group
-from .attention_layers import choose_layers, list_self_attention_layers
+from .attention_layers import Layer, choose_layers, list_self_attention_layers
 
 LAYERS = "all"
 LEVELS = 1
@@ -73,16 +73,18 @@ class TrainingFree:
         """The noise levels: mid-points of `levels` equal spans of the schedule, rising."""
         return tuple(int((i + 0.5) / self.levels * steps) for i in range(self.levels))
 
-    def site_channels(self) -> dict[str, int]:
-        """Site of a bank (`name_site`) -> width."""
+    def _sites(self) -> dict[str, Layer]:
+        """Site of a bank (`name_site`) -> its layer."""
         layers = list_self_attention_layers(self.config)
-        return {name_site(n, t): layers[n].width for t in self.timesteps() for n in self.names}
+        return {name_site(n, t): layers[n] for t in self.timesteps() for n in self.names}
+
+    def site_channels(self) -> dict[str, int]:
+        """Site of a bank -> width."""
+        return {site: layer.width for site, layer in self._sites().items()}
 
     def site_downsampling(self) -> dict[str, int]:
         """Site of a bank -> latent pixels per token along an edge."""
-        layers = list_self_attention_layers(self.config)
-        return {name_site(n, t): layers[n].downsampling
-                for t in self.timesteps() for n in self.names}  # fmt: skip
+        return {site: layer.downsampling for site, layer in self._sites().items()}
 
     def groups(self) -> dict[str, str]:
         """Layer -> composition, middle or detail; see `controls.group_sites`."""

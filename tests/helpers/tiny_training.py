@@ -8,18 +8,17 @@ import torch
 from torch import nn
 
 from retrieval_core.errors import RetrievalError
-from retrieval_core.training import Trainer, TrainingSettings, seed_generator
+from retrieval_core.training.settings import TrainingSettings
+from retrieval_core.training.trainer import Trainer, seed_generator
 
 
 class Owner(nn.Module):
-    """A trained part, a frozen part, dropout (the global generator), and a moving buffer."""
+    """A trained part, a frozen part, and a parameter that gets no gradient."""
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.trained = nn.Sequential(
-            nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(0.1), nn.Linear(16, 4)
-        )
+        self.trained = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 4))
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.unused = nn.Parameter(torch.ones(2, 2))
         with torch.no_grad():
@@ -45,9 +44,7 @@ def settings(**changes):
     return TrainingSettings(**{**values, **changes})
 
 
-def trainer(
-    folder, *, loss=None, batches=None, owner=None, prefetch=0, description=None, **changes
-):
+def trainer(folder, *, loss=None, batches=None, owner=None, description=None, **changes):
     owner = owner or Owner()
 
     def mean_square(batch, generator):
@@ -61,16 +58,19 @@ def trainer(
         batches or TinyBatches(),
         settings(**changes),
         folder,
-        prefetch=prefetch,
         description=description,
     )
+
+
+def copy_averages(run):
+    return {name: average.clone() for name, average in run.ema.averages.items()}
 
 
 def everything(run):
     """All numbers that a resumed run must share with an uninterrupted one."""
     return {
         **{f"weights.{n}": t.detach().clone() for n, t in run.owner.state_dict().items()},
-        **{f"ema.{n}": t for n, t in run.ema_state_dict().items()},
+        **{f"ema.{n}": t for n, t in copy_averages(run).items()},
         **{f"history.{n}": torch.tensor(h).double() for n, h in run.history.items()},
         "step": torch.tensor(run.step),
     }
@@ -90,8 +90,7 @@ if __name__ == "__main__":
     try:
         run = trainer(Path(sys.argv[1]), batches=_Slow(float(sys.argv[2])))
         print("started", run.step, flush=True)
-        result = run.run()
+        interrupted = run.run()
     except RetrievalError as error:
         sys.exit(str(error))
-    print(result.message, flush=True)
-    sys.exit(130 if result.interrupted else 0)
+    sys.exit(130 if interrupted else 0)

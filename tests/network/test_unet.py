@@ -1,6 +1,6 @@
 """The U-Net family: the original checkpoints' shapes and names, and the arithmetic written out."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from torch import nn
 from retrieval_core.network import unet as unet_module
 from retrieval_core.network.unet import (
     SD15,
-    SD21,
     SDXL,
     UNet,
     UNetConfig,
@@ -21,6 +20,10 @@ from retrieval_core.network.unet import (
     timestep_embedding,
 )
 
+SD21 = UNetConfig(
+    320, (1, 2, 4, 4), (2, 2, 2, 2), (1, 1, 1, 0), 1, 1024, num_head_channels=64,
+    use_linear_in_transformer=True,
+)  # fmt: skip
 # The three members of the family, small: 8 heads' relative with convolutions around its
 # transformers; linear projections and heads of a fixed width; a vector conditioning, no attention
 # on the first level and two blocks behind each other.
@@ -143,10 +146,8 @@ def test_presets_have_the_published_models_size_and_are_read_off_their_own_shape
     assert len(weights) == tensors
     assert sum(tensor.numel() for tensor in weights.values()) == parameters
     assert detect_config(weights) == config
-    prefixed = {f"model.diffusion_model.{key}": value for key, value in weights.items()}
-    assert detect_config(prefixed, "model.diffusion_model.") == config
     assert len(config.site_channels()) == sites
-    assert UNetConfig.from_dict(config.to_dict()) == config
+    assert UNetConfig.from_dict(asdict(config)) == config
 
 
 @pytest.mark.parametrize(("config", "keys"), [(SD15, SD15_KEYS), (SDXL, SDXL_KEYS)])
@@ -352,21 +353,21 @@ def test_a_vector_conditioning_must_be_given():
     [
         ({"num_res_blocks": [2, 2, 2]}, "4 levels in channel_mult but 3 in num_res_blocks"),
         ({"channel_mult": 4}, "does not make sense"),
-        ({"num_heads": None}, "set exactly one"),
-        ({"num_head_channels": 64}, "set exactly one"),
+        ({"num_heads": None}, "exactly one"),
+        ({"num_head_channels": 64}, "exactly one"),
         ({"model_channels": "wide"}, "model_channels=wide"),
         ({"model_channels": -320}, "model_channels=-320"),
         ({"model_channels": 48}, "width of 48 channels"),
         ({"num_heads": 7}, "7 heads"),
         ({"transformer_depth": [1, 1, 1, 0.5]}, "transformer_depth=(1, 1, 1, 0.5)"),
-        ({"dropout": 0.1}, "unknown fields ['dropout']"),
+        ({"dropout": 0.1}, "argument 'dropout'"),
     ],
 )
 def test_an_impossible_configuration_is_refused(change, shown):
-    assert shown in sentence(UNetConfig.from_dict, {**SD15.to_dict(), **change})
+    assert shown in sentence(UNetConfig.from_dict, {**asdict(SD15), **change})
 
 
 def test_an_incomplete_configuration_is_refused():
-    values = SD15.to_dict()
+    values = asdict(SD15)
     del values["context_dim"]
     assert "context_dim" in sentence(UNetConfig.from_dict, values)

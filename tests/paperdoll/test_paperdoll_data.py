@@ -16,18 +16,21 @@ from retrieval_core.paperdoll.batches import (
     TARGETS,
     BaseBatches,
     RetrievalBatches,
-    draw_character_figures,
+    render_character,
     render_characters,
     stack_images,
     to_images,
 )
-from retrieval_core.paperdoll.draw import render
 from retrieval_core.paperdoll.text import CONCEPTS, LENGTH, PAD, Tokenizer
-from retrieval_core.paperdoll.world import is_held_out_identity, is_held_out_outfit
+from retrieval_core.paperdoll.world import is_held_out
 
 COUNT = 6
 # Nothing cut off, filled or moved: a whole figure as a reference is its picture.
 PLAIN = TaskOptions(text_drop=0, reference_drop=0, remove_background=0)
+
+
+def retrieval_batches(characters, size, seed):
+    return RetrievalBatches(characters, size, seed, text_drop=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,9 @@ def characters():
     return render_characters(3, COUNT)
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_a_characters_figures_keep_to_their_side_of_the_split(held_out):
+def test_a_characters_figures_are_of_one_character_and_not_held_out():
     for index in range(20):
-        figures = draw_character_figures(3, index, held_out)
+        figures = [rendering.figure for rendering in render_character(3, index)]
         assert len(figures) == EACH
         own, others_clothes = figures[:SAME], figures[SAME : SAME + OTHER_CLOTHES]
         people = figures[SAME + OTHER_CLOTHES :]
@@ -47,22 +49,21 @@ def test_a_characters_figures_keep_to_their_side_of_the_split(held_out):
         assert all(f.identity == who for f in others_clothes)
         assert all(f.outfit == clothes for f in people)
         for figure in figures:
-            assert is_held_out_identity(figure.identity) is held_out
-            assert is_held_out_outfit(figure.outfit) is held_out
+            assert not is_held_out(figure.identity)
+            assert not is_held_out(figure.outfit)
 
 
 def test_rendering_on_all_processors_is_rendering_one_by_one(characters):
     for index in range(COUNT):
-        for i, figure in enumerate(draw_character_figures(3, index, False)):
-            drawn, found = render(figure), characters[index][i]
+        for drawn, found in zip(render_character(3, index), characters[index], strict=True):
             assert np.array_equal(found.image, drawn.image)
             assert np.array_equal(found.mask, drawn.mask)
             assert np.array_equal(found.parts, drawn.parts)
-            assert (found.head_box, found.figure) == (drawn.head_box, figure)
+            assert (found.head_box, found.figure) == (drawn.head_box, drawn.figure)
 
 
 def test_batches_depend_on_seed_and_step_only(characters):
-    for make in (BaseBatches, RetrievalBatches):
+    for make in (BaseBatches, retrieval_batches):
         one, two, other = make(characters, 3, 5), make(characters, 3, 5), make(characters, 3, 6)
         one.batch(0)
         found = [tensors(batches.batch(7)) for batches in (one, two, other)]
@@ -78,7 +79,7 @@ def tensors(batch):
 
 
 def test_shapes_are_those_that_training_takes(characters):
-    batch = RetrievalBatches(characters, 3, 0).batch(0)
+    batch = retrieval_batches(characters, 3, 0).batch(0)
     assert batch.targets.shape == (3 * TARGETS, 3, 64, 64)
     assert batch.ids.shape == (3 * TARGETS, LENGTH)
     assert batch.face.shape == (3 * TARGETS, 64, 64)
@@ -94,7 +95,7 @@ def test_shapes_are_those_that_training_takes(characters):
 
 def test_targets_are_of_the_character_and_never_among_its_references(characters, monkeypatch):
     monkeypatch.setattr(module, "TASK_OPTIONS", PLAIN)
-    batches = RetrievalBatches(characters, 3, 1)
+    batches = retrieval_batches(characters, 3, 1)
     pictures = [stack_images(renderings) for renderings in characters]
     figure = Tokenizer().ids["figure"]
     tasks = set()
@@ -128,9 +129,9 @@ def test_targets_are_of_the_character_and_never_among_its_references(characters,
 
 def test_every_other_batch_shows_two_characters_in_one_scene(characters):
     """Half as many pictures, twice as wide; the halves share the background."""
-    batches = BaseBatches(characters, 6, 4, text_drop=0.0, tag_drop=0.0, pairs=True)
+    batches = BaseBatches(characters, 6, 4, pairs=True)
     alone, ids = batches.batch(2)
-    assert torch.equal(alone, BaseBatches(characters, 6, 4, 0.0, 0.0).batch(2)[0])
+    assert torch.equal(alone, BaseBatches(characters, 6, 4).batch(2)[0])
     pictures, ids = batches.batch(3)
     assert pictures.shape == (3, 3, 64, 128) and ids.shape == (3, LENGTH)
     for picture in pictures:
@@ -140,9 +141,10 @@ def test_every_other_batch_shows_two_characters_in_one_scene(characters):
     assert not torch.equal(pictures, batches.batch(5)[0])
 
 
-def test_pairs_of_targets_share_their_scenes(characters):
-    batches = RetrievalBatches(characters, 4, 1, text_drop=0.0, tag_drop=0.0, pairs=True)
-    plain = RetrievalBatches(characters, 4, 1, text_drop=0.0, tag_drop=0.0)
+def test_pairs_of_targets_share_their_scenes(characters, monkeypatch):
+    monkeypatch.setattr(module, "TAG_DROP", 0.0)
+    batches = RetrievalBatches(characters, 4, 1, text_drop=0.0, pairs=True)
+    plain = RetrievalBatches(characters, 4, 1, text_drop=0.0)
     assert not batches.batch(2).paired and not plain.batch(3).paired
     assert torch.equal(batches.batch(2).targets, plain.batch(2).targets)
     batch = batches.batch(3)
@@ -160,7 +162,7 @@ def test_pairs_of_targets_share_their_scenes(characters):
 
 
 def test_text_tags_and_references_are_dropped_as_often_as_said(characters):
-    batches = RetrievalBatches(characters, 4, 2, text_drop=0.5, tag_drop=0.1)
+    batches = RetrievalBatches(characters, 4, 2, text_drop=0.5)
     drawn = [batches.batch(step) for step in range(60)]
     ids = torch.cat([batch.ids for batch in drawn])
     used = torch.cat([batch.used for batch in drawn])
@@ -173,7 +175,7 @@ def test_text_tags_and_references_are_dropped_as_often_as_said(characters):
 
 
 def test_the_face_mask_is_the_targets_head_box(characters):
-    batch = RetrievalBatches(characters, 2, 4).batch(0)
+    batch = retrieval_batches(characters, 2, 4).batch(0)
     boxes = {rendering.head_box for renderings in characters for rendering in renderings}
     for face in batch.face:
         rows, columns = face.nonzero(as_tuple=True)

@@ -35,8 +35,7 @@ from retrieval_core.paperdoll.world import (
     Identity,
     Outfit,
     Scene,
-    is_held_out_identity,
-    is_held_out_outfit,
+    is_held_out,
     random_identity,
     random_outfit,
     random_scene,
@@ -126,8 +125,8 @@ def test_colours_can_be_told_apart(colours):
 
 
 def test_the_split_is_a_fifth_and_never_changes():
-    assert sum(map(is_held_out_identity, IDENTITIES)) == 328  # of 1536
-    assert sum(map(is_held_out_outfit, OUTFITS)) == 1346  # of 6720
+    assert sum(map(is_held_out, IDENTITIES)) == 328  # of 1536
+    assert sum(map(is_held_out, OUTFITS)) == 1346  # of 6720
     assert 0.17 < 328 / len(IDENTITIES) < 0.23 and 0.17 < 1346 / len(OUTFITS) < 0.23
 
 
@@ -141,14 +140,14 @@ def test_the_split_is_a_fifth_and_never_changes():
     ],
 )
 def test_a_few_identities_stay_where_they_are(values, held_out):
-    assert is_held_out_identity(Identity(*values)) is held_out
+    assert is_held_out(Identity(*values)) is held_out
 
 
 def test_the_split_is_by_the_names_alone():
     who, clothes = IDENTITIES[700], OUTFITS[3000]
     for kind, value, found in (
-        ("identity", who, is_held_out_identity(who)),
-        ("outfit", clothes, is_held_out_outfit(clothes)),
+        ("identity", who, is_held_out(who)),
+        ("outfit", clothes, is_held_out(clothes)),
     ):
         digest = hashlib.sha256("|".join((kind, *astuple(value))).encode()).hexdigest()
         assert found == (int(digest[:8], 16) % 100 < 20)
@@ -159,8 +158,8 @@ def test_every_single_value_is_seen_in_training_and_held_out():
     split = {
         name: [[w for w in world if test(w) is side] for side in (False, True)]
         for name, world, test in (
-            ("identity", IDENTITIES, is_held_out_identity),
-            ("outfit", OUTFITS, is_held_out_outfit),
+            ("identity", IDENTITIES, is_held_out),
+            ("outfit", OUTFITS, is_held_out),
         )
     }
     for (part, name), values in VALUES.items():
@@ -171,8 +170,8 @@ def test_every_single_value_is_seen_in_training_and_held_out():
 @pytest.mark.parametrize("held_out", [True, False])
 def test_draws_keep_to_their_side_of_the_split(held_out):
     rng = np.random.default_rng(3)
-    assert all(is_held_out_identity(random_identity(rng, held_out)) is held_out for _ in range(200))
-    assert all(is_held_out_outfit(random_outfit(rng, held_out)) is held_out for _ in range(200))
+    assert all(is_held_out(random_identity(rng, held_out)) is held_out for _ in range(200))
+    assert all(is_held_out(random_outfit(rng, held_out)) is held_out for _ in range(200))
 
 
 def test_draws_are_even_and_colours_of_an_outfit_differ():

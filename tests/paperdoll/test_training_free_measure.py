@@ -12,7 +12,7 @@ from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE, Bundle
 from retrieval_core.paperdoll.cases import make_character_case, make_composition_case
 from retrieval_core.paperdoll.generate import Sampling, apply_training_free, generate
 from retrieval_core.paperdoll.judge import Judge
-from retrieval_core.paperdoll.measure_training_free import Setting, generate_pictures, main
+from retrieval_core.paperdoll.measure_training_free import generate_pictures, main
 from retrieval_core.paperdoll.model import PaperdollModel, load_base
 from retrieval_core.training_free import TrainingFree, record
 
@@ -38,11 +38,13 @@ def test_without_retrieval_is_the_base_models_picture_and_with_it_is_not(base):
     cases = [make_character_case(1, i, masked=True) for i in range(2)]
     noise = base.noise(2, torch.Generator().manual_seed(0))
     how, prompts = Sampling(steps=2), [case.prompt for case in cases]
-    plain = generate_pictures(base, cases, noise, Setting(None), how)
+    plain = generate_pictures(base, cases, noise, how)
     assert torch.equal(plain, generate(Bundle(base, None, None), prompts, noise, None, how))
-    for setting in (Setting(1), Setting(1, adain=True)):
-        assert (generate_pictures(base, cases, noise, setting, how) - plain).abs().max() > 1e-4
-    assert torch.equal(generate_pictures(base, cases, noise, Setting(1, strength=0.0), how), plain)
+    for adain in (False, True):
+        network = TrainingFree.from_unet(base.unet, "paperdoll", adain=adain)
+        found = generate_pictures(base, cases, noise, how, network)
+        assert (found - plain).abs().max() > 1e-4
+    assert torch.equal(generate_pictures(base, cases, noise, how, network, 0.0), plain)
 
 
 def test_batched_banks_hold_the_keys_of_each_reference(base):

@@ -10,7 +10,7 @@ from retrieval_core.bank.site_bank import make_bank
 from retrieval_core.network.retrieval_site import RetrievalSite
 from retrieval_core.paperdoll.batches import READ, RetrievalBatches, render_characters
 from retrieval_core.paperdoll.judge import ATTRIBUTES, index_truth
-from retrieval_core.training.attributes import AttributeReader, choose_deeper_sites
+from retrieval_core.training.attributes import AttributeReader
 
 GROUPS, REFERENCES, HEIGHT, WIDTH, PARTS, CHANNELS, HEADS = 2, 2, 5, 3, 3, 8, 2
 SIZES = {"hair": (1, 4), "upper": (2, 3)}
@@ -146,13 +146,9 @@ def test_it_reaches_the_values_and_the_attention():
     assert layer.zero_conv.weight.grad is None
 
 
-def test_the_deeper_sites_are_all_but_the_first_two():
-    assert choose_deeper_sites(["input_0", "input_1", "input_2", "middle"]) == ["input_2", "middle"]
-
-
 def test_batches_name_the_targets_attributes():
     characters = render_characters(5, 4)
-    batch = RetrievalBatches(characters, 4, 1).batch(0)
+    batch = RetrievalBatches(characters, 4, 1, 0.5).batch(0)
     assert batch.truths.shape == (16, len(READ))
     # The four targets of one character share what references give.
     for rows in batch.truths.view(4, 4, -1):

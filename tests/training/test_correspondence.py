@@ -191,7 +191,7 @@ def test_parts_of_another_shape_or_type_are_refused():
 
 
 def test_a_reference_only_gives_what_its_concept_asks_for():
-    batches = RetrievalBatches(render_characters(5, 4), 4, 1)
+    batches = RetrievalBatches(render_characters(5, 4), 4, 1, 0.5)
     seen = set()
     for step in range(6):
         batch = batches.batch(step)

@@ -15,11 +15,11 @@ from retrieval_core.paperdoll.batches import (
 )
 from retrieval_core.paperdoll.bundle import BASE_FILE, find_bundled, load_bundle
 from retrieval_core.paperdoll.model import load_base
-from retrieval_core.paperdoll.train import load_critic
-from retrieval_core.paperdoll.trainees import (
+from retrieval_core.paperdoll.train import (
     CriticTraining,
     PaperdollRetrieval,
     RetrievalOptions,
+    load_critic,
     make_critic,
 )
 from retrieval_core.training.critic import NOISE, Critic, blur_undecided

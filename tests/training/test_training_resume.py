@@ -9,15 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tiny_training
 import torch
 from tiny_training import everything, trainer
 
 from retrieval_core.errors import RetrievalError
-from retrieval_core.training import TrainingSettings
-from retrieval_core.training import checkpoint as checkpoint_module
 from retrieval_core.training import trainer as trainer_module
-from retrieval_core.training.checkpoint import LAST, PREVIOUS, load_checkpoint
+from retrieval_core.training.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +64,7 @@ def start(folder, seconds_per_step):
 
 def test_resuming_at_every_kind_of_step_changes_nothing(tmp_path, uninterrupted):
     for until in (1, 2, 9, 10, 11, 64, 65, 200, None):
-        run = trainer(tmp_path, checkpoint_every=7, prefetch=until != 64)
+        run = trainer(tmp_path, checkpoint_every=7)
         run.run(until)
     assert_same(everything(run), uninterrupted)
 
@@ -79,7 +78,7 @@ def test_killed_at_random_moments(tmp_path, uninterrupted):
         process.kill()
         process.communicate()
         saved = load_checkpoint(tmp_path)
-        now = 0 if saved is None else saved.step
+        now = 0 if saved is None else saved[1]["step"]
         assert now >= before
         before = now
     assert before > 0, "killed too early to test anything"
@@ -114,7 +113,7 @@ def test_killed_at_each_step_of_saving(tmp_path, monkeypatch, uninterrupted, cra
     run = trainer(tmp_path)
     run._train_step(run.batches.batch(20))
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", fatal(checkpoint_module.save_file))
+        patch.setattr(safetensors.torch, "save_file", fatal(safetensors.torch.save_file))
         patch.setattr(os, "fsync", fatal(os.fsync))
         patch.setattr(os, "replace", fatal(os.replace))
         try:
@@ -134,7 +133,7 @@ def test_killed_at_each_step_of_saving(tmp_path, monkeypatch, uninterrupted, cra
 @pytest.mark.parametrize("kept", [0, 5, 300, -1])
 def test_a_truncated_last_checkpoint_falls_back(tmp_path, uninterrupted, kept):
     trainer(tmp_path).run(22)
-    before = load_checkpoint(tmp_path).step
+    before = load_checkpoint(tmp_path)[1]["step"]
     data = (tmp_path / LAST).read_bytes()
     (tmp_path / LAST).write_bytes(data[:kept])
     run = trainer(tmp_path)
@@ -192,10 +191,14 @@ def test_other_settings_are_refused(tmp_path, changes, words):
     trainer(tmp_path, description={"lock": "train_both"}, checkpoint_every=50)
 
 
-def test_a_run_from_before_there_was_a_precision_goes_on():
-    stored = tiny_training.settings().as_json()
-    del stored["precision"]
-    assert TrainingSettings.stored(stored) == tiny_training.settings().as_json()
+def test_a_run_from_before_there_was_a_precision_goes_on(tmp_path):
+    trainer(tmp_path).run(3)
+    tensors, state = load_checkpoint(tmp_path)
+    del state["settings"]["precision"]
+    save_checkpoint(tmp_path, tensors, state)
+    assert trainer(tmp_path).step == 3
+    with pytest.raises(RetrievalError, match="precision = float32, not bfloat16"):
+        trainer(tmp_path, precision="bfloat16")
 
 
 def test_other_parameters_are_refused(tmp_path):
