@@ -10,7 +10,7 @@ from ..retrieval_core.training_free.attention_layers import LAYER_CHOICES
 from ..retrieval_core.training_free.training_free_network import LAYERS, LEVELS, MOST_LEVELS
 from .host import folders
 from .host.base_model import detect_base
-from .host.loading import make_transfer_progress
+from .host.loading import make_progress
 from .socket_types import CATEGORY, RetrievalControlNetType
 
 DEMO = "paper-doll demo (bundled)"
@@ -136,5 +136,5 @@ def _download(repository: str, file: str, revision: str) -> Any:
         file.strip(),
         revision.strip() or None,
         folders.first_path(folders.NETWORKS),
-        make_transfer_progress(),
+        make_progress(),
     )

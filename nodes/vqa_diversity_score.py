@@ -6,13 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..retrieval_core.metrics import DEFAULT_QUESTIONS
+from ..retrieval_core.metrics.vqa import DEFAULT_QUESTIONS
 from ..retrieval_core.metrics.vqa_models import BATCH, MAX_NEW_TOKENS
 from .host import model_folders
-from .host.vqa_asking import AUTOMATIC, WORDS
+from .host.vqa_asking import AUTOMATIC, JUDGE, WORDS, score_diversity
 from .socket_types import CATEGORY, ImageScoresType
-
-JUDGE = "paper-doll judge (bundled)"
 
 
 class RetrievalVQADiversityScore(io.ComfyNode):
@@ -125,33 +123,7 @@ class RetrievalVQADiversityScore(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        images: Any,
-        vqa_model: str,
-        questions: str,
-        vqa_repository: str = "",
-        answer_encoder: str = AUTOMATIC,
-        encoder_repository: str = "",
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        batch_size: int = BATCH,
-        clip: Any = None,
-        similarity: Any = None,
-    ) -> io.NodeOutput:
-        from .host.vqa_asking import score_diversity
-
-        judged = vqa_model == JUDGE and not vqa_repository.strip()
-        scored = score_diversity(
-            images,
-            None if judged else vqa_model,
-            questions,
-            vqa_repository,
-            answer_encoder,
-            encoder_repository,
-            max_new_tokens,
-            batch_size,
-            clip,
-            similarity,
-        )
+    def execute(cls, images: Any, vqa_model: str, questions: str, **settings: Any) -> io.NodeOutput:
+        scored = score_diversity(images, vqa_model, questions, **settings)
         plot = scored[2]
         return io.NodeOutput(*scored, ui=ui.PreviewImage(plot, cls=cls))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ...retrieval_core.bank.site_bank import Bank
-from ...retrieval_core.bank.tokens import Tokens
 
 # Layers that cast their weights to the input, so that any weight type meets any base model's.
 OPERATIONS = comfy.ops.manual_cast
@@ -91,26 +90,21 @@ def reserve_memory(nbytes: Callable[[Any, torch.dtype], int]) -> Callable[..., A
     return prepare_sampling
 
 
-def make_bank_on_device(make: Callable[..., Bank], tokens: Tokens) -> Bank:
-    """Makes a bank of the tokens under a progress bar; on the CPU if the device is out of memory.
+def make_bank_on_device(make: Callable[..., Bank]) -> Bank:
+    """Makes a bank under a progress bar; on the CPU if the device is out of memory.
 
     Args:
         make: `make_bank` or `make_network_bank`, but for `device` and `on_site`.
     """
-    bar = comfy.utils.ProgressBar(len(tokens.sites))
-
-    def on_site(done: int, count: int) -> None:
-        management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, count)
-
+    progress = make_progress()
     try:
-        return make(device=management.get_torch_device(), on_site=on_site)
+        return make(device=management.get_torch_device(), on_site=progress)
     except management.OOM_EXCEPTION:
-        return make(device="cpu", on_site=on_site)
+        return make(device="cpu", on_site=progress)
 
 
-def make_transfer_progress() -> Callable[[int, int], None]:
-    """A callback (bytes done, bytes in all) that moves the node's bar and heeds interruptions."""
+def make_progress() -> Callable[[int, int], None]:
+    """A callback (done, in all) that moves the node's bar and heeds interruptions."""
     bar = comfy.utils.ProgressBar(1)
 
     def progress(done: int, total: int) -> None:

@@ -132,7 +132,7 @@ class TrainedNetwork:
         needed = _ALIVE * torch.float32.itemsize * tokens.count_largest()
         management.load_models_gpu([self.sites], memory_required=needed)
         make = partial(make_network_bank, self.network, tokens, budget)
-        return make_bank_on_device(make, tokens)
+        return make_bank_on_device(make)
 
     def freeze(self) -> dict[str, FrozenSite]:
         """site -> its query side, on the CPU."""

@@ -112,7 +112,7 @@ class TrainingFreeModel:
             needed = _ALIVE * torch.float32.itemsize * tokens.count_largest()
             management.free_memory(needed, management.get_torch_device())
         make = partial(make_bank, tokens, None, self.network.site_downsampling(), budget)
-        return make_bank_on_device(make, tokens)
+        return make_bank_on_device(make)
 
     def apply(
         self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any

@@ -8,17 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ..metrics import (
-    DEFAULT_QUESTIONS,
-    Answerer,
-    ImageEmbedder,
-    VQADiversity,
-    ask,
-    embed_references,
-    score_answers,
-    similarity,
-    text_similarity,
-)
+from ..metrics.protocols import Answerer, ImageEmbedder
+from ..metrics.similarity import embed_references, similarity, text_similarity
+from ..metrics.vqa import DEFAULT_QUESTIONS, VQADiversity, ask, score_answers
 from .characters import Character
 from .protocol import Run
 

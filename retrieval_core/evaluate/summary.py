@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import Estimate, estimate_mean
+from ..metrics.statistics import Estimate, estimate_mean
 from .protocol import HELD_OUT, IN_DOMAIN
 from .scores import Scorer
 

@@ -11,47 +11,6 @@ protocols, so that a VQA model or a known truth can answer: `Answerer`, `TextEmb
     result = score_answers(answers, clip, similarity=clip_i.values)
     result.score, result.weighted                            # Estimates
 
-In the modules: `vqa_models.load_vqa`, `encoders.load_clip` and `encoders.load_dino` load models in
-the format of transformers, and `model_folder.find_model` finds or fetches one by name.
+`vqa_models.load_vqa`, `encoders.load_clip` and `encoders.load_dino` load models in the format of
+transformers, and `model_folder.find_model` finds or fetches one by name.
 """
-
-from .diversity import (
-    Pair,
-    compute_distance_matrix,
-    diversity,
-    find_extreme_pairs,
-    weighted_diversity,
-)
-from .protocols import Answerer, ImageEmbedder, TextEmbedder
-from .similarity import (
-    ImageScore,
-    embed_references,
-    image_similarity,
-    similarity,
-    text_similarity,
-)
-from .statistics import Estimate, estimate_mean
-from .vqa import DEFAULT_QUESTIONS, QuestionResult, VQADiversity, ask, score_answers
-
-__all__ = [
-    "DEFAULT_QUESTIONS",
-    "Answerer",
-    "Estimate",
-    "ImageEmbedder",
-    "ImageScore",
-    "Pair",
-    "QuestionResult",
-    "TextEmbedder",
-    "VQADiversity",
-    "ask",
-    "compute_distance_matrix",
-    "diversity",
-    "embed_references",
-    "estimate_mean",
-    "find_extreme_pairs",
-    "image_similarity",
-    "score_answers",
-    "similarity",
-    "text_similarity",
-    "weighted_diversity",
-]

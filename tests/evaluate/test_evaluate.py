@@ -21,7 +21,7 @@ from retrieval_core.evaluate.frontier import draw_frontier, write_frontier
 from retrieval_core.evaluate.ledger import Ledger
 from retrieval_core.evaluate.protocol import RETRIBOORU, Protocol
 from retrieval_core.evaluate.scores import ModelScorer
-from retrieval_core.metrics import Estimate
+from retrieval_core.metrics.statistics import Estimate
 
 SMALL = Protocol(2, 1, 2, ("first", "second"), 2, 3, seed=5)
 
@@ -62,7 +62,7 @@ class Pixels:
         return scores, {"which": [str(round(10 * float(p[1].mean()))) for p in pictures]}
 
     def diversity(self, answers, similarity):
-        from retrieval_core.metrics import score_answers
+        from retrieval_core.metrics.vqa import score_answers
 
         class OneHot:
             def embed_texts(self, texts):
