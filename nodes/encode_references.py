@@ -96,14 +96,12 @@ class RetrievalEncodeReferences(io.ComfyNode):
         mask: Any = None,
         references: Any = None,
     ) -> io.NodeOutput:
-        from .host.encoded_references import References, draw_references, encode_references
+        from .host import encoded_references as host
 
-        network, before = retrieval_controlnet, ()
-        if references is not None:
-            references.check_network(network)
-            before = references.encoded
-        encoded = encode_references(
+        network = retrieval_controlnet
+        earlier = host.list_earlier(references, network)
+        encoded = host.encode_references(
             network, images, vae, clip, concept, weight, mask, size, mask_marks
         )
-        shown = ui.PreviewImage(draw_references(encoded), cls=cls)
-        return io.NodeOutput(References(network, (*before, *encoded)), ui=shown)
+        shown = ui.PreviewImage(host.draw_references(encoded), cls=cls)
+        return io.NodeOutput(host.References(network, (*earlier, *encoded)), ui=shown)

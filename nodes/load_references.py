@@ -52,20 +52,17 @@ class RetrievalLoadReferences(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str = "", **_: Any) -> Any:
         """Changes when the file does, so that a replaced file is read again."""
-        return folders.describe_version(folders.REFERENCES, file)
+        return folders.describe_file(folders.REFERENCES, file)
 
     @classmethod
     def execute(
         cls, retrieval_controlnet: Any, file: str, weight: float, references: Any = None
     ) -> io.NodeOutput:
-        from .host.encoded_references import References, draw_references
+        from .host.encoded_references import References, draw_references, list_earlier
         from .host.reference_library import load
 
-        before = ()
-        if references is not None:
-            references.check_network(retrieval_controlnet)
-            before = references.encoded
+        earlier = list_earlier(references, retrieval_controlnet)
         loaded = load(file, retrieval_controlnet, weight)
         shown = draw_references(loaded)
         preview = None if shown is None else ui.PreviewImage(shown, cls=cls)
-        return io.NodeOutput(References(retrieval_controlnet, (*before, *loaded)), ui=preview)
+        return io.NodeOutput(References(retrieval_controlnet, (*earlier, *loaded)), ui=preview)

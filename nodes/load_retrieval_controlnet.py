@@ -96,7 +96,7 @@ class RetrievalLoadControlNet(io.ComfyNode):
         """Changes when the file does, so that a replaced file is read again."""
         if repository.strip() or file in (DEMO, TRAINING_FREE):
             return ""
-        return folders.describe_version(folders.NETWORKS, file)
+        return folders.describe_file(folders.NETWORKS, file)
 
     @classmethod
     def execute(

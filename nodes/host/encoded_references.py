@@ -11,6 +11,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...retrieval_core.bank.encoding import split_features
 from ...retrieval_core.bank.site_bank import Bank, SiteBank
 from ...retrieval_core.bank.thumbnails import draw_thumbnails, make_thumbnail
 from ...retrieval_core.bank.token_budget import Budget
@@ -19,9 +20,9 @@ from ...retrieval_core.data.prepare import PreparedReference, digest_reference, 
 from ...retrieval_core.errors import RetrievalError
 from .base_model import NATIVE_SIZE, identify_model
 from .conditioning import encode_pixels, encode_text
+from .loading import make_progress
 from .reference_network import ReferenceNetwork
 
-_CACHED_BYTES = 256 << 20
 # Load Image's mask of a picture without transparency: zeros of this size.
 _PLACEHOLDER = (64, 64)
 
@@ -70,43 +71,31 @@ class References:
             return bank.sites[site]
         return self.network.make_bank(tokens, None).sites[site]
 
-    def check_network(self, network: ReferenceNetwork) -> None:
-        """RetrievalError unless `network` has the weights that encoded these references."""
-        if self.network.maker.fingerprint != network.maker.fingerprint:
-            raise RetrievalError(
-                f"The references to add to were encoded by '{self.network.name}' (base "
-                f"'{self.network.base}') and this node encodes with '{network.name}' (base "
-                f"'{network.base}'); encode all of them with the same network."
-            )
+
+# The references encoded last, by network, models, concept, size and pixels, for as long as the host
+# runs; the least recently used go first beyond `CACHED_BYTES`.
+cache: OrderedDict[tuple, EncodedReference] = OrderedDict()
+CACHED_BYTES = 256 << 20
 
 
-class _EncodedCache:
-    """The references encoded last, by network, models, concept, size and pixels, for as long as the
-    host runs; the least recently used go first beyond a number of bytes."""
+def list_earlier(
+    references: References | None, network: ReferenceNetwork
+) -> tuple[EncodedReference, ...]:
+    """The references that a node is to add others to.
 
-    def __init__(self, limit: int):
-        self.limit, self.used = limit, 0
-        self.references: OrderedDict[tuple, EncodedReference] = OrderedDict()
-
-    def get(self, key: tuple) -> EncodedReference | None:
-        if key in self.references:
-            self.references.move_to_end(key)
-        return self.references.get(key)
-
-    def put(self, key: tuple, reference: EncodedReference) -> None:
-        if key in self.references or reference.nbytes() > self.limit:
-            return
-        self.references[key] = reference
-        self.used += reference.nbytes()
-        while self.used > self.limit:
-            self.used -= self.references.popitem(last=False)[1].nbytes()
-
-    def clear(self) -> None:
-        self.references.clear()
-        self.used = 0
-
-
-cache = _EncodedCache(_CACHED_BYTES)
+    Raises:
+        RetrievalError: `network` has other weights than encoded them.
+    """
+    if references is None:
+        return ()
+    made_by = references.network
+    if made_by.maker.fingerprint != network.maker.fingerprint:
+        raise RetrievalError(
+            f"The references to add to were encoded by '{made_by.name}' (base '{made_by.base}') "
+            f"and this node encodes with '{network.name}' (base '{network.base}'); encode all of "
+            "them with the same network."
+        )
+    return references.encoded
 
 
 def encode_references(
@@ -143,14 +132,21 @@ def encode_references(
     results = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if results[key] is None and keys.index(key) == i]
     if missing:
-        chosen = [prepared[i] for i in missing]
+        chosen, progress = [prepared[i] for i in missing], make_progress()
         with torch.inference_mode():
-            inputs = _encode_inputs(network, chosen, vae, clip, concept)
-            encoded = network.encode(chosen, *inputs, concept, size)
-        for i, reference in zip(missing, encoded, strict=True):
-            reference = replace(reference, thumbnail=make_thumbnail(prepared[i].image))
-            results[keys[i]] = reference
-            cache.put(keys[i], reference)
+            context, pooled, latents = _encode_inputs(network, chosen, vae, clip, concept)
+            for done, (i, latent) in enumerate(zip(missing, latents.split(1), strict=True)):
+                progress(done, len(missing))
+                features, mask = network.encode(latent, context, pooled, size), prepared[i].mask
+                (one,) = split_features(features, latent.shape[2:], [mask], concepts=[concept])
+                thumbnail = make_thumbnail(prepared[i].image)
+                results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)
+            progress(len(missing), len(missing))
+    for key, reference in results.items():
+        cache[key] = reference
+        cache.move_to_end(key)
+    while sum(reference.nbytes() for reference in cache.values()) > CACHED_BYTES:
+        cache.popitem(last=False)
     return tuple(replace(results[key], weight=weight) for key in keys)
 
 

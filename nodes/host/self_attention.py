@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from comfy.patcher_extension import CallbacksMP
@@ -15,26 +15,12 @@ from ...retrieval_core.sampling.joint_attention import Source, attend_chunks
 from ...retrieval_core.training_free import list_self_attention_layers
 from . import step_context
 from .attention import bind_attention
+from .joint_application import JointApplication
 from .picture_region import PictureRegion
 from .recorder import RECORDERS
 from .step_context import StepContext, chunk_areas
 
 ATTN1 = "attn1"
-
-
-class LayerApplication(Protocol):
-    """An application of references in self-attention (`joint_application.JointApplication`)."""
-
-    names: tuple[str, ...]
-    map_layer: str
-
-    def sources(self, name: str, q: Tensor, extra: dict) -> list[Source | None]:
-        """See `JointApplication`."""
-        ...
-
-    def record(
-        self, recorder: Any, found: list[Source | None], q: Tensor, k: Tensor, extra: dict
-    ) -> None: ...
 
 
 class JointAttention:
@@ -52,7 +38,7 @@ class JointAttention:
 
     def __init__(
         self,
-        applications: tuple[LayerApplication, ...],
+        applications: tuple[JointApplication, ...],
         regions: tuple[PictureRegion, ...],
         before: Mapping[tuple, Callable],
     ):
@@ -122,7 +108,7 @@ class JointAttention:
 def attach_joint_attention(
     model: Any,
     config: UNetConfig,
-    application: LayerApplication | None = None,
+    application: JointApplication | None = None,
     region: PictureRegion | None = None,
 ) -> None:
     """Adds an application, and a region if it is to be isolated, to the attn1 replacements of a
