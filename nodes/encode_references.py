@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType
+from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType, make_factor_input
 
 SUBJECT, BACKGROUND = "subject", "background"
 
@@ -38,13 +38,9 @@ class RetrievalEncodeReferences(io.ComfyNode):
                     default="figure",
                     tooltip="What to take from the images: face, clothes, figure, or tags.",
                 ),
-                io.Float.Input(
+                make_factor_input(
                     "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much these references count beside the others; 0 leaves them out.",
+                    "How much these references count beside the others; 0 leaves them out.",
                 ),
                 io.Int.Input(
                     "size",

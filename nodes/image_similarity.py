@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .host import model_folders
 from .host.similarity_scores import CONNECTED
-from .socket_types import CATEGORY, list_score_outputs
+from .socket_types import CATEGORY, list_score_outputs, make_name_input
 
 CLIP_I, DINO_I = "CLIP-I", "DINO-I"
 
@@ -47,11 +47,9 @@ class RetrievalImageSimilarity(io.ComfyNode):
                     "models/clip_vision, models/text_encoders or models/dino. Not used if a "
                     "repository is given.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository to take the encoder from, for example "
+                    "Hugging Face repository to take the encoder from, for example "
                     "openai/clip-vit-large-patch14 or facebook/dino-vits16; it is downloaded once.",
                 ),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="From Load CLIP Vision."),

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .host import folders
-from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType
+from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType, make_factor_input
 
 
 class RetrievalLoadReferences(io.ComfyNode):
@@ -31,14 +31,9 @@ class RetrievalLoadReferences(io.ComfyNode):
                     options=folders.list_files(folders.REFERENCES),
                     tooltip=f"A file of models/{folders.REFERENCES}.",
                 ),
-                io.Float.Input(
+                make_factor_input(
                     "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Multiplies the saved weights: how much these references count beside "
-                    "others.",
+                    "Multiplies the saved weights: how much these references count beside others.",
                 ),
                 ReferencesType.Input(
                     "references",

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .host import model_folders
 from .host.similarity_scores import NAMED
-from .socket_types import CATEGORY, list_score_outputs
+from .socket_types import CATEGORY, list_score_outputs, make_name_input
 
 
 class RetrievalTextSimilarity(io.ComfyNode):
@@ -36,11 +36,9 @@ class RetrievalTextSimilarity(io.ComfyNode):
                     "transformers, in models/clip_vision or models/text_encoders, or the "
                     "repository below. A checkpoint's own CLIP lacks the half that sees.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository to take CLIP from, for example "
+                    "Hugging Face repository to take CLIP from, for example "
                     "openai/clip-vit-large-patch14; it is downloaded once.",
                 ),
                 io.Boolean.Input(

@@ -10,7 +10,7 @@ from ..retrieval_core.metrics.vqa import DEFAULT_QUESTIONS
 from ..retrieval_core.metrics.vqa_models import BATCH, MAX_NEW_TOKENS
 from .host import model_folders
 from .host.vqa_asking import AUTOMATIC, JUDGE, WORDS, score_diversity
-from .socket_types import CATEGORY, ImageScoresType
+from .socket_types import CATEGORY, ImageScoresType, make_name_input
 
 
 class RetrievalVQADiversityScore(io.ComfyNode):
@@ -45,11 +45,9 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                     multiline=True,
                     tooltip="What to ask, one question a line; the score is the mean over them.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "vqa_repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository to take the VQA model from, as owner/name, "
+                    "Hugging Face repository to take the VQA model from, as owner/name, "
                     "for example Salesforce/blip-vqa-base; it is downloaded once. Leave empty for "
                     "the model above.",
                 ),
@@ -67,11 +65,9 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                     "the folder of a CLIP model in the format of transformers. Scores of "
                     "different encoders are not comparable.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "encoder_repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository of a CLIP model to compare the answers with, "
+                    "Hugging Face repository of a CLIP model to compare the answers with, "
                     "for example openai/clip-vit-large-patch14. Leave empty for the encoder above.",
                 ),
                 io.Int.Input(

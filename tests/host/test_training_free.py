@@ -33,7 +33,7 @@ from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.host.attention import attend
 from retrieval_pack.nodes.host.conditioning import make_vector_conditioning
 from retrieval_pack.nodes.host.loading import find_patcher_class
-from retrieval_pack.nodes.host.paperdoll_host import convert_config, make_clip, make_model, make_vae
+from retrieval_pack.nodes.host.paperdoll_host import HostVAE, convert_config, make_clip, make_model
 from retrieval_pack.nodes.host.self_attention import JointAttention
 from retrieval_pack.nodes.host.training_free_model import use_training_free
 from retrieval_pack.nodes.load_retrieval_controlnet import TRAINING_FREE, RetrievalLoadControlNet
@@ -451,7 +451,7 @@ def in_the_core(base, count, masks, weights, adain, strength, **kw):
 
 
 def in_the_host(base, count, masks, weights, adain, strength, start=0.0, end=1.0, **kw):
-    model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), make_vae(base)
+    model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), HostVAE(base.vae)
     net = use_training_free(model, "all", 2, adain)
     drawn, selected = pictures(count)
     refs = references.References(net)
