@@ -38,12 +38,6 @@ def find_patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
-def loads_dynamically() -> bool:
-    """Whether the host manages weights by dynamic VRAM: layers then hold the file's own tensors."""
-    plain = find_patcher_class() is comfy.model_patcher.ModelPatcher
-    return not plain and not management.is_device_cpu(management.get_torch_device())
-
-
 def wrap_module(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
     """Wraps a module in a patcher, by which the host loads, partly loads and unloads it."""
     return find_patcher_class()(
@@ -57,7 +51,10 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Loads weights into a module of the host's layers, as the host loads its own models."""
     if hasattr(management, "archive_model_dtypes"):  # the types that dynamic VRAM casts to
         management.archive_model_dtypes(module)
-    module.load_state_dict(dict(weights), assign=loads_dynamically())
+    # With dynamic VRAM, layers hold the file's own tensors.
+    plain = find_patcher_class() is comfy.model_patcher.ModelPatcher
+    on_cpu = management.is_device_cpu(management.get_torch_device())
+    module.load_state_dict(dict(weights), assign=not plain and not on_cpu)
 
 
 def read_weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

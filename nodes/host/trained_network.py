@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import comfy.model_management as management
@@ -63,7 +63,6 @@ class TrainedNetwork(ReferenceNetwork):
     encoder: Any
     sites: Any
     compute_dtype: torch.dtype
-    _frozen: dict[str, FrozenSite] = field(default_factory=dict, repr=False)
 
     def get_ram_usage(self) -> int:
         """Bytes, for the host's cache."""
@@ -86,19 +85,17 @@ class TrainedNetwork(ReferenceNetwork):
         management.load_models_gpu([self.sites], memory_required=needed)
         return make_bank_on_device(partial(make_network_bank, self.network, tokens, budget))
 
-    def freeze(self) -> dict[str, FrozenSite]:
+    @cached_property
+    def _frozen(self) -> dict[str, FrozenSite]:
         """site -> its query side, on the CPU."""
-        if not self._frozen:
-            kind = self.compute_dtype
-            self._frozen.update(freeze_sites(self.network, lambda layer: read_weights(layer, kind)))
-        return self._frozen
+        return freeze_sites(self.network, lambda layer: read_weights(layer, self.compute_dtype))
 
     def apply(
         self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
     ) -> Any:
         retrieval = Retrieval(
             references.bank(controls.token_budget),
-            sites=self.freeze(),
+            sites=self._frozen,
             site_strength=controls.site_strengths(group_sites(self.config)),
             **acting,
         )

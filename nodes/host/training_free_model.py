@@ -86,7 +86,7 @@ class TrainingFreeModel(ReferenceNetwork):
         )
         application = JointApplication(self.network, retrieval, len(references.encoded))
         patched = model.clone()
-        attach_joint_attention(patched, self.config, application, application.region)
+        attach_joint_attention(patched, self.config, retrieval, application)
         step_context.attach(patched, application)
         return patched
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Evaluation:
     ):
         self.folder, self.protocol, self.scorer = folder, protocol, scorer
         self.characters = {character.name: character for character in characters}
-        settings: dict[str, Any] = {**protocol.to_dict(), **scorer.digest}
+        settings: dict[str, Any] = {**asdict(protocol), **scorer.digest}
         settings["characters"] = list(self.characters)
         for name, character in self.characters.items():
             settings[f"references of {name}"] = digest_references(character)

@@ -53,8 +53,10 @@ class Workflow:
     ):
         self.name = name
         self.graph = _check_graph(graph, name)
-        titles = {node: value.get("_meta") or {} for node, value in self.graph.items()}
-        self._titles = {node: str(meta.get("title", "")) for node, meta in titles.items()}
+        self._titles = {
+            node: str((value.get("_meta") or {}).get("title", ""))
+            for node, value in self.graph.items()
+        }
         self.slots = self._find_slots(bindings or {})
         for role in ("prompt", "seed", "reference1"):
             if role not in self.slots:
@@ -67,11 +69,6 @@ class Workflow:
     def references(self) -> int:
         """Number of references that the workflow takes."""
         return sum(role.startswith("reference") for role in self.slots)
-
-    @property
-    def output(self) -> str | None:
-        """The node whose pictures are the result; None for all nodes that save."""
-        return self.slots["pictures"][0] if "pictures" in self.slots else None
 
     def digest(self) -> str:
         """Changes with the graph and its slots."""
@@ -125,8 +122,8 @@ class Workflow:
                 "with their number (reference1)."
             )
         node_name, _, wanted = text.rpartition(".") if role != "pictures" else (text, "", "")
-        nodes = [node for node in self.graph if node == node_name]
-        nodes = nodes or [node for node, title in self._titles.items() if title == node_name]
+        titled = [node for node, title in self._titles.items() if title == node_name]
+        nodes = [node_name] if node_name in self.graph else titled
         if len(nodes) != 1:
             raise RetrievalError(
                 f"'{self.name}' has {len(nodes)} nodes of the id or title '{node_name}' for the "
@@ -143,11 +140,10 @@ class Workflow:
         for name in names:
             if _holds_value(self.graph[node], name):
                 return name
-        inputs = self.graph[node]["inputs"]
-        held = ", ".join(n for n in inputs if _holds_value(self.graph[node], n))
+        held = [n for n in self.graph[node]["inputs"] if _holds_value(self.graph[node], n)]
         raise RetrievalError(
             f"Node {node} ({self.graph[node]['class_type']}) of '{self.name}' has no input "
-            f"{' or '.join(names)} with a value for the {role}; it has {held or 'none'}."
+            f"{' or '.join(names)} with a value for the {role}; it has {', '.join(held) or 'none'}."
         )
 
 

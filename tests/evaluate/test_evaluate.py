@@ -92,7 +92,9 @@ def evaluated(folder, methods, protocol=SMALL, characters=None):
 
 
 def test_the_defaults_are_the_papers():
-    assert Protocol().pictures == 5000
+    paper = Protocol()
+    names = [str(i) for i in range(paper.in_domain + paper.held_out)]
+    assert sum(run.samples for run in paper.runs(names)) == 5000
     assert (Protocol().held_out, Protocol().in_domain, Protocol().references) == (10, 40, 4)
     assert [len(prompt.split(", ")) for prompt in RETRIBOORU] == [15, 17, 27, 17, 35]
 
@@ -249,7 +251,7 @@ def test_model_scores_are_cosines_with_references_and_prompt():
     character = people()[0]
     pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     clip = Encoder()
-    scorer = ModelScorer(clip, dino=Encoder(), names=["tiny"])
+    scorer = ModelScorer(clip, Encoder(), None, ["tiny"])
     (run, *_) = SMALL.runs([character.name])
     scores, answers = scorer.score(run, character, pictures)
     means = torch.nn.functional.normalize(pictures.mean((2, 3)).double(), dim=1)

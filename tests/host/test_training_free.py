@@ -190,13 +190,13 @@ def test_a_clone_shares_the_patch_and_the_bank_is_dropped(model, refs):
     seen = []
 
     def look(h, hsp, to):
-        seen.append((len(application._banks), len(application.region._crops)))
+        seen.append((len(application._banks), len(application._regions)))
         return h, hsp
 
     clone.set_model_output_block_patch(look)
     assert torch.equal(sample(clone), sample(patched))
     assert set(seen) == {(1, 1)}  # of all levels, one at a time
-    assert not application._banks and not application.region._crops
+    assert not application._banks and not application._regions
 
 
 def test_the_estimate_grows_by_the_bank(model, refs, monkeypatch):
