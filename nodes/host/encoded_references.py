@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import comfy.utils
 import torch
@@ -19,14 +19,11 @@ from ...retrieval_core.bank.tokens import EncodedReference, check_weight, join_r
 from ...retrieval_core.data.prepare import PreparedReference, digest_reference, prepare
 from ...retrieval_core.errors import RetrievalError
 from .base_model import NATIVE_SIZE, identify_model
-from .conditioning import encode_pixels, encode_text
 from .loading import make_progress
 from .reference_network import ReferenceNetwork
 
 # Load Image's mask of a picture without transparency: zeros of this size.
 _PLACEHOLDER = (64, 64)
-
-MaskMarks = Literal["subject", "background"]
 
 
 @dataclass(eq=False)
@@ -107,7 +104,7 @@ def encode_references(
     weight: float = 1.0,
     masks: Tensor | None = None,
     size: int = 0,
-    mask_marks: MaskMarks = "subject",
+    mask_marks: str = "subject",
 ) -> tuple[EncodedReference, ...]:
     """Encodes a batch of images, one reference an image, on the host's device.
 
@@ -157,7 +154,7 @@ def draw_references(references: Sequence[EncodedReference]) -> Tensor | None:
 
 
 def _prepare(
-    images: Tensor, masks: Tensor | None, mask_marks: MaskMarks, concept: str, size: int
+    images: Tensor, masks: Tensor | None, mask_marks: str, concept: str, size: int
 ) -> list[PreparedReference]:
     if images.ndim != 4 or not images.numel():
         raise RetrievalError(
@@ -177,7 +174,7 @@ def _prepare(
     return [prepare(i[..., :3].float(), m, concept, size=size) for i, m in pairs]
 
 
-def _subject(mask: Tensor, mask_marks: MaskMarks) -> Tensor | None:
+def _subject(mask: Tensor, mask_marks: str) -> Tensor | None:
     """The mask of the subject [H, W]; None for the placeholder."""
     if mask.shape == _PLACEHOLDER and not mask.any():
         return None
@@ -200,14 +197,23 @@ def _encode_inputs(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Context [1, L, D] and pooled output of the concept, clean latents [R, C, h, w]."""
     width, channels = network.config.context_dim, network.latent_format.latent_channels
-    context, pooled = encode_text(clip, concept)
+    if clip is None:
+        raise RetrievalError(
+            "The CLIP input is empty, so the checkpoint holds no text encoder; load one with a "
+            "CLIP loader."
+        )
+    context, pooled = clip.encode_from_tokens(clip.tokenize(concept), return_pooled=True)
     if context.shape[-1] != width:
         raise RetrievalError(
             f"The CLIP given makes text of width {context.shape[-1]} and '{network.name}' "
             f"(base '{network.base}') reads {width}; connect the CLIP of the base model."
         )
+    if vae is None:
+        raise RetrievalError(
+            "The VAE input is empty, so the checkpoint holds no VAE; load one with a VAE loader."
+        )
     pixels = torch.stack([reference.image.movedim(0, -1) for reference in prepared])
-    latents = encode_pixels(vae, pixels, network.latent_format)
+    latents = network.latent_format.process_in(vae.encode(pixels))
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise RetrievalError(
             f"The VAE given makes latents of {latents.shape[1]} channels and '{network.name}' "

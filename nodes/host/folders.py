@@ -15,10 +15,8 @@ EXTENSIONS = {".safetensors", ".sft"}
 
 def register_folder(name: str) -> None:
     """Makes models/<name> known, with the paths extra_model_paths.yaml added."""
-    paths, _ = folder_paths.folder_names_and_paths.get(name, ([], set()))
-    default = os.path.join(folder_paths.models_dir, name)
-    joined = list(dict.fromkeys([*paths, default]))
-    folder_paths.folder_names_and_paths[name] = (joined, set(EXTENSIONS))
+    folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
+    folder_paths.folder_names_and_paths[name][1].update(EXTENSIONS)
 
 
 def list_files(folder: str) -> list[str]:

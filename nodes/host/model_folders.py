@@ -5,7 +5,7 @@ downloaded from the hub.
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import folder_paths
 
@@ -47,24 +47,18 @@ def find_folder(kind: str, name: str, repository: str = "") -> Path:
     """Finds the folder of a model, or fetches it from the hub if a repository is named.
 
     Raises:
-        RetrievalError: no such folder, a path that leaves the models directory, a folder that lacks
-            a part, not the name of a repository, or see `fetch_model`.
+        RetrievalError: no such folder, one that lacks a part, not the name of a repository, or see
+            `fetch_model`.
     """
     if repository := repository.strip():
         check_repository(repository)
         return fetch_model(repository, make_progress())
-    roots = " or ".join(f"models/{root}" for root in ROOTS[kind])
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or "/" in parts or any(c in "\\:\0" for c in name):
+    if name not in list_models(kind):
+        roots = " or ".join(f"models/{root}" for root in ROOTS[kind])
         raise RetrievalError(
-            f"{name!r} is not the name of a folder inside {roots}; choose one from the list."
+            f"There is no folder '{name}' with a {MARK} in {roots}; choose another, name a "
+            "repository of the hub, or press R to reload the list."
         )
-    for root in list_roots(kind):
-        folder = root.joinpath(*parts)
-        if (folder / MARK).is_file():
-            check(folder)
-            return folder
-    raise RetrievalError(
-        f"There is no folder '{name}' with a {MARK} in {roots}; choose another, name a "
-        "repository of the hub, or press R to reload the list."
-    )
+    folder = next(root / name for root in list_roots(kind) if (root / name / MARK).is_file())
+    check(folder)
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ...retrieval_core.sampling.controls import Controls
 
 
 @dataclass(eq=False)
-class ReferenceNetwork:
+class ReferenceNetwork(ABC):
     """The value of RETRIEVAL_CONTROLNET: a `TrainedNetwork` or a `TrainingFreeModel`.
 
     Attributes:
@@ -50,6 +51,7 @@ class ReferenceNetwork:
     def __deepcopy__(self, memo: dict) -> ReferenceNetwork:
         return self
 
+    @abstractmethod
     def encode(self, latent: Tensor, context: Tensor, pooled: Tensor | None, size: int) -> Features:
         """Encodes one reference on the host's device.
 
@@ -57,12 +59,12 @@ class ReferenceNetwork:
             latent: [1, C, h, w], clean, scaled as the model's are. size: of the picture.
             context: [1, L, D] of the concept. pooled: its pooled output where the CLIP has one.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
         """The bank of the tokens, on the CPU; also made there if the device is out of memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(
         self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
     ) -> Any:
@@ -72,4 +74,3 @@ class ReferenceNetwork:
             scale: the strength divided by the recommended one.
             acting: the other arguments of `applications.Application`.
         """
-        raise NotImplementedError

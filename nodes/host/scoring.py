@@ -20,22 +20,13 @@ from .loading import make_progress
 BATCH = 16
 
 
-class ManagedModel(nn.Module):
-    """A module around a model: the host sets attributes on modules that it manages, and a
-    transformers model has a `device` that cannot be set.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-
 @contextmanager
 def load_model(model: nn.Module) -> Iterator[None]:
     """A model on the host's device for text encoders; it is unloaded when the context ends."""
     device = management.text_encoder_device()
     patcher = comfy.model_patcher.ModelPatcher(
-        ManagedModel(model),
+        # The host sets `device` on what it manages, which a transformers model refuses.
+        nn.Sequential(model),
         load_device=device,
         offload_device=management.text_encoder_offload_device(),
     )

@@ -26,30 +26,25 @@ def score_images(
     Raises:
         RetrievalError: no encoder, one of the other kind, or see `image_similarity`.
     """
+    name = "DINO" if dino else "CLIP"
     pictures = convert_images(images), convert_images(references, "reference")
     if encoder == CONNECTED and not repository.strip():
-        _check_vision(clip_vision, dino)
+        if clip_vision is None:
+            raise RetrievalError(
+                "There is no encoder to compare images by; connect a CLIP_VISION, or choose or "
+                f"name a {name} model."
+            )
+        is_dino = isinstance(clip_vision.model, Dinov2Model)
+        if is_dino != dino:
+            raise RetrievalError(
+                f"The CLIP_VISION given is {'' if is_dino else 'not '}a DINOv2 and {name}-I was "
+                f"asked for; connect a {name} model, or choose the other measure."
+            )
         return image_similarity(*pictures, WatchedEncoder(HostImageEncoder(clip_vision)))
     kind, load = (model_folders.DINO, load_dino) if dino else (model_folders.CLIP, load_clip)
     folder = model_folders.find_folder(kind, encoder, repository)
     with load_encoder(load, folder) as loaded:
         return image_similarity(*pictures, loaded)
-
-
-def _check_vision(clip_vision: Any, dino: bool) -> None:
-    name = "DINO" if dino else "CLIP"
-    if clip_vision is None:
-        raise RetrievalError(
-            f"There is no encoder to compare images by; connect a CLIP_VISION, or choose or name a "
-            f"{name} model."
-        )
-    is_dino = isinstance(clip_vision.model, Dinov2Model)
-    if is_dino != dino:
-        found = "DINOv2" if is_dino else "not a DINOv2"
-        raise RetrievalError(
-            f"The CLIP_VISION given is {found} and {name}-I was asked for; connect a {name} model, "
-            "or choose the other measure."
-        )
 
 
 def score_texts(images: Any, prompts: Sequence[str], encoder: str, repository: str) -> ImageScore:
