@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import model_folders
-from .host.similarity_scores import NAMED
+from .host.similarity_scores import NAMED, give_score, score_texts
 from .socket_types import CATEGORY, list_score_outputs, make_name_input
 
 
@@ -61,8 +61,6 @@ class RetrievalTextSimilarity(io.ComfyNode):
         repository: str = "",
         prompt_per_line: bool = False,
     ) -> io.NodeOutput:
-        from .host.similarity_scores import give_score, score_texts
-
         prompts = [p for p in prompt.splitlines() if p.strip()] if prompt_per_line else [prompt]
         score = score_texts(images, prompts, encoder, repository)
         return give_score("CLIP-T", score, "each its prompt" if len(prompts) > 1 else "one prompt")

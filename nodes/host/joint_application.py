@@ -116,9 +116,10 @@ class JointApplication:
         if region is None or context is None:
             return region
         key = (context.shape, area)
-        if key not in self._regions:
-            self._regions[key] = crop_region(region, context, area)
-        return self._regions[key]
+        found = self._regions.get(key)
+        if found is None:  # a local value: another thread may clear the cache
+            found = self._regions[key] = crop_region(region, context, area)
+        return found
 
     def cleanup(self, *_: Any) -> None:
         """An ON_CLEANUP callback: frees the devices' copies, also after an interruption."""

@@ -19,7 +19,12 @@ NAMED = "named repository"
 
 
 def score_images(
-    images: Any, references: Any, dino: bool, encoder: str, repository: str, clip_vision: Any
+    images: Any,
+    references: Any,
+    dino: bool,
+    encoder: str,
+    repository: str = "",
+    clip_vision: Any = None,
 ) -> ImageScore:
     """CLIP-I or DINO-I of images [N, H, W, C] to references [M, h, w, C].
 

@@ -1,8 +1,4 @@
-"""Shared parts of the evaluation's commands: arguments, workflows as methods, running, reporting.
-
-`python -m retrieval_core.evaluate` takes a folder of characters, `python -m
-retrieval_core.paperdoll.evaluate_dolls` the paper-doll world.
-"""
+"""Shared parts of the evaluation's commands: arguments, workflows as methods, reports."""
 
 from __future__ import annotations
 

@@ -89,11 +89,7 @@ class Workflow:
         for node, title in self._titles.items():
             for role, wanted in _MARK.findall(title):
                 role = role.lower()
-                if _strip_number(role) not in INPUTS:
-                    raise RetrievalError(
-                        f"The title '{title}' in '{self.name}' says {{{role}}}, which is no role; "
-                        f"use one of {', '.join(INPUTS)}, references with their number."
-                    )
+                _check_role(role, f"The title '{title}' in '{self.name}'")
                 if role in bindings:
                     continue
                 if role in slots:
@@ -107,7 +103,7 @@ class Workflow:
                 named = [(n, role) for n, v in self.graph.items() if _holds_value(v, role)]
                 if len(named) == 1:
                     slots[role] = named[0]
-        numbers = sorted(int(role[9:]) for role in slots if re.fullmatch(r"reference\d+", role))
+        numbers = sorted(int(role[9:]) for role in slots if role.startswith("reference"))
         if numbers != list(range(1, len(numbers) + 1)):
             raise RetrievalError(
                 f"The references of '{self.name}' are numbered {numbers}; number them from 1 "
@@ -116,11 +112,7 @@ class Workflow:
         return slots
 
     def _bind(self, role: str, text: str) -> Slot:
-        if _strip_number(role) not in INPUTS or role == "reference":
-            raise RetrievalError(
-                f"There is no role '{role}' to bind; use one of {', '.join(INPUTS)}, references "
-                "with their number (reference1)."
-            )
+        _check_role(role, f"The binding of {text}")
         node_name, _, wanted = text.rpartition(".") if role != "pictures" else (text, "", "")
         titled = [node for node, title in self._titles.items() if title == node_name]
         nodes = [node_name] if node_name in self.graph else titled
@@ -133,10 +125,9 @@ class Workflow:
 
     def _choose_input(self, node: str, role: str, wanted: str) -> str:
         """The `wanted` input, or the first of the role's usual ones that holds a value."""
-        kind = _strip_number(role)
-        if kind == "pictures":
+        if role == "pictures":
             return ""
-        names = (wanted,) if wanted else INPUTS[kind]
+        names = (wanted,) if wanted else INPUTS[role.rstrip("0123456789")]
         for name in names:
             if _holds_value(self.graph[node], name):
                 return name
@@ -171,8 +162,12 @@ def parse_bindings(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _strip_number(role: str) -> str:
-    return re.sub(r"\d+$", "", role) if role.startswith("reference") else role
+def _check_role(role: str, where: str) -> None:
+    if not re.fullmatch(r"prompt|seed|strength|samples|pictures|reference\d+", role):
+        raise RetrievalError(
+            f"{where} names '{role}', which is no role; use one of {', '.join(INPUTS)}, references "
+            "with their number (reference1)."
+        )
 
 
 def _holds_value(node: Mapping[str, Any], name: str) -> bool:

@@ -103,7 +103,7 @@ def load_vqa(
     template (LLaVA, Qwen2-VL, Idefics3, SmolVLM, ...).
 
     Args:
-        max_new_tokens: the longest answer. batch_size: images per call of the model.
+        max_new_tokens, batch_size: see `VQAModel`.
         device: of the model, the CPU by default. dtype: float32 by default.
 
     Raises:
