@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .socket_types import CATEGORY, ReferencesType, RetrievalControlsType
+from .socket_types import CATEGORY, ReferencesType, RetrievalControlsType, make_factor_input
 
 RECOMMENDED = "recommended"
 
@@ -25,13 +25,9 @@ class RetrievalApplyReferences(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The base model; it is not changed."),
                 ReferencesType.Input("references", tooltip="From Encode References."),
-                io.Float.Input(
+                make_factor_input(
                     "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How strongly the references act: 1 is what the network's file "
+                    "How strongly the references act: 1 is what the network's file "
                     "recommends, 0 switches retrieval off.",
                 ),
                 io.Float.Input(
@@ -87,15 +83,8 @@ class RetrievalApplyReferences(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.apply import apply_references
 
-        return io.NodeOutput(
-            apply_references(
-                model,
-                references,
-                strength,
-                start_percent,
-                end_percent,
-                None if guidance == RECOMMENDED else guidance,
-                region,
-                controls,
-            )
+        rows = None if guidance == RECOMMENDED else guidance
+        patched = apply_references(
+            model, references, strength, start_percent, end_percent, rows, region, controls
         )
+        return io.NodeOutput(patched)

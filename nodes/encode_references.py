@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType
+from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType, make_factor_input
 
 SUBJECT, BACKGROUND = "subject", "background"
 
@@ -38,13 +38,9 @@ class RetrievalEncodeReferences(io.ComfyNode):
                     default="figure",
                     tooltip="What to take from the images: face, clothes, figure, or tags.",
                 ),
-                io.Float.Input(
+                make_factor_input(
                     "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much these references count beside the others; 0 leaves them out.",
+                    "How much these references count beside the others; 0 leaves them out.",
                 ),
                 io.Int.Input(
                     "size",
@@ -96,14 +92,12 @@ class RetrievalEncodeReferences(io.ComfyNode):
         mask: Any = None,
         references: Any = None,
     ) -> io.NodeOutput:
-        from .host.encoded_references import References, draw_references, encode_references
+        from .host import encoded_references as host
 
-        network, before = retrieval_controlnet, ()
-        if references is not None:
-            references.check_network(network)
-            before = references.encoded
-        encoded = encode_references(
+        network = retrieval_controlnet
+        earlier = host.list_earlier(references, network)
+        encoded = host.encode_references(
             network, images, vae, clip, concept, weight, mask, size, mask_marks
         )
-        shown = ui.PreviewImage(draw_references(encoded), cls=cls)
-        return io.NodeOutput(References(network, (*before, *encoded)), ui=shown)
+        shown = ui.PreviewImage(host.draw_references(encoded), cls=cls)
+        return io.NodeOutput(host.References(network, (*earlier, *encoded)), ui=shown)

@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import model_folders
-from .host.similarity_scores import CONNECTED
-from .socket_types import CATEGORY, list_score_outputs
+from .host.similarity_scores import CONNECTED, give_score, score_images
+from .socket_types import CATEGORY, list_score_outputs, make_name_input
 
 CLIP_I, DINO_I = "CLIP-I", "DINO-I"
 
@@ -47,11 +47,9 @@ class RetrievalImageSimilarity(io.ComfyNode):
                     "models/clip_vision, models/text_encoders or models/dino. Not used if a "
                     "repository is given.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository to take the encoder from, for example "
+                    "Hugging Face repository to take the encoder from, for example "
                     "openai/clip-vit-large-patch14 or facebook/dino-vits16; it is downloaded once.",
                 ),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="From Load CLIP Vision."),
@@ -61,17 +59,7 @@ class RetrievalImageSimilarity(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        images: Any,
-        references: Any,
-        measure: str,
-        encoder: str,
-        repository: str = "",
-        clip_vision: Any = None,
+        cls, images: Any, references: Any, measure: str, encoder: str, **optional: Any
     ) -> io.NodeOutput:
-        from .host.similarity_scores import give_score, score_images
-
-        score = score_images(
-            images, references, measure == DINO_I, encoder, repository, clip_vision
-        )
+        score = score_images(images, references, measure == DINO_I, encoder, **optional)
         return give_score(measure, score, f"{len(references)} references")

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .host import folders
-from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType
+from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType, make_factor_input
 
 
 class RetrievalLoadReferences(io.ComfyNode):
@@ -31,14 +31,9 @@ class RetrievalLoadReferences(io.ComfyNode):
                     options=folders.list_files(folders.REFERENCES),
                     tooltip=f"A file of models/{folders.REFERENCES}.",
                 ),
-                io.Float.Input(
+                make_factor_input(
                     "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="Multiplies the saved weights: how much these references count beside "
-                    "others.",
+                    "Multiplies the saved weights: how much these references count beside others.",
                 ),
                 ReferencesType.Input(
                     "references",
@@ -52,20 +47,17 @@ class RetrievalLoadReferences(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str = "", **_: Any) -> Any:
         """Changes when the file does, so that a replaced file is read again."""
-        return folders.describe_version(folders.REFERENCES, file)
+        return folders.describe_file(folders.REFERENCES, file)
 
     @classmethod
     def execute(
         cls, retrieval_controlnet: Any, file: str, weight: float, references: Any = None
     ) -> io.NodeOutput:
-        from .host.encoded_references import References, draw_references
+        from .host.encoded_references import References, draw_references, list_earlier
         from .host.reference_library import load
 
-        before = ()
-        if references is not None:
-            references.check_network(retrieval_controlnet)
-            before = references.encoded
+        earlier = list_earlier(references, retrieval_controlnet)
         loaded = load(file, retrieval_controlnet, weight)
         shown = draw_references(loaded)
         preview = None if shown is None else ui.PreviewImage(shown, cls=cls)
-        return io.NodeOutput(References(retrieval_controlnet, (*before, *loaded)), ui=preview)
+        return io.NodeOutput(References(retrieval_controlnet, (*earlier, *loaded)), ui=preview)

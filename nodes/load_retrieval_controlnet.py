@@ -10,8 +10,8 @@ from ..retrieval_core.training_free.attention_layers import LAYER_CHOICES
 from ..retrieval_core.training_free.training_free_network import LAYERS, LEVELS, MOST_LEVELS
 from .host import folders
 from .host.base_model import detect_base
-from .host.loading import make_transfer_progress
-from .socket_types import CATEGORY, RetrievalControlNetType
+from .host.loading import make_progress
+from .socket_types import CATEGORY, RetrievalControlNetType, make_name_input
 
 DEMO = "paper-doll demo (bundled)"
 TRAINING_FREE = "training-free (no file)"
@@ -38,25 +38,19 @@ class RetrievalLoadControlNet(io.ComfyNode):
                     "pack (for the paper-doll demo model); or training-free, which needs no file: "
                     "the model itself reads the images. Not used if a repository is given.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository to take the file from, as owner/name; it is "
+                    "Hugging Face repository to take the file from, as owner/name; it is "
                     f"downloaded to models/{folders.NETWORKS} once. Leave empty for the file "
                     "above.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "repository_file",
-                    default="",
-                    optional=True,
-                    tooltip="Name of the .safetensors file in the repository.",
+                    "Name of the .safetensors file in the repository.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "revision",
-                    default="",
-                    optional=True,
-                    tooltip="Branch, tag or commit of the repository; empty for the newest. A "
+                    "Branch, tag or commit of the repository; empty for the newest. A "
                     "commit always gives the same file.",
                 ),
                 io.Combo.Input(
@@ -96,7 +90,7 @@ class RetrievalLoadControlNet(io.ComfyNode):
         """Changes when the file does, so that a replaced file is read again."""
         if repository.strip() or file in (DEMO, TRAINING_FREE):
             return ""
-        return folders.describe_version(folders.NETWORKS, file)
+        return folders.describe_file(folders.NETWORKS, file)
 
     @classmethod
     def execute(
@@ -114,7 +108,15 @@ class RetrievalLoadControlNet(io.ComfyNode):
 
         detect_base(model)  # before anything is downloaded
         if repository.strip():
-            path = _download(repository, repository_file, revision)
+            from ..retrieval_core.hub import download
+
+            path = download(
+                repository.strip(),
+                repository_file.strip(),
+                revision.strip() or None,
+                folders.first_path(folders.NETWORKS),
+                make_progress(),
+            )
         elif file == TRAINING_FREE:
             from .host.training_free_model import use_training_free
 
@@ -126,15 +128,3 @@ class RetrievalLoadControlNet(io.ComfyNode):
         else:
             path = folders.find_file(folders.NETWORKS, file)
         return io.NodeOutput(load_network(path, model))
-
-
-def _download(repository: str, file: str, revision: str) -> Any:
-    from ..retrieval_core.hub import download
-
-    return download(
-        repository.strip(),
-        file.strip(),
-        revision.strip() or None,
-        folders.first_path(folders.NETWORKS),
-        make_transfer_progress(),
-    )

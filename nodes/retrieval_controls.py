@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..retrieval_core.bank.token_budget import AUTOMATIC, LEAST_AUTOMATIC
-from ..retrieval_core.sampling.controls import CURVES, GROUP_PRESETS
-from .socket_types import CATEGORY, RetrievalControlsType
+from ..retrieval_core.sampling.controls import CURVES, GROUP_PRESETS, GROUPS
+from .socket_types import CATEGORY, RetrievalControlsType, make_factor_input
 
 NUMBERS, CUSTOM = "numbers", "custom"
 LIMITED, ALL_TOKENS = "up to the budget", "all"
@@ -46,9 +46,12 @@ class RetrievalControls(io.ComfyNode):
                     "coarsest sites, detail the finest, middle those between; or the three factors "
                     "below.",
                 ),
-                _factor("composition"),
-                _factor("middle"),
-                _factor("detail"),
+                *(
+                    make_factor_input(
+                        group, f"For 'custom': the factor of the strength at the sites of {group}."
+                    )
+                    for group in GROUPS
+                ),
                 io.Float.Input(
                     "region_blur",
                     default=0.0,
@@ -109,23 +112,6 @@ class RetrievalControls(io.ComfyNode):
 
         custom = (composition, middle, detail)
         budget = {AUTOMATIC: AUTOMATIC, LIMITED: token_budget, ALL_TOKENS: None}[tokens]
-        return io.NodeOutput(
-            Controls(
-                parse_curve(curve_numbers if strength_curve == NUMBERS else strength_curve),
-                custom if act_on == CUSTOM else GROUP_PRESETS[act_on],
-                region_blur,
-                budget,
-                keep_apart,
-            )
-        )
-
-
-def _factor(group: str) -> io.Float.Input:
-    return io.Float.Input(
-        group,
-        default=1.0,
-        min=0.0,
-        max=10.0,
-        step=0.05,
-        tooltip=f"For 'custom': the factor of the strength at the sites of {group}.",
-    )
+        curve = parse_curve(curve_numbers if strength_curve == NUMBERS else strength_curve)
+        groups = custom if act_on == CUSTOM else GROUP_PRESETS[act_on]
+        return io.NodeOutput(Controls(curve, groups, region_blur, budget, keep_apart))

@@ -1,4 +1,4 @@
-"""The pack's own socket types and categories, and the outputs of the nodes that score."""
+"""The pack's own socket types and categories, and the inputs and outputs that nodes share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ RetrievalControlsType = io.Custom("RETRIEVAL_CONTROLS")
 RetrievalMapType = io.Custom("RETRIEVAL_MAP")
 # Of `retrieval_core.metrics.ImageScore`: a value for each image, in percent.
 ImageScoresType = io.Custom("IMAGE_SCORES")
+
+
+def make_factor_input(name: str, tooltip: str) -> io.Float.Input:
+    """An input of 0 to 10, by default 1."""
+    return io.Float.Input(name, default=1.0, min=0.0, max=10.0, step=0.05, tooltip=tooltip)
+
+
+def make_name_input(name: str, tooltip: str) -> io.String.Input:
+    """An optional input of a repository of the hub or of something in it, by default empty."""
+    return io.String.Input(name, default="", optional=True, tooltip=tooltip)
 
 
 def list_score_outputs() -> list[io.Output]:

@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import model_folders
-from .host.similarity_scores import NAMED
-from .socket_types import CATEGORY, list_score_outputs
+from .host.similarity_scores import NAMED, give_score, score_texts
+from .socket_types import CATEGORY, list_score_outputs, make_name_input
 
 
 class RetrievalTextSimilarity(io.ComfyNode):
@@ -36,11 +36,9 @@ class RetrievalTextSimilarity(io.ComfyNode):
                     "transformers, in models/clip_vision or models/text_encoders, or the "
                     "repository below. A checkpoint's own CLIP lacks the half that sees.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository to take CLIP from, for example "
+                    "Hugging Face repository to take CLIP from, for example "
                     "openai/clip-vit-large-patch14; it is downloaded once.",
                 ),
                 io.Boolean.Input(
@@ -63,8 +61,6 @@ class RetrievalTextSimilarity(io.ComfyNode):
         repository: str = "",
         prompt_per_line: bool = False,
     ) -> io.NodeOutput:
-        from .host.similarity_scores import give_score, score_texts
-
         prompts = [p for p in prompt.splitlines() if p.strip()] if prompt_per_line else [prompt]
         score = score_texts(images, prompts, encoder, repository)
         return give_score("CLIP-T", score, "each its prompt" if len(prompts) > 1 else "one prompt")

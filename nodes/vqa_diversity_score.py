@@ -6,13 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..retrieval_core.metrics import DEFAULT_QUESTIONS
+from ..retrieval_core.metrics.vqa import DEFAULT_QUESTIONS
 from ..retrieval_core.metrics.vqa_models import BATCH, MAX_NEW_TOKENS
 from .host import model_folders
-from .host.vqa_asking import AUTOMATIC, WORDS
-from .socket_types import CATEGORY, ImageScoresType
-
-JUDGE = "paper-doll judge (bundled)"
+from .host.vqa_asking import AUTOMATIC, JUDGE, WORDS, score_diversity
+from .socket_types import CATEGORY, ImageScoresType, make_name_input
 
 
 class RetrievalVQADiversityScore(io.ComfyNode):
@@ -47,11 +45,9 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                     multiline=True,
                     tooltip="What to ask, one question a line; the score is the mean over them.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "vqa_repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository to take the VQA model from, as owner/name, "
+                    "Hugging Face repository to take the VQA model from, as owner/name, "
                     "for example Salesforce/blip-vqa-base; it is downloaded once. Leave empty for "
                     "the model above.",
                 ),
@@ -69,11 +65,9 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                     "the folder of a CLIP model in the format of transformers. Scores of "
                     "different encoders are not comparable.",
                 ),
-                io.String.Input(
+                make_name_input(
                     "encoder_repository",
-                    default="",
-                    optional=True,
-                    tooltip="Hugging Face repository of a CLIP model to compare the answers with, "
+                    "Hugging Face repository of a CLIP model to compare the answers with, "
                     "for example openai/clip-vit-large-patch14. Leave empty for the encoder above.",
                 ),
                 io.Int.Input(
@@ -125,33 +119,7 @@ class RetrievalVQADiversityScore(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        images: Any,
-        vqa_model: str,
-        questions: str,
-        vqa_repository: str = "",
-        answer_encoder: str = AUTOMATIC,
-        encoder_repository: str = "",
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        batch_size: int = BATCH,
-        clip: Any = None,
-        similarity: Any = None,
-    ) -> io.NodeOutput:
-        from .host.vqa_asking import score_diversity
-
-        judged = vqa_model == JUDGE and not vqa_repository.strip()
-        scored = score_diversity(
-            images,
-            None if judged else vqa_model,
-            questions,
-            vqa_repository,
-            answer_encoder,
-            encoder_repository,
-            max_new_tokens,
-            batch_size,
-            clip,
-            similarity,
-        )
+    def execute(cls, images: Any, vqa_model: str, questions: str, **settings: Any) -> io.NodeOutput:
+        scored = score_diversity(images, vqa_model, questions, **settings)
         plot = scored[2]
         return io.NodeOutput(*scored, ui=ui.PreviewImage(plot, cls=cls))

@@ -39,8 +39,8 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:  # the latter of a full disk, too
+        reason = getattr(error, "strerror", None) or error
         raise RetrievalError(
             f"Could not write '{path}' ({reason}); choose a folder that can be written, with "
             "enough room."
@@ -60,14 +60,8 @@ def save_safetensors(
 ) -> None:
     """Writes tensors and string metadata atomically (see `atomic_write`)."""
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-
-    def write(temporary: Path) -> None:
-        try:
-            safetensors.torch.save_file(contiguous, temporary, dict(metadata))
-        except SafetensorError as error:  # a full disk surfaces as this class, not OSError
-            raise OSError(str(error)) from error
-
-    atomic_write(path, write)
+    save = safetensors.torch.save_file
+    atomic_write(path, lambda temporary: save(contiguous, temporary, dict(metadata)))
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ def download(
     filename: str,
     revision: str | None,
     folder: str | os.PathLike[str],
-    progress: Progress | None = None,
-    endpoint: str | None = None,
+    progress: Progress,
 ) -> Path:
     """Downloads a file to `folder/owner--name/filename` unless the same version is there.
 
@@ -47,7 +47,6 @@ def download(
         revision: branch, tag or commit; None is the default branch. A file downloaded at a commit
             is found again without a request.
         progress: called with (bytes done, bytes in all); may raise to interrupt.
-        endpoint: address of the hub; huggingface_hub's own by default (HF_ENDPOINT).
 
     Raises:
         RetrievalError: an unsafe name, no access, no such file, no network, no room, or something
@@ -61,8 +60,7 @@ def download(
     name = f"'{filename}' of '{repo_id}'" + (f" at '{revision}'" if revision else "")
     try:
         # One request without retries, so that being offline shows at once.
-        api = HfApi(endpoint=endpoint)
-        info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
+        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT, files_metadata=True)
     except Exception as error:  # of requests or httpx, by the version
         refusal = describe_refusal(error, f"for {name}")
         if known and not revision and not refusal:
@@ -76,9 +74,9 @@ def download(
     if found is None:
         raise RetrievalError(f"There is no file {name}; check its name on the repository's page.")
     if known.get("blob") != found.blob_id:
-        url = hf_hub_url(repo_id, filename, revision=info.sha, endpoint=endpoint)
+        url = hf_hub_url(repo_id, filename, revision=info.sha)
         part = target.with_name(f".{target.name}.{found.blob_id}.part")
-        _fetch(url, found.size, part, target, name, progress or (lambda done, total: None))
+        _fetch(url, found.size, part, target, name, progress)
     write_text(note, json.dumps({"blob": found.blob_id, "commit": info.sha}))
     return target
 
@@ -89,12 +87,7 @@ def resolve_target(repo_id: str, filename: str, folder: Path) -> Path:
     Raises:
         RetrievalError: an unsafe name, or a link that leaves the folder.
     """
-    try:
-        utils.validate_repo_id(repo_id)
-    except utils.HFValidationError as error:
-        raise RetrievalError(
-            f"{repo_id!r} is not the name of a hub repository; write it as owner/name."
-        ) from error
+    check_repository(repo_id)
     if not re.fullmatch(FILENAME, filename):
         raise RetrievalError(
             f"{filename!r} is not the plain name of a safetensors file inside a repository; write "
@@ -108,6 +101,17 @@ def resolve_target(repo_id: str, filename: str, folder: Path) -> Path:
             "another file."
         )
     return target
+
+
+def check_repository(name: str, nothing_else: str = "not") -> None:
+    """Refuses what is not the name of a hub repository, nor what else the name could mean."""
+    with suppress(utils.HFValidationError):
+        utils.validate_repo_id(name)
+        if "/" in name:
+            return
+    raise RetrievalError(
+        f"{name!r} is {nothing_else} the name of a hub repository; write it as owner/name."
+    )
 
 
 class _PartFile(io.BufferedWriter):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import COMMIT, FakeHub
+from fake_hub import COMMIT, FakeHub, use_endpoint
 from refusal import sentence
 from safetensors.torch import save
 
@@ -29,9 +29,13 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def fetch(server, tmp_path):
-    def call(filename=FILE, revision=None, progress=None, repo=REPO, endpoint=server.url):
-        return hub.download(repo, filename, revision, tmp_path, progress, endpoint)
+def fetch(server, tmp_path, monkeypatch):
+    def ignore(done, total):
+        pass
+
+    def call(filename=FILE, revision=None, progress=ignore, repo=REPO, endpoint=server.url):
+        use_endpoint(monkeypatch, endpoint)
+        return hub.download(repo, filename, revision, tmp_path, progress)
 
     return call
 

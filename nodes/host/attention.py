@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
@@ -12,36 +13,22 @@ from torch import Tensor
 from ...retrieval_core.network.unet import AttentionFunction
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """The host's attention."""
-    if mask is not None:
-        return host_attention.optimized_attention_masked(q, k, v, heads, mask=mask.to(q))
-    return host_attention.optimized_attention(q, k, v, heads)
-
-
-def attend_upcast(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """`attend` with logits in float32, without which SD 2.x overflows in half precision."""
-    return host_attention.optimized_attention_masked(
-        q, k, v, heads, mask=None if mask is None else mask.to(q), attn_precision=torch.float32
-    )
+    """The host's attention with its own options."""
+    if mask is None:
+        return host_attention.optimized_attention(q, k, v, heads, **options)
+    return host_attention.optimized_attention_masked(q, k, v, heads, mask=mask.to(q), **options)
 
 
 def choose_attention(base: str) -> AttentionFunction:
-    """The attention function for networks of a base."""
-    return attend_upcast if base == "sd21" else attend
+    """The attention function for networks of a base; SD 2.x overflows in half precision but for
+    logits in float32."""
+    return partial(attend, attn_precision=torch.float32) if base == "sd21" else attend
 
 
 def bind_attention(extra: dict[str, Any]) -> Callable[..., Tensor]:
     """Binds a layer's options `extra` to the host's attention, as the layer itself calls it."""
-
-    def attend_as_layer(
-        q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
-    ) -> Tensor:
-        how = {"attn_precision": extra.get("attn_precision"), "transformer_options": extra}
-        if mask is None:
-            return host_attention.optimized_attention(q, k, v, heads, **how)
-        return host_attention.optimized_attention_masked(q, k, v, heads, mask=mask.to(q), **how)
-
-    return attend_as_layer
+    precision = extra.get("attn_precision")
+    return partial(attend, attn_precision=precision, transformer_options=extra)

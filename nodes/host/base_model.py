@@ -42,40 +42,35 @@ def detect_base(model: Any) -> Base:
         RetrievalError: a family that retrieval does not support.
     """
     network = model.get_model_object("diffusion_model")
-    config = name = None
     if isinstance(network, UNetModel):
         with suppress(RetrievalError):
             config = detect_config(dict(network.named_parameters()))
-    if config is not None:
-        linear, adm = config.use_linear_in_transformer, config.adm_in_channels
-        name = _SIGNATURES.get((config.model_channels, config.context_dim, linear, adm))
-    if config is None or name is None:
-        given = type(model.model).__name__
-        kind = f"{given} model" if given != "BaseModel" else f"'{type(network).__name__}' network"
-        raise RetrievalError(
-            f"The model given is a {kind}, which retrieval does not support; use a checkpoint of "
-            f"{SUPPORTED}."
-        )
-    return Base(name, config, model.get_model_object("latent_format"))
+            linear, adm = config.use_linear_in_transformer, config.adm_in_channels
+            name = _SIGNATURES.get((config.model_channels, config.context_dim, linear, adm))
+            if name is not None:
+                return Base(name, config, model.get_model_object("latent_format"))
+    given = type(model.model).__name__
+    kind = f"{given} model" if given != "BaseModel" else f"'{type(network).__name__}' network"
+    raise RetrievalError(
+        f"The model given is a {kind}, which retrieval does not support; use a checkpoint of "
+        f"{SUPPORTED}."
+    )
 
 
 def check_fit(base: Base, config: UNetConfig, name: str, file: str) -> None:
     """Refuses, in one sentence, a network made for another U-Net than the model's."""
-    ours, theirs = config.site_channels(), base.config.site_channels()
     if name != base.name:
         raise RetrievalError(
             f"'{file}' is for base '{name}' and the model given is '{base.name}'; choose a file "
             f"for '{base.name}' or load a model of '{name}'."
         )
+    ours, theirs = config.site_channels(), base.config.site_channels()
     if ours != theirs:
+        widths, found = ("/".join(map(str, sites.values())) for sites in (ours, theirs))
         raise RetrievalError(
-            f"'{file}' has {len(ours)} sites of widths {_widths(ours)} and this '{name}' model "
-            f"has {len(theirs)} of {_widths(theirs)}; use the file made for this variant."
+            f"'{file}' has {len(ours)} sites of widths {widths} and this '{name}' model has "
+            f"{len(theirs)} of {found}; use the file made for this variant."
         )
-
-
-def _widths(sites: dict[str, int]) -> str:
-    return "/".join(str(width) for width in sites.values())
 
 
 # By `model.model`, for as long as it lives.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import comfy.utils
 import torch
 from torch import Tensor
 
+from ...retrieval_core.bank.encoding import split_features
 from ...retrieval_core.bank.site_bank import Bank, SiteBank
 from ...retrieval_core.bank.thumbnails import draw_thumbnails, make_thumbnail
 from ...retrieval_core.bank.token_budget import Budget
@@ -18,14 +19,11 @@ from ...retrieval_core.bank.tokens import EncodedReference, check_weight, join_r
 from ...retrieval_core.data.prepare import PreparedReference, digest_reference, prepare
 from ...retrieval_core.errors import RetrievalError
 from .base_model import NATIVE_SIZE, identify_model
-from .conditioning import encode_pixels, encode_text
+from .loading import make_progress
 from .reference_network import ReferenceNetwork
 
-_CACHED_BYTES = 256 << 20
 # Load Image's mask of a picture without transparency: zeros of this size.
 _PLACEHOLDER = (64, 64)
-
-MaskMarks = Literal["subject", "background"]
 
 
 @dataclass(eq=False)
@@ -70,43 +68,31 @@ class References:
             return bank.sites[site]
         return self.network.make_bank(tokens, None).sites[site]
 
-    def check_network(self, network: ReferenceNetwork) -> None:
-        """RetrievalError unless `network` has the weights that encoded these references."""
-        if self.network.maker.fingerprint != network.maker.fingerprint:
-            raise RetrievalError(
-                f"The references to add to were encoded by '{self.network.name}' (base "
-                f"'{self.network.base}') and this node encodes with '{network.name}' (base "
-                f"'{network.base}'); encode all of them with the same network."
-            )
+
+# The references encoded last, by network, models, concept, size and pixels, for as long as the host
+# runs; the least recently used go first beyond `CACHED_BYTES`.
+cache: OrderedDict[tuple, EncodedReference] = OrderedDict()
+CACHED_BYTES = 256 << 20
 
 
-class _EncodedCache:
-    """The references encoded last, by network, models, concept, size and pixels, for as long as the
-    host runs; the least recently used go first beyond a number of bytes."""
+def list_earlier(
+    references: References | None, network: ReferenceNetwork
+) -> tuple[EncodedReference, ...]:
+    """The references that a node is to add others to.
 
-    def __init__(self, limit: int):
-        self.limit, self.used = limit, 0
-        self.references: OrderedDict[tuple, EncodedReference] = OrderedDict()
-
-    def get(self, key: tuple) -> EncodedReference | None:
-        if key in self.references:
-            self.references.move_to_end(key)
-        return self.references.get(key)
-
-    def put(self, key: tuple, reference: EncodedReference) -> None:
-        if key in self.references or reference.nbytes() > self.limit:
-            return
-        self.references[key] = reference
-        self.used += reference.nbytes()
-        while self.used > self.limit:
-            self.used -= self.references.popitem(last=False)[1].nbytes()
-
-    def clear(self) -> None:
-        self.references.clear()
-        self.used = 0
-
-
-cache = _EncodedCache(_CACHED_BYTES)
+    Raises:
+        RetrievalError: `network` has other weights than encoded them.
+    """
+    if references is None:
+        return ()
+    made_by = references.network
+    if made_by.maker.fingerprint != network.maker.fingerprint:
+        raise RetrievalError(
+            f"The references to add to were encoded by '{made_by.name}' (base '{made_by.base}') "
+            f"and this node encodes with '{network.name}' (base '{network.base}'); encode all of "
+            "them with the same network."
+        )
+    return references.encoded
 
 
 def encode_references(
@@ -118,7 +104,7 @@ def encode_references(
     weight: float = 1.0,
     masks: Tensor | None = None,
     size: int = 0,
-    mask_marks: MaskMarks = "subject",
+    mask_marks: str = "subject",
 ) -> tuple[EncodedReference, ...]:
     """Encodes a batch of images, one reference an image, on the host's device.
 
@@ -143,14 +129,21 @@ def encode_references(
     results = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if results[key] is None and keys.index(key) == i]
     if missing:
-        chosen = [prepared[i] for i in missing]
+        chosen, progress = [prepared[i] for i in missing], make_progress()
         with torch.inference_mode():
-            inputs = _encode_inputs(network, chosen, vae, clip, concept)
-            encoded = network.encode(chosen, *inputs, concept, size)
-        for i, reference in zip(missing, encoded, strict=True):
-            reference = replace(reference, thumbnail=make_thumbnail(prepared[i].image))
-            results[keys[i]] = reference
-            cache.put(keys[i], reference)
+            context, pooled, latents = _encode_inputs(network, chosen, vae, clip, concept)
+            for done, (i, latent) in enumerate(zip(missing, latents.split(1), strict=True)):
+                progress(done, len(missing))
+                features, mask = network.encode(latent, context, pooled, size), prepared[i].mask
+                (one,) = split_features(features, latent.shape[2:], [mask], concepts=[concept])
+                thumbnail = make_thumbnail(prepared[i].image)
+                results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)
+            progress(len(missing), len(missing))
+    for key, reference in results.items():
+        cache[key] = reference
+        cache.move_to_end(key)
+    while sum(reference.nbytes() for reference in cache.values()) > CACHED_BYTES:
+        cache.popitem(last=False)
     return tuple(replace(results[key], weight=weight) for key in keys)
 
 
@@ -161,7 +154,7 @@ def draw_references(references: Sequence[EncodedReference]) -> Tensor | None:
 
 
 def _prepare(
-    images: Tensor, masks: Tensor | None, mask_marks: MaskMarks, concept: str, size: int
+    images: Tensor, masks: Tensor | None, mask_marks: str, concept: str, size: int
 ) -> list[PreparedReference]:
     if images.ndim != 4 or not images.numel():
         raise RetrievalError(
@@ -181,7 +174,7 @@ def _prepare(
     return [prepare(i[..., :3].float(), m, concept, size=size) for i, m in pairs]
 
 
-def _subject(mask: Tensor, mask_marks: MaskMarks) -> Tensor | None:
+def _subject(mask: Tensor, mask_marks: str) -> Tensor | None:
     """The mask of the subject [H, W]; None for the placeholder."""
     if mask.shape == _PLACEHOLDER and not mask.any():
         return None
@@ -204,14 +197,23 @@ def _encode_inputs(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Context [1, L, D] and pooled output of the concept, clean latents [R, C, h, w]."""
     width, channels = network.config.context_dim, network.latent_format.latent_channels
-    context, pooled = encode_text(clip, concept)
+    if clip is None:
+        raise RetrievalError(
+            "The CLIP input is empty, so the checkpoint holds no text encoder; load one with a "
+            "CLIP loader."
+        )
+    context, pooled = clip.encode_from_tokens(clip.tokenize(concept), return_pooled=True)
     if context.shape[-1] != width:
         raise RetrievalError(
             f"The CLIP given makes text of width {context.shape[-1]} and '{network.name}' "
             f"(base '{network.base}') reads {width}; connect the CLIP of the base model."
         )
+    if vae is None:
+        raise RetrievalError(
+            "The VAE input is empty, so the checkpoint holds no VAE; load one with a VAE loader."
+        )
     pixels = torch.stack([reference.image.movedim(0, -1) for reference in prepared])
-    latents = encode_pixels(vae, pixels, network.latent_format)
+    latents = network.latent_format.process_in(vae.encode(pixels))
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise RetrievalError(
             f"The VAE given makes latents of {latents.shape[1]} channels and '{network.name}' "

@@ -15,10 +15,8 @@ EXTENSIONS = {".safetensors", ".sft"}
 
 def register_folder(name: str) -> None:
     """Makes models/<name> known, with the paths extra_model_paths.yaml added."""
-    paths, _ = folder_paths.folder_names_and_paths.get(name, ([], set()))
-    default = os.path.join(folder_paths.models_dir, name)
-    joined = list(dict.fromkeys([*paths, default]))
-    folder_paths.folder_names_and_paths[name] = (joined, set(EXTENSIONS))
+    folder_paths.add_model_folder_path(name, os.path.join(folder_paths.models_dir, name))
+    folder_paths.folder_names_and_paths[name][1].update(EXTENSIONS)
 
 
 def list_files(folder: str) -> list[str]:
@@ -42,10 +40,15 @@ def first_path(folder: str) -> str:
     return folder_paths.get_folder_paths(folder)[0]
 
 
-def describe_version(folder: str, name: str) -> str:
-    """Changes when a file does, so that the host runs a node again; "missing" if it has gone."""
+def describe_version(path: str | os.PathLike[str]) -> str:
+    """Changes when a file does; "missing" if it has gone."""
     try:
-        status = os.stat(find_file(folder, name))
-    except (ValueError, OSError):
+        status = os.stat(path)
+    except OSError:
         return "missing"
     return f"{status.st_mtime_ns} {status.st_size}"
+
+
+def describe_file(folder: str, name: str) -> str:
+    """`describe_version` of a file of `list_files`, so that the host runs a node again."""
+    return describe_version(folder_paths.get_full_path(folder, name) or "")

@@ -19,9 +19,8 @@ from ...retrieval_core.training_free.joint_retrieval import make_source
 from ...retrieval_core.training_free.joint_shares import choose_map_layer, measure_joint_shares
 from ...retrieval_core.training_free.training_free_network import find_nearest, name_site
 from . import step_context
-from .picture_region import PictureRegion
 from .recorder import Recorder
-from .step_context import Area, StepContext, chunk_areas, chunk_kinds, strength_at
+from .step_context import Area, StepContext, chunk_areas, chunk_kinds, crop_region, strength_at
 
 LAST = 999  # the largest timestep
 
@@ -29,15 +28,16 @@ LAST = 999  # the largest timestep
 class JointApplication:
     """Training-free counterpart of `RetrievalPatch`; clones of a model use one object.
 
-    Caches the layers' banks of one noise level by device and type, until the sampler ends.
+    Caches the layers' banks of one noise level by device and type, and the regions by latent size
+    and area, until the sampler ends.
     """
 
     def __init__(self, network: TrainingFree, retrieval: JointRetrieval, reference_count: int):
         self.network, self.retrieval = network, retrieval
         self.reference_count = reference_count
         self.names = network.names
-        self.region = PictureRegion.from_retrieval(retrieval)
         self._banks: dict[Any, tuple[int, dict[str, SiteBank]]] = {}
+        self._regions: dict[Any, Tensor] = {}
 
     def __deepcopy__(self, memo: dict) -> JointApplication:
         return self
@@ -100,7 +100,7 @@ class JointApplication:
                 "The training-free mode was called outside of ComfyUI's samplers, so the noise "
                 "level is not known; sample with a KSampler or SamplerCustom node."
             )
-        level = find_nearest(self.retrieval.timesteps, (1 - context.progress()) * LAST)
+        level = find_nearest(self.retrieval.timesteps, (1 - context.progress) * LAST)
         key = (q.device, q.dtype)
         loaded, banks = self._banks.get(key, (None, {}))
         if loaded != level:
@@ -112,15 +112,19 @@ class JointApplication:
         return banks
 
     def _region(self, context: StepContext | None, area: Area | None) -> Tensor | None:
-        if self.region is None or context is None:
-            return self.retrieval.region
-        return self.region.crop(context, area)
+        region = self.retrieval.region
+        if region is None or context is None:
+            return region
+        key = (context.shape, area)
+        found = self._regions.get(key)
+        if found is None:  # a local value: another thread may clear the cache
+            found = self._regions[key] = crop_region(region, context, area)
+        return found
 
     def cleanup(self, *_: Any) -> None:
         """An ON_CLEANUP callback: frees the devices' copies, also after an interruption."""
         self._banks.clear()
-        if self.region is not None:
-            self.region.cleanup()
+        self._regions.clear()
 
     def nbytes(self, noise_shape: Any, dtype: torch.dtype) -> int:
         """Bytes that sampling needs: one level's bank, and keys and values of a layer joined with

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ...retrieval_core.bank.site_bank import Bank
-from ...retrieval_core.bank.tokens import Tokens
 
 # Layers that cast their weights to the input, so that any weight type meets any base model's.
 OPERATIONS = comfy.ops.manual_cast
@@ -39,12 +38,6 @@ def find_patcher_class() -> type[comfy.model_patcher.ModelPatcher]:
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
-def loads_dynamically() -> bool:
-    """Whether the host manages weights by dynamic VRAM: layers then hold the file's own tensors."""
-    plain = find_patcher_class() is comfy.model_patcher.ModelPatcher
-    return not plain and not management.is_device_cpu(management.get_torch_device())
-
-
 def wrap_module(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
     """Wraps a module in a patcher, by which the host loads, partly loads and unloads it."""
     return find_patcher_class()(
@@ -58,7 +51,10 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Loads weights into a module of the host's layers, as the host loads its own models."""
     if hasattr(management, "archive_model_dtypes"):  # the types that dynamic VRAM casts to
         management.archive_model_dtypes(module)
-    module.load_state_dict(dict(weights), assign=loads_dynamically())
+    # With dynamic VRAM, layers hold the file's own tensors.
+    plain = find_patcher_class() is comfy.model_patcher.ModelPatcher
+    on_cpu = management.is_device_cpu(management.get_torch_device())
+    module.load_state_dict(dict(weights), assign=not plain and not on_cpu)
 
 
 def read_weights(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -91,26 +87,21 @@ def reserve_memory(nbytes: Callable[[Any, torch.dtype], int]) -> Callable[..., A
     return prepare_sampling
 
 
-def make_bank_on_device(make: Callable[..., Bank], tokens: Tokens) -> Bank:
-    """Makes a bank of the tokens under a progress bar; on the CPU if the device is out of memory.
+def make_bank_on_device(make: Callable[..., Bank]) -> Bank:
+    """Makes a bank under a progress bar; on the CPU if the device is out of memory.
 
     Args:
         make: `make_bank` or `make_network_bank`, but for `device` and `on_site`.
     """
-    bar = comfy.utils.ProgressBar(len(tokens.sites))
-
-    def on_site(done: int, count: int) -> None:
-        management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, count)
-
+    progress = make_progress()
     try:
-        return make(device=management.get_torch_device(), on_site=on_site)
+        return make(device=management.get_torch_device(), on_site=progress)
     except management.OOM_EXCEPTION:
-        return make(device="cpu", on_site=on_site)
+        return make(device="cpu", on_site=progress)
 
 
-def make_transfer_progress() -> Callable[[int, int], None]:
-    """A callback (bytes done, bytes in all) that moves the node's bar and heeds interruptions."""
+def make_progress() -> Callable[[int, int], None]:
+    """A callback (done, in all) that moves the node's bar and heeds interruptions."""
     bar = comfy.utils.ProgressBar(1)
 
     def progress(done: int, total: int) -> None:

@@ -5,13 +5,14 @@ downloaded from the hub.
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import folder_paths
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.metrics.model_folder import check
-from .loading import make_transfer_progress
+from ...retrieval_core.hub import check_repository
+from ...retrieval_core.metrics.model_folder import check, fetch_model
+from .loading import make_progress
 
 VQA, CLIP, DINO = "VQA", "CLIP", "DINO"
 # Folders below the models directory, by the host's names where it has one.
@@ -46,41 +47,18 @@ def find_folder(kind: str, name: str, repository: str = "") -> Path:
     """Finds the folder of a model, or fetches it from the hub if a repository is named.
 
     Raises:
-        RetrievalError: no such folder, a path that leaves the models directory, a folder that lacks
-            a part, not the name of a repository, or what `find_model` says of fetching it.
+        RetrievalError: no such folder, one that lacks a part, not the name of a repository, or see
+            `fetch_model`.
     """
-    if repository.strip():
-        return _fetch(repository.strip())
-    roots = " or ".join(f"models/{root}" for root in ROOTS[kind])
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or "/" in parts or any(c in "\\:\0" for c in name):
+    if repository := repository.strip():
+        check_repository(repository)
+        return fetch_model(repository, make_progress())
+    if name not in list_models(kind):
+        roots = " or ".join(f"models/{root}" for root in ROOTS[kind])
         raise RetrievalError(
-            f"{name!r} is not the name of a folder inside {roots}; choose one from the list."
+            f"There is no folder '{name}' with a {MARK} in {roots}; choose another, name a "
+            "repository of the hub, or press R to reload the list."
         )
-    for root in list_roots(kind):
-        folder = root.joinpath(*parts)
-        if (folder / MARK).is_file():
-            check(folder)
-            return folder
-    raise RetrievalError(
-        f"There is no folder '{name}' with a {MARK} in {roots}; choose another, name a "
-        "repository of the hub, or press R to reload the list."
-    )
-
-
-def _fetch(repository: str) -> Path:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    from ...retrieval_core.metrics.model_folder import find_model
-
-    try:
-        validate_repo_id(repository)
-        # `find_model` would take a folder of that name in the working directory.
-        named = "/" in repository and not Path(repository).is_dir()
-    except HFValidationError:
-        named = False
-    if not named:
-        raise RetrievalError(
-            f"{repository!r} is not the name of a hub repository; write it as owner/name."
-        )
-    return find_model(repository, make_transfer_progress())
+    folder = next(root / name for root in list_roots(kind) if (root / name / MARK).is_file())
+    check(folder)
+    return folder

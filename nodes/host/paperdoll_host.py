@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +68,7 @@ class PaperdollConfig(comfy.supported_models_base.BASE):
 
 def convert_config(config: UNetConfig) -> dict[str, Any]:
     """A core U-Net configuration as arguments of the host's `UNetModel`."""
-    levels = zip(config.num_res_blocks, config.transformer_depth)
-    depths = [(blocks, depth) for blocks, depth in levels]
+    levels = list(zip(config.num_res_blocks, config.transformer_depth))
     return {
         "image_size": 32,
         "in_channels": config.in_channels,
@@ -79,8 +76,8 @@ def convert_config(config: UNetConfig) -> dict[str, Any]:
         "model_channels": config.model_channels,
         "channel_mult": list(config.channel_mult),
         "num_res_blocks": list(config.num_res_blocks),
-        "transformer_depth": [d for blocks, d in depths for _ in range(blocks)],
-        "transformer_depth_output": [d for blocks, d in depths for _ in range(blocks + 1)],
+        "transformer_depth": [d for blocks, d in levels for _ in range(blocks)],
+        "transformer_depth_output": [d for blocks, d in levels for _ in range(blocks + 1)],
         "transformer_depth_middle": config.middle_depth,
         "context_dim": config.context_dim,
         "num_heads": -1 if config.num_heads is None else config.num_heads,
@@ -194,8 +191,12 @@ class HostVAE(comfy.sd.VAE):
     """The host's VAE around the demo's patch transform."""
 
     def __init__(self, vae: PatchVAE):
-        with _without_warning("No VAE weights detected"):
+        log = logging.getLogger()
+        log.addFilter(_keep_in_log)
+        try:
             super().__init__(sd={})  # every default of this host's version, no network
+        finally:
+            log.removeFilter(_keep_in_log)
         self.first_stage_model = vae.eval()
         self.latent_channels = vae.channels
         self.downscale_ratio = self.upscale_ratio = PATCH
@@ -218,31 +219,25 @@ class HostVAE(comfy.sd.VAE):
         self.size = management.module_size(vae)
 
 
-def make_vae(base: PaperdollModel) -> HostVAE:
-    """The VAE as the host's VAE."""
-    return HostVAE(base.vae)
+def _keep_in_log(record: logging.LogRecord) -> bool:
+    """Drops one known, harmless message of the host from the user's log."""
+    return "No VAE weights detected" not in record.getMessage()
 
 
 def load_demo(
     batch_size: int, figures: int
 ) -> tuple[comfy.model_patcher.ModelPatcher, HostCLIP, HostVAE, dict[str, Tensor]]:
-    """The bundled base model as MODEL, CLIP and VAE, and an empty LATENT for it."""
+    """The bundled base model as MODEL, CLIP and VAE, and a LATENT of zeros, `figures` wide."""
     path = find_bundled(BASE_FILE)
     base = load_base(path)
-    latent = make_latent(base, batch_size, figures)
-    return load_model(path), make_clip(base), make_vae(base), latent
+    shape = (batch_size, base.vae.channels, base.latent_size, base.latent_size * figures)
+    latent = {"samples": torch.zeros(shape, device=management.intermediate_device())}
+    return load_model(path), make_clip(base), HostVAE(base.vae), latent
 
 
 def find_demo_network() -> Path:
     """The path of the bundled retrieval network."""
     return find_bundled(RETRIEVAL_FILE)
-
-
-def make_latent(base: PaperdollModel, batch_size: int, figures: int = 1) -> dict[str, Tensor]:
-    """The host's LATENT of zeros [batch_size, C, 16, 16 * figures]."""
-    edge = base.latent_size
-    shape = (batch_size, base.vae.channels, edge, edge * figures)
-    return {"samples": torch.zeros(shape, device=management.intermediate_device())}
 
 
 def draw_character(rng: np.random.Generator) -> tuple[Identity, Outfit]:
@@ -273,18 +268,3 @@ def draw_references(character: int, concept: Concept, pictures: int) -> tuple[Te
     )
     stacked = torch.from_numpy(np.stack(images)).float() / 255
     return stacked, torch.from_numpy(np.stack(masks)).float(), words
-
-
-@contextmanager
-def _without_warning(text: str) -> Iterator[None]:
-    """Drops one known, harmless message of the host from the user's log."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return text not in record.getMessage()
-
-    root = logging.getLogger()
-    root.addFilter(is_other)
-    try:
-        yield
-    finally:
-        root.removeFilter(is_other)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.metrics import ImageScore
+from ...retrieval_core.metrics.similarity import ImageScore
 from ...retrieval_core.paperdoll.bundle import JUDGE_FILE, find_bundled
 from ...retrieval_core.paperdoll.judge import FACE, GARMENTS, Judge, list_truth, load_judge
 from ...retrieval_core.paperdoll.judge_scores import JudgeAnswerer, match_attributes

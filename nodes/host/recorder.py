@@ -79,15 +79,13 @@ class Recorder:
         """
         if not self.recorded:
             return None
-        like = next(iter(self.recorded.values())).mean().cpu()
+        found = {key: recorded.mean().cpu() for key, recorded in self.recorded.items()}
+        like = next(iter(found.values()))
         means = []
         for application in self.applications:
-            recorded = self.recorded.get(id(application))
-            if recorded is None:  # no step between its start and end
-                shape = (len(like), 1 + application.reference_count, *like.shape[2:])
-                means.append(like.new_zeros(shape))
-            else:
-                means.append(recorded.mean().cpu())
+            shape = (len(like), 1 + application.reference_count, *like.shape[2:])
+            # Nothing is recorded where no step lies between start and end.
+            means.append(found.get(id(application), like.new_zeros(shape)))
         return merge_shares(means)
 
 

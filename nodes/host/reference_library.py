@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 import folder_paths
 
 from ...retrieval_core.bank.bank_file import load_references, save_references
-from ...retrieval_core.bank.tokens import EncodedReference, check_weight
+from ...retrieval_core.bank.tokens import EncodedReference
 from ...retrieval_core.errors import RetrievalError
 from .encoded_references import References
 from .folders import REFERENCES, find_file, first_path
@@ -46,11 +47,9 @@ def new_path(prefix: str) -> Path:
             "be written."
         ) from error
     _check_inside(home, Path(folder), prefix)  # with %year% and the like filled in
-    path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
-    while path.exists():  # a name that the host's counting passes over is not overwritten either
-        number += 1
-        path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
-    return path
+    paths = (Path(folder) / f"{name}_{n:05}_{SUFFIX}" for n in count(number))
+    # A name that the host's counting passes over is not overwritten either.
+    return next(path for path in paths if not path.exists())
 
 
 def _check_inside(home: str, folder: Path, prefix: str) -> None:
@@ -78,6 +77,5 @@ def load(name: str, network: ReferenceNetwork, weight: float = 1.0) -> tuple[Enc
     Raises:
         RetrievalError: no such file, or one that is damaged or was made by another network.
     """
-    factor = check_weight(weight)
     loaded = load_references(find_file(REFERENCES, name), network.maker)
-    return tuple(reference.with_weight(reference.weight * factor) for reference in loaded)
+    return tuple(reference.with_weight(reference.weight * weight) for reference in loaded)

@@ -1,61 +1,70 @@
-"""The common interface of a trained network and the training-free mode."""
+"""The common base of a trained network and the training-free mode."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ...retrieval_core.bank.bank_file import Maker
+from ...retrieval_core.bank.encoding import Features
 from ...retrieval_core.bank.site_bank import Bank
 from ...retrieval_core.bank.token_budget import Budget
-from ...retrieval_core.bank.tokens import EncodedReference, Tokens
-from ...retrieval_core.data.prepare import PreparedReference
+from ...retrieval_core.bank.tokens import Tokens
 from ...retrieval_core.network.unet import UNetConfig
 from ...retrieval_core.sampling.controls import Controls
 
 
-class ReferenceNetwork(Protocol):
-    """The value of RETRIEVAL_CONTROLNET.
+@dataclass(eq=False)
+class ReferenceNetwork(ABC):
+    """The value of RETRIEVAL_CONTROLNET: a `TrainedNetwork` or a `TrainingFreeModel`.
 
     Attributes:
-        name: for messages. base: one of `controlnet.BASES`. config: of the base's U-Net.
-        recommended: strength and guidance.
+        name: for messages.
+        network: the core's `RetrievalControlNet` or `TrainingFree`.
         maker: what saved references are bound to; those of equal fingerprints can be combined.
-        identity: key of what encoded references depend on beside the maker's fingerprint.
         latent_format: of the base model, which scales its VAE's latents.
+        identity: key of what encoded references depend on beside the maker's fingerprint.
     """
 
     name: str
-    base: str
-    config: UNetConfig
-    recommended: dict[str, Any]
+    network: Any
     maker: Maker
-    identity: Any
     latent_format: Any
 
-    def encode(
-        self,
-        prepared: Sequence[PreparedReference],
-        context: Tensor,
-        pooled: Tensor | None,
-        latents: Tensor,
-        concept: str,
-        size: int,
-    ) -> list[EncodedReference]:
-        """Encodes a batch of references on the host's device, to the CPU.
+    identity = None
+
+    @property
+    def base(self) -> str:
+        return self.network.card.base
+
+    @property
+    def config(self) -> UNetConfig:
+        return self.network.config
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        return self.network.card.recommended
+
+    def __deepcopy__(self, memo: dict) -> ReferenceNetwork:
+        return self
+
+    @abstractmethod
+    def encode(self, latent: Tensor, context: Tensor, pooled: Tensor | None, size: int) -> Features:
+        """Encodes one reference on the host's device.
 
         Args:
+            latent: [1, C, h, w], clean, scaled as the model's are. size: of the picture.
             context: [1, L, D] of the concept. pooled: its pooled output where the CLIP has one.
-            latents: [R, C, h, w], clean, scaled as the model's are. size: of the pictures.
         """
-        ...
 
+    @abstractmethod
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
-        """The bank of the tokens, on the CPU."""
-        ...
+        """The bank of the tokens, on the CPU; also made there if the device is out of memory."""
 
+    @abstractmethod
     def apply(
         self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
     ) -> Any:
@@ -65,4 +74,3 @@ class ReferenceNetwork(Protocol):
             scale: the strength divided by the recommended one.
             acting: the other arguments of `applications.Application`.
         """
-        ...

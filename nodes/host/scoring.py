@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
 import comfy.model_patcher
-import comfy.utils
 import torch
-from comfy.image_encoders.dino2 import Dinov2Model
 from torch import Tensor, nn
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.metrics.images import check_batch
+from ...retrieval_core.metrics.vqa_models import VQAModel
+from .loading import make_progress
 
 # Images that an encoder takes at a time; the host can interrupt between them.
 BATCH = 16
-
-
-class ManagedModel(nn.Module):
-    """A module around a model: the host sets attributes on modules that it manages, and a
-    transformers model has a `device` that cannot be set.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
 
 @contextmanager
@@ -35,7 +25,8 @@ def load_model(model: nn.Module) -> Iterator[None]:
     """A model on the host's device for text encoders; it is unloaded when the context ends."""
     device = management.text_encoder_device()
     patcher = comfy.model_patcher.ModelPatcher(
-        ManagedModel(model),
+        # The host sets `device` on what it manages, which a transformers model refuses.
+        nn.Sequential(model),
         load_device=device,
         offload_device=management.text_encoder_offload_device(),
     )
@@ -59,51 +50,47 @@ def choose_half() -> torch.dtype:
     return torch.float16 if management.should_use_fp16(device) else torch.float32
 
 
-def watch_progress(rounds: int = 1) -> Callable[[int, int, int], None]:
-    """A callback (round, done, total) that moves the node's bar and heeds interruptions."""
-    bar = comfy.utils.ProgressBar(1)
-
-    def progress(number: int, done: int, total: int) -> None:
-        management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(number * total + done, rounds * total)
-
-    return progress
-
-
 class WatchedAnswerer:
     """A VQA model under the node's bar, which runs over all questions."""
 
-    def __init__(self, vqa: Any, questions: int) -> None:
-        self.vqa, self.asked, self.progress = vqa, 0, watch_progress(questions)
+    def __init__(self, vqa: VQAModel, questions: int) -> None:
+        self.vqa, self.questions, self.asked, self.progress = vqa, questions, 0, make_progress()
 
     def answer(self, images: Tensor, question: str) -> list[str]:
-        def progress(done: int, total: int) -> None:
-            self.progress(self.asked, done, total)
-
-        answers = self.vqa.answer(images, question, progress=progress)
+        before, total = self.asked * len(images), self.questions * len(images)
         self.asked += 1
-        return answers
+        return self.vqa.answer(
+            images, question, lambda done, _: self.progress(before + done, total)
+        )
 
 
 class WatchedEncoder:
-    """An encoder of the core, a few images at a time."""
+    """An encoder of the core under the node's bar, a few images or texts at a time."""
 
     def __init__(self, encoder: Any) -> None:
-        self.encoder, self.progress = encoder, watch_progress()
+        self.encoder, self.progress = encoder, make_progress()
 
     def embed_images(self, images: Tensor) -> Tensor:
-        return self._rows(self.encoder.embed_images, images)
+        return self._embed(self.encoder.embed_images, images)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        return self._rows(self.encoder.embed_texts, texts)
+        return self._embed(self.encoder.embed_texts, texts)
 
-    def _rows(self, embed: Callable[[Any], Tensor], given: Tensor | Sequence[str]) -> Tensor:
+    def _embed(self, embed: Callable[[Any], Tensor], given: Tensor | Sequence[str]) -> Tensor:
         rows = []
         for start in range(0, len(given), BATCH):
-            self.progress(0, start, len(given))
+            self.progress(start, len(given))
             rows.append(embed(given[start : start + BATCH]).cpu())
-        self.progress(0, len(given), len(given))
+        self.progress(len(given), len(given))
         return torch.cat(rows)
+
+
+@contextmanager
+def load_encoder(load: Callable[[Path], Any], folder: Path) -> Iterator[WatchedEncoder]:
+    """The encoder that `load` reads from a folder, in `load_model`'s context."""
+    encoder = load(folder)
+    with load_model(encoder.model):
+        yield WatchedEncoder(encoder)
 
 
 class HostTextEncoder:
@@ -135,20 +122,24 @@ class HostImageEncoder:
     def __init__(self, clip_vision: Any) -> None:
         self.clip_vision = clip_vision
 
-    @property
-    def is_dino(self) -> bool:
-        return isinstance(self.clip_vision.model, Dinov2Model)
-
     def embed_images(self, images: Tensor) -> Tensor:
         return self.clip_vision.encode_image(images.movedim(1, -1))["image_embeds"].float()
 
 
-def convert_images(images: Any, what: str = "image", least: int = 1) -> Tensor:
-    """Converts an IMAGE [N, H, W, C], or a list of several, to [N, 3, H, W] on the CPU.
+def convert_images(images: Tensor, what: str = "image", least: int = 1) -> Tensor:
+    """Converts an IMAGE [N, H, W, C] to [N, 3, H, W] on the CPU.
 
     Raises:
-        RetrievalError: fewer than `least`, not RGB, or of different sizes.
+        RetrievalError: fewer than `least`, or not RGB; `what` names them.
     """
-    batches = [images] if isinstance(images, Tensor) else list(images)
-    moved = [batch[..., :3].movedim(-1, 1).float().cpu() for batch in batches]
-    return check_batch(moved[0] if len(moved) == 1 else [p for m in moved for p in m], what, least)
+    if len(images) < least:
+        raise RetrievalError(
+            f"There are {len(images)} {what}s and this score needs at least {least}; give a larger "
+            "batch."
+        )
+    if images.shape[-1] < 3:
+        raise RetrievalError(
+            f"The {what}s have shape {tuple(images.shape)}; give RGB images "
+            "[number, height, width, 3]."
+        )
+    return images[..., :3].movedim(-1, 1).float().cpu()

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...retrieval_core.network.unet import MIDDLE, UNetConfig
+from ...retrieval_core.sampling.applications import Application
 from ...retrieval_core.sampling.isolation import Partition, attend_apart, partition
 from ...retrieval_core.sampling.joint_attention import Source, attend_chunks
 from ...retrieval_core.training_free import list_self_attention_layers
 from . import step_context
 from .attention import bind_attention
-from .picture_region import PictureRegion
+from .joint_application import JointApplication
 from .recorder import RECORDERS
-from .step_context import StepContext, chunk_areas
+from .step_context import StepContext, chunk_areas, crop_region
 
 ATTN1 = "attn1"
-
-
-class LayerApplication(Protocol):
-    """An application of references in self-attention (`joint_application.JointApplication`)."""
-
-    names: tuple[str, ...]
-    map_layer: str
-
-    def sources(self, name: str, q: Tensor, extra: dict) -> list[Source | None]:
-        """See `JointApplication`."""
-        ...
-
-    def record(
-        self, recorder: Any, found: list[Source | None], q: Tensor, k: Tensor, extra: dict
-    ) -> None: ...
 
 
 class JointAttention:
@@ -45,15 +31,15 @@ class JointAttention:
 
     Attributes:
         applications: of the training-free mode.
-        regions: to be isolated in all layers.
+        regions: applications whose regions are to be isolated in all layers.
         before: replacements by other packs. They are called for all rows as before; layers that
             have one isolate no regions.
     """
 
     def __init__(
         self,
-        applications: tuple[LayerApplication, ...],
-        regions: tuple[PictureRegion, ...],
+        applications: tuple[JointApplication, ...],
+        regions: tuple[Application, ...],
         before: Mapping[tuple, Callable],
     ):
         self.applications, self.regions, self.before = applications, regions, dict(before)
@@ -113,7 +99,7 @@ class JointAttention:
         for area in areas:
             key = (tuple(map(id, active)), size, context.shape, area, q.device)
             if key not in self._partitions:
-                masks = [region.crop(context, area).to(q.device) for region in active]
+                masks = [crop_region(r.region, context, area).to(q.device) for r in active]
                 self._partitions[key] = partition(masks, size)
             found.append(self._partitions[key])
         return found
@@ -122,14 +108,14 @@ class JointAttention:
 def attach_joint_attention(
     model: Any,
     config: UNetConfig,
-    application: LayerApplication | None = None,
-    region: PictureRegion | None = None,
+    retrieval: Application,
+    joint: JointApplication | None = None,
 ) -> None:
-    """Adds an application, and a region if it is to be isolated, to the attn1 replacements of a
-    MODEL.
+    """Adds the region of a retrieval, if it is to be isolated, and its application in the
+    training-free mode to the attn1 replacements of a MODEL.
     """
-    applications = () if application is None else (application,)
-    regions = () if region is None or region.apart == 0 else (region,)
+    applications = () if joint is None else (joint,)
+    regions = () if retrieval.region is None or retrieval.apart == 0 else (retrieval,)
     if not applications and not regions:
         return
     options = model.model_options["transformer_options"]

@@ -5,51 +5,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from comfy.image_encoders.dino2 import Dinov2Model
 from comfy_api.latest import io, ui
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.metrics import ImageScore, image_similarity, text_similarity
+from ...retrieval_core.metrics.encoders import load_clip, load_dino
+from ...retrieval_core.metrics.similarity import ImageScore, image_similarity, text_similarity
 from . import model_folders
-from .scoring import HostImageEncoder, WatchedEncoder, convert_images, load_model
+from .scoring import HostImageEncoder, WatchedEncoder, convert_images, load_encoder
 
 CONNECTED = "connected CLIP_VISION"
 NAMED = "named repository"
 
 
 def score_images(
-    images: Any, references: Any, dino: bool, encoder: str, repository: str, clip_vision: Any
+    images: Any,
+    references: Any,
+    dino: bool,
+    encoder: str,
+    repository: str = "",
+    clip_vision: Any = None,
 ) -> ImageScore:
     """CLIP-I or DINO-I of images [N, H, W, C] to references [M, h, w, C].
 
     Raises:
         RetrievalError: no encoder, one of the other kind, or see `image_similarity`.
     """
+    name = "DINO" if dino else "CLIP"
     pictures = convert_images(images), convert_images(references, "reference")
     if encoder == CONNECTED and not repository.strip():
-        return image_similarity(*pictures, WatchedEncoder(_check_vision(clip_vision, dino)))
-    from ...retrieval_core.metrics.encoders import load_clip, load_dino
-
-    kind = model_folders.DINO if dino else model_folders.CLIP
-    model = (load_dino if dino else load_clip)(model_folders.find_folder(kind, encoder, repository))
-    with load_model(model.model):
-        return image_similarity(*pictures, WatchedEncoder(model))
-
-
-def _check_vision(clip_vision: Any, dino: bool) -> HostImageEncoder:
-    name = "DINO" if dino else "CLIP"
-    if clip_vision is None:
-        raise RetrievalError(
-            f"There is no encoder to compare images by; connect a CLIP_VISION, or choose or name a "
-            f"{name} model."
-        )
-    encoder = HostImageEncoder(clip_vision)
-    if encoder.is_dino != dino:
-        found = "DINOv2" if encoder.is_dino else "not a DINOv2"
-        raise RetrievalError(
-            f"The CLIP_VISION given is {found} and {name}-I was asked for; connect a {name} model, "
-            "or choose the other measure."
-        )
-    return encoder
+        if clip_vision is None:
+            raise RetrievalError(
+                "There is no encoder to compare images by; connect a CLIP_VISION, or choose or "
+                f"name a {name} model."
+            )
+        is_dino = isinstance(clip_vision.model, Dinov2Model)
+        if is_dino != dino:
+            raise RetrievalError(
+                f"The CLIP_VISION given is {'' if is_dino else 'not '}a DINOv2 and {name}-I was "
+                f"asked for; connect a {name} model, or choose the other measure."
+            )
+        return image_similarity(*pictures, WatchedEncoder(HostImageEncoder(clip_vision)))
+    kind, load = (model_folders.DINO, load_dino) if dino else (model_folders.CLIP, load_clip)
+    folder = model_folders.find_folder(kind, encoder, repository)
+    with load_encoder(load, folder) as loaded:
+        return image_similarity(*pictures, loaded)
 
 
 def score_texts(images: Any, prompts: Sequence[str], encoder: str, repository: str) -> ImageScore:
@@ -68,11 +68,9 @@ def score_texts(images: Any, prompts: Sequence[str], encoder: str, repository: s
             "There is no CLIP to compare image and text by; choose a folder, or name a repository "
             "such as openai/clip-vit-large-patch14."
         )
-    from ...retrieval_core.metrics.encoders import load_clip
-
-    model = load_clip(model_folders.find_folder(model_folders.CLIP, encoder, repository))
-    with load_model(model.model):
-        return text_similarity(pictures, prompts, WatchedEncoder(model))
+    folder = model_folders.find_folder(model_folders.CLIP, encoder, repository)
+    with load_encoder(load_clip, folder) as loaded:
+        return text_similarity(pictures, prompts, loaded)
 
 
 def give_score(title: str, score: ImageScore, against: str) -> io.NodeOutput:

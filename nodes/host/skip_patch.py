@@ -15,10 +15,9 @@ from ...retrieval_core.network.unet import MIDDLE, UNetConfig
 from ...retrieval_core.sampling.applications import COND, Retrieval
 from ...retrieval_core.sampling.attention_map import choose_map_site, measure_shares
 from . import step_context
-from .picture_region import PictureRegion
 from .recorder import RECORDERS, Recorder
 from .self_attention import attach_joint_attention
-from .step_context import Area, StepContext, chunk_areas, chunk_kinds, strength_at
+from .step_context import Area, StepContext, chunk_areas, chunk_kinds, crop_region, strength_at
 
 # Feature-sized tensors alive at once at a site: normed, query, attended, projected, sum.
 _ALIVE = 6
@@ -42,7 +41,6 @@ class RetrievalPatch:
     ):
         self.config, self.retrieval = config, retrieval
         self.reference_count, self.seen = reference_count, seen
-        self.region = PictureRegion.from_retrieval(retrieval)
         self.last = len(config.site_channels()) - 2
         self.map_site = choose_map_site(config)
         self._device: dict[Any, Any] = {}
@@ -81,7 +79,7 @@ class RetrievalPatch:
                 for kind, area, chunk in chunks:
                     if kind == COND:
                         self._record(recorder, chunk, context, area)
-        if self.region is None or not any(areas):
+        if self.retrieval.region is None or not any(areas):
             return self._within(h, context, None).add_retrieved(site, h, kinds, strength)
         return torch.cat(
             [
@@ -114,20 +112,19 @@ class RetrievalPatch:
 
     def _within(self, h: Tensor, context: StepContext | None, area: Area | None) -> Retrieval:
         """The retrieval on h's device, with the region cropped to the conditioning's area."""
-        if self.region is None or context is None:
+        region = self.retrieval.region
+        if region is None or context is None:
             return self._on_device(h)
         key = (h.device, h.dtype, context.shape, area)
         found = self._device.get(key)
         if found is None:
-            region = self.region.crop(context, area).to(h.device)
-            found = self._device[key] = replace(self._on_device(h), region=region)
+            cropped = crop_region(region, context, area).to(h.device)
+            found = self._device[key] = replace(self._on_device(h), region=cropped)
         return found
 
     def cleanup(self, *_: Any) -> None:
         """An ON_CLEANUP callback: frees the devices' copies, also after an interruption."""
         self._device.clear()
-        if self.region is not None:
-            self.region.cleanup()
 
     def nbytes(self, noise_shape: Any, dtype: torch.dtype) -> int:
         """Bytes that sampling needs for noise_shape [B, C, H, W]: bank, sites, activations."""
@@ -147,4 +144,4 @@ def attach_patch(patched: Any, patch: RetrievalPatch) -> None:
     """Adds a patch and its wrappers of the sampler to a MODEL, in place."""
     patched.set_model_output_block_patch(patch)
     step_context.attach(patched, patch)
-    attach_joint_attention(patched, patch.config, region=patch.region)
+    attach_joint_attention(patched, patch.config, patch.retrieval)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import comfy.utils
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import Tensor
 
 from ...retrieval_core.sampling.applications import COND, Application
 from ...retrieval_core.sampling.controls import CONSTANT
@@ -29,7 +32,7 @@ Area = tuple[int, ...]  # height, width, y, x in latent pixels
 class StepContext:
     """One call of the host's batching of conditionings.
 
-    Caches the results of `within` and `progress`; it lives for one step.
+    Caches what it computes; it lives for one step.
 
     Attributes:
         sampling: the model's sigma schedule, patched or not.
@@ -57,19 +60,18 @@ class StepContext:
             self._cache[start, end] = last <= sigma <= first
         return self._cache[start, end]
 
+    @cached_property
     def progress(self) -> float:
         """The percentage of sampling, 0..1, whose sigma this is: `percent_to_sigma` inverted."""
-        if "progress" not in self._cache:
-            sigma = float(self.sigma.flatten()[0])
-            low, high = 0.0, 1.0
-            for _ in range(_HALVINGS):  # bisection: in every schedule sigmas fall with it
-                middle = (low + high) / 2
-                if float(self.sampling.percent_to_sigma(middle)) > sigma:
-                    low = middle
-                else:
-                    high = middle
-            self._cache["progress"] = (low + high) / 2
-        return self._cache["progress"]
+        sigma = float(self.sigma.flatten()[0])
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):  # bisection: in every schedule sigmas fall with it
+            middle = (low + high) / 2
+            if float(self.sampling.percent_to_sigma(middle)) > sigma:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2
 
 
 def strength_at(application: Application, context: StepContext | None) -> float:
@@ -80,7 +82,7 @@ def strength_at(application: Application, context: StepContext | None) -> float:
         return 0.0
     if application.curve == CONSTANT:
         return application.strength
-    progress = min(max(context.progress(), application.start), application.end)
+    progress = min(max(context.progress, application.start), application.end)
     return application.strength_at(progress)
 
 
@@ -97,6 +99,15 @@ def chunk_areas(options: Mapping[str, Any], context: StepContext | None) -> list
     if context is None:
         return [None] * len(order)
     return [context.areas.get(uuid) for uuid in options.get("uuids") or [None] * len(order)]
+
+
+def crop_region(region: Tensor, context: StepContext, area: Area | None) -> Tensor:
+    """Resizes a region [H, W] to the latent's resolution and crops it to an area, if any."""
+    resized = comfy.utils.reshape_mask(region, (1, 1, *context.shape))[0, 0]
+    if area is None:
+        return resized
+    height, width, y, x = area
+    return resized[y : y + height, x : x + width]
 
 
 def attach(model: Any, application: Any) -> None:
@@ -118,8 +129,8 @@ def add_conditionings(
 ) -> Any:
     """A PREDICT_NOISE wrapper that adds the guider's names of its conditionings."""
     conds = getattr(executor.class_obj, "conds", None) or {}
-    named = tuple((name, value) for name, value in conds.items())
-    return executor(x, timestep, _with_option(model_options or {}, _CONDS, named), seed)
+    named = _with_option(model_options or {}, _CONDS, tuple(conds.items()))
+    return executor(x, timestep, named, seed)
 
 
 def add_context(
@@ -127,18 +138,14 @@ def add_context(
 ) -> Any:
     """A CALC_COND_BATCH wrapper that adds the `StepContext`."""
     named = model_options.get("transformer_options", {}).get(_CONDS, ())
-    areas = {}
-    for cond in (c for chunk in conds for c in chunk or ()):
-        area = cond.get("area")
-        if area is not None and len(area) == 4:
-            areas[cond.get("uuid")] = tuple(area)
-    context = StepContext(
-        model.model_sampling,
-        timestep,
-        tuple(x_in.shape[-2:]),
-        areas,
-        _unconditional(conds, named),
-    )
+    areas = {
+        cond.get("uuid"): tuple(cond["area"])
+        for chunk in conds
+        for cond in chunk or ()
+        if len(cond.get("area") or ()) == 4
+    }
+    size, negative = tuple(x_in.shape[-2:]), _unconditional(conds, named)
+    context = StepContext(model.model_sampling, timestep, size, areas, negative)
     return executor(model, conds, x_in, timestep, _with_option(model_options, STEP, context))
 
 

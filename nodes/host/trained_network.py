@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import comfy.model_management as management
@@ -16,16 +15,14 @@ import torch
 from torch import Tensor
 
 from ...retrieval_core.bank.bank_file import Maker
-from ...retrieval_core.bank.encoding import encode_references
+from ...retrieval_core.bank.encoding import Features
 from ...retrieval_core.bank.site_bank import Bank, make_network_bank
 from ...retrieval_core.bank.token_budget import Budget
-from ...retrieval_core.bank.tokens import EncodedReference, Tokens
-from ...retrieval_core.data.prepare import PreparedReference
+from ...retrieval_core.bank.tokens import Tokens
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.files import read_safetensors
 from ...retrieval_core.network.controlnet import RetrievalControlNet, build_network
 from ...retrieval_core.network.fingerprint import fingerprint_weights
-from ...retrieval_core.network.unet import UNetConfig
 from ...retrieval_core.sampling.applications import Retrieval
 from ...retrieval_core.sampling.attention_map import choose_map_site
 from ...retrieval_core.sampling.controls import Controls, group_sites
@@ -33,6 +30,7 @@ from ...retrieval_core.sampling.frozen_site import FrozenSite, freeze_sites
 from .attention import choose_attention
 from .base_model import check_fit, detect_base
 from .conditioning import make_vector_conditioning
+from .folders import describe_version
 from .loading import (
     OPERATIONS,
     choose_types,
@@ -41,6 +39,7 @@ from .loading import (
     read_weights,
     wrap_module,
 )
+from .reference_network import ReferenceNetwork
 from .skip_patch import RetrievalPatch, attach_patch
 
 _DECODER = "retrieval_decoder"
@@ -50,104 +49,53 @@ _ALIVE = 6
 
 
 @dataclass(eq=False)
-class TrainedNetwork:
-    """A trained `ReferenceNetwork`, whose two halves the host loads and unloads.
+class TrainedNetwork(ReferenceNetwork):
+    """A trained network's file, whose two halves the host loads and unloads.
 
     Caches the sites' query sides on the CPU (46 MB for SD 1.5), from the first application on for
     as long as it lives.
 
     Attributes:
-        name: the file's. network: the core's module.
         encoder, sites: ModelPatchers of the retrieval encoder and of the sites' layers.
-        latent_format: of the base model.
         compute_dtype: the type of the encoder's computation and of encoded references.
-        maker: what saved references are bound to.
     """
 
-    name: str
-    network: RetrievalControlNet
     encoder: Any
     sites: Any
-    latent_format: Any
     compute_dtype: torch.dtype
-    maker: Maker
-    identity: None = None
-    _frozen: dict[str, FrozenSite] = field(default_factory=dict, repr=False)
-
-    @property
-    def base(self) -> str:
-        return self.network.card.base
-
-    @property
-    def config(self) -> UNetConfig:
-        return self.network.config
-
-    @property
-    def recommended(self) -> dict[str, Any]:
-        return self.network.card.recommended
-
-    def __deepcopy__(self, memo: dict) -> TrainedNetwork:
-        return self
 
     def get_ram_usage(self) -> int:
         """Bytes, for the host's cache."""
         decoder = sum(t.numel() * t.element_size() for t in self.network.decoder.values())
         return self.encoder.model_size() + self.sites.model_size() + decoder
 
-    def encode(
-        self,
-        prepared: Sequence[PreparedReference],
-        context: Tensor,
-        pooled: Tensor | None,
-        latents: Tensor,
-        concept: str,
-        size: int,
-    ) -> list[EncodedReference]:
-        """See `ReferenceNetwork`."""
+    def encode(self, latent: Tensor, context: Tensor, pooled: Tensor | None, size: int) -> Features:
         vector = None
         if self.config.adm_in_channels is not None:
             vector = make_vector_conditioning(pooled, size, self.config.adm_in_channels)
         kind = self.compute_dtype
-        needed = latents[0, 0].numel() * management.dtype_size(kind) * 0.01 * (1 << 20)
+        needed = latent[0, 0].numel() * management.dtype_size(kind) * 0.01 * (1 << 20)
         management.load_models_gpu([self.encoder], memory_required=needed)
         device = self.encoder.load_device
-        inputs = [None if t is None else t.to(device, kind) for t in (context, vector)]
-        progress = comfy.utils.ProgressBar(len(prepared))
-        encoded = []
-        for latent, reference in zip(latents, prepared, strict=True):
-            management.throw_exception_if_processing_interrupted()
-            (one,) = encode_references(
-                self.network,
-                latent[None].to(device, kind),
-                *inputs,
-                masks=[reference.mask],
-                concepts=[concept],
-            )
-            encoded.append(one.to("cpu"))
-            progress.update(1)
-        return encoded
+        inputs = [None if t is None else t.to(device, kind) for t in (latent, context, vector)]
+        return self.network.encode_features(*inputs)
 
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
-        """See `ReferenceNetwork`; on the CPU if the device is out of memory."""
         needed = _ALIVE * torch.float32.itemsize * tokens.count_largest()
         management.load_models_gpu([self.sites], memory_required=needed)
-        make = partial(make_network_bank, self.network, tokens, budget)
-        return make_bank_on_device(make, tokens)
+        return make_bank_on_device(partial(make_network_bank, self.network, tokens, budget))
 
-    def freeze(self) -> dict[str, FrozenSite]:
+    @cached_property
+    def _frozen(self) -> dict[str, FrozenSite]:
         """site -> its query side, on the CPU."""
-        if not self._frozen:
-            kind = self.compute_dtype
-            self._frozen.update(freeze_sites(self.network, lambda layer: read_weights(layer, kind)))
-        return self._frozen
+        return freeze_sites(self.network, lambda layer: read_weights(layer, self.compute_dtype))
 
     def apply(
         self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
     ) -> Any:
-        """See `ReferenceNetwork`."""
         retrieval = Retrieval(
             references.bank(controls.token_budget),
-            sites=self.freeze(),
+            sites=self._frozen,
             site_strength=controls.site_strengths(group_sites(self.config)),
             **acting,
         )
@@ -219,12 +167,13 @@ def load_network(path: str | os.PathLike[str], model: Any) -> TrainedNetwork:
         RetrievalError: the file is missing, damaged, of another format, version or base.
     """
     base = detect_base(model)
-    key = _version(path)
+    key = (os.path.abspath(path), describe_version(path))
     cached = _networks.setdefault(model.model, {})
     found = cached.pop(key, None)
     if found is None:
         tensors, metadata = read_safetensors(path)
-        weights, compute = choose_types(base.name, *_count_types(tensors))
+        stored, count = comfy.utils.weight_dtype(tensors), comfy.utils.calculate_parameters(tensors)
+        weights, compute = choose_types(base.name, stored, count)
         network = build_network(
             tensors,
             metadata,
@@ -260,21 +209,4 @@ def manage_network(
     network.eval().requires_grad_(False)
     maker = Maker(network.card.base, fingerprint, network.config.site_channels())
     encoder, sites = wrap_module(network.encoder), wrap_module(network.retrieval)
-    return TrainedNetwork(name, network, encoder, sites, latent_format, compute_dtype, maker)
-
-
-def _version(path: str | os.PathLike[str]) -> tuple | None:
-    """A key of a file and its version; None where there is no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return os.path.abspath(path), status.st_mtime_ns, status.st_size
-
-
-def _count_types(tensors: Mapping[str, Tensor]) -> tuple[torch.dtype | None, int]:
-    """The type of most of a file's values, and the number of values."""
-    counts: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
-    return max(counts, key=counts.__getitem__, default=None), sum(counts.values())
+    return TrainedNetwork(name, network, maker, latent_format, encoder, sites, compute_dtype)

@@ -3,177 +3,113 @@ another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.metrics import (
-    ImageScore,
-    VQADiversity,
-    ask,
-    find_extreme_pairs,
-    score_answers,
-)
+from ...retrieval_core.metrics.diversity import find_extreme_pairs
 from ...retrieval_core.metrics.diversity_report import plot_distances, write_report
+from ...retrieval_core.metrics.encoders import load_clip
+from ...retrieval_core.metrics.protocols import TextEmbedder
+from ...retrieval_core.metrics.similarity import ImageScore
+from ...retrieval_core.metrics.vqa import ask, score_answers
+from ...retrieval_core.metrics.vqa_models import BATCH, MAX_NEW_TOKENS, load_vqa
 from ...retrieval_core.metrics.word_embedder import WordEmbedder
 from . import model_folders
 from .scoring import (
     HostTextEncoder,
     WatchedAnswerer,
-    WatchedEncoder,
     choose_half,
     convert_images,
+    load_encoder,
     load_model,
 )
 
+JUDGE = "paper-doll judge (bundled)"
 AUTOMATIC = "automatic"
 WORDS = "words (no model)"
 
 
-class Comparison:
-    """The encoder of answers: the connected CLIP, a CLIP model's folder, or their words.
-
-    Args:
-        choice: `AUTOMATIC`, `WORDS` or a folder's name. repository: of the hub, counts before it.
-        clip: the graph's CLIP, or None. judged: whether the paper-doll judge answers.
-
-    Raises:
-        RetrievalError: nothing is connected, chosen or named.
-    """
-
-    def __init__(self, choice: str, repository: str, clip: Any, judged: bool) -> None:
-        self.choice, self.repository, self.clip = choice, repository.strip(), clip
-        self.words = self.connected = False
-        if not self.repository:
-            self.connected = choice == AUTOMATIC and clip is not None
-            self.words = choice == WORDS or (choice == AUTOMATIC and clip is None and judged)
-            if choice == AUTOMATIC and not (self.connected or self.words):
-                raise RetrievalError(
-                    "There is nothing to compare the answers with; connect the CLIP of an SD or "
-                    "SDXL checkpoint, or choose or name an answer encoder."
-                )
-
-    @property
-    def name(self) -> str:
-        if self.words:
-            return "their words"
-        return "the connected CLIP" if self.connected else (self.repository or self.choice)
-
-    def find_folder(self) -> Path | None:
-        """Of the CLIP model that was chosen or named; fetched if need be."""
-        if self.words or self.connected:
-            return None
-        return model_folders.find_folder(model_folders.CLIP, self.choice, self.repository)
-
-    def score(
-        self,
-        answers: Mapping[str, tuple[str, ...]],
-        similarity: ImageScore | None,
-        folder: Path | None,
-    ) -> VQADiversity:
-        values = None if similarity is None else similarity.values
-        if folder is None:
-            encoder = WordEmbedder() if self.words else HostTextEncoder(self.clip)
-            return score_answers(answers, encoder, values)
-        from ...retrieval_core.metrics.encoders import load_clip
-
-        clip = load_clip(folder)
-        with load_model(clip.model):
-            return score_answers(answers, WatchedEncoder(clip), values)
-
-
-def parse_questions(text: str) -> list[str]:
-    """Parses the questions of a text, one a line.
+def score_diversity(
+    images: Tensor,
+    vqa_model: str,
+    questions: str,
+    vqa_repository: str = "",
+    answer_encoder: str = AUTOMATIC,
+    encoder_repository: str = "",
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH,
+    clip: Any = None,
+    similarity: ImageScore | None = None,
+) -> tuple[float, str, Tensor, Tensor, Tensor, float]:
+    """The outputs of the node: score, report, plot, the pairs most and least alike, and the
+    weighted score. The arguments are the node's inputs.
 
     Raises:
-        RetrievalError: there is none.
+        RetrievalError: no question, another number of similarities than of images, nothing to
+            compare the answers with, a model that is missing or of another kind, or see `ask`.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+    vqa_repository = vqa_repository.strip()
+    judged = vqa_model == JUDGE and not vqa_repository
+    if judged:
+        from .paperdoll_scores import convert_figures, make_answerer
+
+        batch = convert_figures(images, least=2)
+    else:
+        batch = convert_images(images, least=2)
+    asked = [line.strip() for line in questions.splitlines() if line.strip()]
+    if not asked:
         raise RetrievalError(
             "There is no question for the VQA model; write at least one, each on a line of its own."
         )
-    return lines
-
-
-def check_similarity(similarity: ImageScore | None, count: int) -> None:
-    """Refuses similarities of another number of images, before the VQA model runs."""
-    if similarity is not None and len(similarity.values) != count:
+    if similarity is not None and len(similarity.values) != len(batch):
         raise RetrievalError(
-            f"There are {count} images and {len(similarity.values)} similarities to weight them "
-            "by; score the same batch in both nodes."
+            f"There are {len(batch)} images and {len(similarity.values)} similarities to weight "
+            "them by; score the same batch in both nodes."
         )
-
-
-def ask_questions(
-    images: Tensor, questions: list[str], folder: Path | None, most_tokens: int, batch: int
-) -> dict[str, tuple[str, ...]]:
-    """question -> an answer an image, by the model in a folder, or the paper-doll judge if None.
-
-    Raises:
-        RetrievalError: see `ask`, or a folder that holds no such model.
-    """
-    if folder is None:
-        from .paperdoll_scores import make_answerer
-
-        return ask(images, questions, make_answerer())
-    from ...retrieval_core.metrics.vqa_models import load_vqa
-
-    vqa = load_vqa(folder, most_tokens, batch, dtype=choose_half())
-    with load_model(vqa.model):
-        return ask(images, questions, WatchedAnswerer(vqa, len(set(questions))))
-
-
-def score_diversity(
-    images: Any,
-    vqa_model: str | None,
-    questions: str,
-    vqa_repository: str,
-    answer_encoder: str,
-    encoder_repository: str,
-    max_new_tokens: int,
-    batch_size: int,
-    clip: Any,
-    similarity: ImageScore | None,
-) -> tuple[float, str, Tensor, Tensor, Tensor, float]:
-    """The outputs of the node: score, report, plot, the pairs most and least alike, and the
-    weighted score.
-
-    Args:
-        vqa_model: a folder's name; None for the paper-doll judge. The others: as the node's inputs.
-
-    Raises:
-        RetrievalError: what `ask_questions`, `Comparison` and `check_similarity` refuse.
-    """
-    judged = vqa_model is None
+    # Both models are downloaded before the first runs.
+    compared_by, encoder = _choose_encoder(answer_encoder, encoder_repository.strip(), clip, judged)
     if judged:
-        from .paperdoll_scores import convert_figures as convert
+        name, answers = "the paper-doll judge", ask(batch, asked, make_answerer())
     else:
-        convert = convert_images
-    batch, asked = convert(images, least=2), parse_questions(questions)
-    check_similarity(similarity, len(batch))
-    compared = Comparison(answer_encoder, encoder_repository, clip, judged)
-    # Both are downloaded before the first runs.
-    folder = None
-    if vqa_model is not None:
+        name = vqa_repository or vqa_model
         folder = model_folders.find_folder(model_folders.VQA, vqa_model, vqa_repository)
-    encoder = compared.find_folder()
-    answers = ask_questions(batch, asked, folder, max_new_tokens, batch_size)
-    result = compared.score(answers, similarity, encoder)
+        vqa = load_vqa(folder, max_new_tokens, batch_size, dtype=choose_half())
+        with load_model(vqa.model):
+            answers = ask(batch, asked, WatchedAnswerer(vqa, len(set(asked))))
+    with encoder as embedder:
+        result = score_answers(answers, embedder, None if similarity is None else similarity.values)
     alike, different = (
         batch[[pair.first, pair.second]].movedim(1, -1).contiguous()
         for pair in find_extreme_pairs(result.embeddings)
     )
-    name = "the paper-doll judge" if judged else vqa_repository.strip() or vqa_model
     return (
         result.score.mean,
-        f"{write_report(result)}\n\nAnswers by {name}, compared by {compared.name}.",
+        f"{write_report(result)}\n\nAnswers by {name}, compared by {compared_by}.",
         torch.from_numpy(plot_distances(result))[None],
         alike,
         different,
         float("nan") if result.weighted is None else result.weighted.mean,
+    )
+
+
+def _choose_encoder(
+    choice: str, repository: str, clip: Any, judged: bool
+) -> tuple[str, AbstractContextManager[TextEmbedder]]:
+    """The name and the context of the encoder of answers: a CLIP model, which is fetched if need
+    be and loaded in the context, the connected CLIP, or the answers' words.
+    """
+    if repository or choice not in (AUTOMATIC, WORDS):
+        folder = model_folders.find_folder(model_folders.CLIP, choice, repository)
+        return repository or choice, load_encoder(load_clip, folder)
+    if choice == AUTOMATIC and clip is not None:
+        return "the connected CLIP", nullcontext(HostTextEncoder(clip))
+    if choice == WORDS or judged:
+        return "their words", nullcontext(WordEmbedder())
+    raise RetrievalError(
+        "There is nothing to compare the answers with; connect the CLIP of an SD or SDXL "
+        "checkpoint, or choose or name an answer encoder."
     )

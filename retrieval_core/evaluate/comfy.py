@@ -46,16 +46,17 @@ class Client:
     def upload(self, name: str, data: bytes) -> str:
         """Stores a PNG among the server's inputs and returns its name for Load Image."""
         boundary = uuid.uuid4().hex
-        fields = {"overwrite": "true", "type": "input", "subfolder": "retrieval_evaluate"}
-        body = b"".join(
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode()
-            for k, v in fields.items()
+        fields = {
+            'name="overwrite"': b"true",
+            'name="type"': b"input",
+            'name="subfolder"': b"retrieval_evaluate",
+            f'name="image"; filename="{name}"': data,
+        }
+        parts = (
+            f"--{boundary}\r\nContent-Disposition: form-data; {field}\r\n\r\n".encode() + value
+            for field, value in fields.items()
         )
-        body += (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
-            "Content-Type: image/png\r\n\r\n"
-        ).encode()
-        body += data + f"\r\n--{boundary}--\r\n".encode()
+        body = b"\r\n".join([*parts, f"--{boundary}--\r\n".encode()])
         kind = f"multipart/form-data; boundary={boundary}"
         stored = self._request_json("/upload/image", body, kind)
         folder, name = stored.get("subfolder") or "", stored.get("name") or name
@@ -135,8 +136,8 @@ class ComfyMethod:
         self, name: str, workflow: Workflow, client: Client, weights: Sequence[float] = ()
     ):
         self.name, self.workflow, self.client = name, workflow, client
-        has_strength = "strength" in workflow.slots and weights
-        self.weights: tuple[float | None, ...] = tuple(weights) if has_strength else (None,)
+        weights = weights if "strength" in workflow.slots else ()
+        self.weights: Sequence[float | None] = weights or (None,)
         self.digest = workflow.digest()
         self._uploaded: dict[tuple[str, int], str] = {}
 
@@ -158,11 +159,10 @@ class ComfyMethod:
         for number in range(1, self.workflow.references + 1):
             values[f"reference{number}"] = self._upload(character, number - 1)
         if "samples" in self.workflow.slots:
-            queued = [{**values, "seed": run.seed, "samples": run.samples}]
+            found = self._fetch_pictures({**values, "seed": run.seed, "samples": run.samples})
         else:
             seeds = [run.seed * 1000 + sample for sample in range(run.samples)]
-            queued = [{**values, "seed": seed} for seed in seeds]
-        found = [picture for filled in queued for picture in self._fetch_pictures(filled)]
+            found = [p for seed in seeds for p in self._fetch_pictures({**values, "seed": seed})]
         if len(found) != run.samples:
             raise RetrievalError(
                 f"'{self.workflow.name}' gave {len(found)} pictures where {run.samples} were asked "
@@ -175,9 +175,9 @@ class ComfyMethod:
 
     def _fetch_pictures(self, values: Mapping[str, Any]) -> list[Tensor]:
         outputs = self.client.run(self.workflow.fill(values))
-        chosen = self.workflow.output
-        if chosen is not None:
-            outputs = {chosen: outputs.get(chosen, {})}
+        if "pictures" in self.workflow.slots:
+            node, _ = self.workflow.slots["pictures"]
+            outputs = {node: outputs.get(node, {})}
         images = [image for node in outputs.values() for image in node.get("images", [])]
         saved = [image for image in images if image.get("type") == "output"]
         return [self.client.fetch_picture(image) for image in saved or images]

@@ -1,8 +1,4 @@
-"""Shared parts of the evaluation's commands: arguments, workflows as methods, running, reporting.
-
-`python -m retrieval_core.evaluate` takes a folder of characters, `python -m
-retrieval_core.paperdoll.evaluate_dolls` the paper-doll world.
-"""
+"""Shared parts of the evaluation's commands: arguments, workflows as methods, reports."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -101,27 +98,20 @@ def make_workflow_methods(options: argparse.Namespace) -> list[Method]:
         raise RetrievalError(f"The strength {wrong[0]} is not a number of 0 or more.")
     named: dict[str, str] = {}
     for text in options.workflow:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path) or name in named:
+        name, _, path = text.partition("=")
+        if not (name and path) or name in named:
             raise RetrievalError(
                 f"The workflow '{text}' is not of the form NAME=FILE.json with a name of its own."
             )
         named[name] = path
     methods: list[Method] = []
     for name, path in named.items():
-        own = [_strip_name(text, name, list(named)) for text in options.bind]
-        workflow = load_workflow(Path(path), parse_bindings([text for text in own if text]))
+        others = tuple(f"{other}:" for other in named if other != name)
+        own = [t.removeprefix(f"{name}:") for t in options.bind if not t.startswith(others)]
+        workflow = load_workflow(Path(path), parse_bindings(own))
         client = Client(options.server, options.timeout)
         methods.append(ComfyMethod(name, workflow, client, options.strengths))
     return methods
-
-
-def _strip_name(text: str, name: str, names: Sequence[str]) -> str:
-    """A binding without the name of its workflow; empty if it is another's."""
-    for other in names:
-        if text.startswith(f"{other}:"):
-            return text[len(other) + 1 :] if other == name else ""
-    return text
 
 
 def evaluate(
@@ -151,7 +141,7 @@ def evaluate(
     paths = evaluation.report()
     lines = summary.summarise(evaluation.ledger.rows, evaluation.scorer)
     if options.json:
-        print(json.dumps({"protocol": protocol.to_dict(), "lines": summary.list_means(lines)}))
+        print(json.dumps({"protocol": asdict(protocol), "lines": summary.list_means(lines)}))
         return
     print(paths[1].read_text(encoding="utf-8"))
     for path in paths:

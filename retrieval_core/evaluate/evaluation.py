@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Evaluation:
     ):
         self.folder, self.protocol, self.scorer = folder, protocol, scorer
         self.characters = {character.name: character for character in characters}
-        settings: dict[str, Any] = {**protocol.to_dict(), **scorer.digest}
+        settings: dict[str, Any] = {**asdict(protocol), **scorer.digest}
         settings["characters"] = list(self.characters)
         for name, character in self.characters.items():
             settings[f"references of {name}"] = digest_references(character)
@@ -107,7 +108,7 @@ class Evaluation:
 
     def _make_sheet_rows(self) -> list[Row]:
         """The first characters of each kind, each with another prompt, by every method."""
-        found = {Ledger.key(row) for row in self.ledger.rows}
+        found = {Ledger.key(row): row for row in self.ledger.rows}
         kinds = list(dict.fromkeys((row["method"], row["weight"]) for row in self.ledger.rows))
         kinds.sort(key=lambda kind: (kind[0], -1.0 if kind[1] is None else kind[1]))
         rows = []
@@ -115,14 +116,13 @@ class Evaluation:
             own = [c for c in self.characters.values() if c.domain == domain][:_SHEET_ROWS]
             for i, character in enumerate(own):
                 number = i % len(self.protocol.prompts)
+                run = character.name, f"P{number + 1}", self.protocol.seed
                 tiles = []
-                for method, weight in kinds[:_SHEET_RESULTS]:
-                    seed, prompt = self.protocol.seed, self.protocol.prompts[number]
-                    run = Run(character.name, f"P{number + 1}", prompt, seed, 1)
-                    if (method, weight, *run.key) in found:
-                        pixels, _ = load_image(self.folder / name_picture(method, weight, run, 0))
+                for kind in kinds[:_SHEET_RESULTS]:
+                    if row := found.get((*kind, *run)):
+                        pixels, _ = load_image(self.folder / row["pictures"][0])
                         picture = torch.from_numpy(pixels).movedim(-1, 0).float() / 255
-                        tiles.append(Tile(picture, name_method(method, weight)))
+                        tiles.append(Tile(picture, name_method(*kind)))
                 if tiles:
                     references = [
                         Tile(r.image, r.concept, choose_colour(j))

@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 def write_frontier(path: Path, lines: Sequence[Line], scorer: Scorer) -> None:
     """Writes the plot as a PNG atomically; equal lines give equal bytes."""
     figure = draw_frontier(lines, scorer)
-
-    def save(temporary: Path) -> None:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-
-    atomic_write(path, save)
+    plain = {"Software": None}
+    atomic_write(path, lambda file: figure.savefig(file, format="png", metadata=plain))
 
 
 def draw_frontier(lines: Sequence[Line], scorer: Scorer) -> Figure:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ..errors import RetrievalError
 
@@ -80,21 +79,12 @@ class Protocol:
                 "The protocol has an empty prompt, or none; give each prompt a line of text."
             )
 
-    @property
-    def pictures(self) -> int:
-        """Pictures of one method at one weight."""
-        characters = self.in_domain + self.held_out
-        return characters * len(self.prompts) * self.seeds * self.samples
-
     def runs(self, characters: Sequence[str]) -> Iterator[Run]:
         """Every run for characters of these names, in a fixed order."""
         for character in characters:
             for number, prompt in enumerate(self.prompts, 1):
                 for seed in range(self.seed, self.seed + self.seeds):
                     yield Run(character, f"P{number}", prompt, seed, self.samples)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "prompts": list(self.prompts)}
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,14 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ..metrics import (
-    DEFAULT_QUESTIONS,
-    Answerer,
-    ImageEmbedder,
-    VQADiversity,
-    ask,
-    embed_references,
-    score_answers,
-    similarity,
-    text_similarity,
-)
+from ..metrics.protocols import Answerer, ImageEmbedder
+from ..metrics.similarity import embed_references, similarity, text_similarity
+from ..metrics.vqa import DEFAULT_QUESTIONS, VQADiversity, ask, score_answers
 from .characters import Character
 from .protocol import Run
+
+# Scores by name, one per picture, and answers by question ({} without a VQA model).
+Scored = tuple[dict[str, list[float]], dict[str, list[str]]]
 
 
 class Scorer(Protocol):
@@ -35,11 +30,7 @@ class Scorer(Protocol):
     text: str
     digest: dict[str, Any]
 
-    def score(
-        self, run: Run, character: Character, pictures: Tensor
-    ) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-        """Scores by name, and answers by question ({} without a VQA model)."""
-        ...
+    def score(self, run: Run, character: Character, pictures: Tensor) -> Scored: ...
 
     def diversity(
         self, answers: Mapping[str, Sequence[str]], similarity: Sequence[float]
@@ -60,20 +51,12 @@ class ModelScorer:
 
     similarity, text = "CLIP-I", "CLIP-T"
 
-    def __init__(
-        self,
-        clip: Any,
-        dino: Any = None,
-        vqa: Answerer | None = None,
-        names: Sequence[str] = (),
-    ):
+    def __init__(self, clip: Any, dino: Any, vqa: Answerer | None, names: Sequence[str]):
         self.clip, self.dino, self.vqa = clip, dino, vqa
         self.digest = {"scores": list(names)}
         self._references: dict[tuple[str, str], np.ndarray] = {}
 
-    def score(
-        self, run: Run, character: Character, pictures: Tensor
-    ) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    def score(self, run: Run, character: Character, pictures: Tensor) -> Scored:
         scores = {
             self.similarity: self._compare(pictures, character, self.similarity, self.clip),
             self.text: text_similarity(pictures, run.prompt, self.clip).values.tolist(),

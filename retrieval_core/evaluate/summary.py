@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import Estimate, estimate_mean
+from ..metrics.statistics import Estimate, estimate_mean
 from .protocol import HELD_OUT, IN_DOMAIN
 from .scores import Scorer
 
@@ -111,48 +111,54 @@ def list_means(lines: Sequence[Line]) -> list[Mapping[str, Any]]:
 
 def write_csv(lines: Sequence[Line]) -> str:
     """The table as CSV, with a column for each mean and each standard error."""
-    names = list(dict.fromkeys(name for line in lines for name in line.scores))
-    prompts = sorted({prompt for line in lines for prompt in line.by_prompt})
+    names, prompts = _list_columns(lines)
+    columns = ["method", "weight", "characters", "pictures"]
+    columns += [column for name in names for column in (name, f"{name} standard error")]
+    columns += [f"diversity {prompt}" for prompt in prompts]
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    columns = [column for name in names for column in (name, f"{name} standard error")]
-    by_prompt = [f"diversity {prompt}" for prompt in prompts]
-    writer.writerow(["method", "weight", "characters", "pictures", *columns, *by_prompt])
+    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+    writer.writeheader()
     for line in lines:
-        cells: list[Any] = [line.method, "" if line.weight is None else f"{line.weight:g}"]
-        cells += [line.domain, line.pictures]
-        for name in names:
-            one = line.scores.get(name)
-            cells += ["", ""] if one is None else [f"{one.mean:.4f}", f"{one.standard_error:.4f}"]
-        cells += [
-            f"{line.by_prompt[prompt]:.4f}" if prompt in line.by_prompt else ""
-            for prompt in prompts
-        ]
-        writer.writerow(cells)
+        row = {"method": line.method, "characters": line.domain, "pictures": line.pictures}
+        if line.weight is not None:
+            row["weight"] = f"{line.weight:g}"
+        for name, one in line.scores.items():
+            row[name] = f"{one.mean:.4f}"
+            row[f"{name} standard error"] = f"{one.standard_error:.4f}"
+        row |= {f"diversity {prompt}": f"{mean:.4f}" for prompt, mean in line.by_prompt.items()}
+        writer.writerow(row)
     return file.getvalue()
 
 
 def write_markdown(lines: Sequence[Line]) -> str:
     """The table as Markdown: mean ± standard error over characters, in percent."""
-    names = list(dict.fromkeys(name for line in lines for name in line.scores))
-    prompts = sorted({prompt for line in lines for prompt in line.by_prompt})
+    names, prompts = _list_columns(lines)
     parts = ["All numbers in percent: mean ± standard error over characters."]
     for domain in (IN_DOMAIN, HELD_OUT):
         own = [line for line in lines if line.domain == domain]
         if not own:
             continue
-        parts += ["", f"## {domain} characters", "", _join_cells("method", "pictures", *names)]
-        parts.append(_join_cells(*["---"] * (2 + len(names))))
+        parts += ["", f"## {domain} characters", "", *_make_head("method", "pictures", *names)]
         for line in own:
-            cells = [str(line.scores[n]) if n in line.scores else "" for n in names]
+            cells = [str(line.scores.get(name, "")) for name in names]
             parts.append(_join_cells(line.title, str(line.pictures), *cells))
         if prompts:
-            parts += ["", "Diversity by prompt (as Table 4):", "", _join_cells("method", *prompts)]
-            parts.append(_join_cells(*["---"] * (1 + len(prompts))))
+            head = _make_head("method", *prompts)
+            parts += ["", "Diversity by prompt (as Table 4):", "", *head]
             for line in own:
                 cells = [f"{line.by_prompt[p]:.2f}" if p in line.by_prompt else "" for p in prompts]
                 parts.append(_join_cells(line.title, *cells))
     return "\n".join(parts) + "\n"
+
+
+def _list_columns(lines: Sequence[Line]) -> tuple[list[str], list[str]]:
+    """The names of scores in their first line's order, and the names of prompts."""
+    names = list(dict.fromkeys(name for line in lines for name in line.scores))
+    return names, sorted({prompt for line in lines for prompt in line.by_prompt})
+
+
+def _make_head(*names: str) -> tuple[str, str]:
+    return _join_cells(*names), _join_cells(*["---"] * len(names))
 
 
 def _join_cells(*cells: str) -> str:

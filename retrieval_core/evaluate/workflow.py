@@ -53,8 +53,10 @@ class Workflow:
     ):
         self.name = name
         self.graph = _check_graph(graph, name)
-        titles = {node: value.get("_meta") or {} for node, value in self.graph.items()}
-        self._titles = {node: str(meta.get("title", "")) for node, meta in titles.items()}
+        self._titles = {
+            node: str((value.get("_meta") or {}).get("title", ""))
+            for node, value in self.graph.items()
+        }
         self.slots = self._find_slots(bindings or {})
         for role in ("prompt", "seed", "reference1"):
             if role not in self.slots:
@@ -67,11 +69,6 @@ class Workflow:
     def references(self) -> int:
         """Number of references that the workflow takes."""
         return sum(role.startswith("reference") for role in self.slots)
-
-    @property
-    def output(self) -> str | None:
-        """The node whose pictures are the result; None for all nodes that save."""
-        return self.slots["pictures"][0] if "pictures" in self.slots else None
 
     def digest(self) -> str:
         """Changes with the graph and its slots."""
@@ -92,11 +89,7 @@ class Workflow:
         for node, title in self._titles.items():
             for role, wanted in _MARK.findall(title):
                 role = role.lower()
-                if _strip_number(role) not in INPUTS:
-                    raise RetrievalError(
-                        f"The title '{title}' in '{self.name}' says {{{role}}}, which is no role; "
-                        f"use one of {', '.join(INPUTS)}, references with their number."
-                    )
+                _check_role(role, f"The title '{title}' in '{self.name}'")
                 if role in bindings:
                     continue
                 if role in slots:
@@ -110,7 +103,7 @@ class Workflow:
                 named = [(n, role) for n, v in self.graph.items() if _holds_value(v, role)]
                 if len(named) == 1:
                     slots[role] = named[0]
-        numbers = sorted(int(role[9:]) for role in slots if re.fullmatch(r"reference\d+", role))
+        numbers = sorted(int(role[9:]) for role in slots if role.startswith("reference"))
         if numbers != list(range(1, len(numbers) + 1)):
             raise RetrievalError(
                 f"The references of '{self.name}' are numbered {numbers}; number them from 1 "
@@ -119,14 +112,10 @@ class Workflow:
         return slots
 
     def _bind(self, role: str, text: str) -> Slot:
-        if _strip_number(role) not in INPUTS or role == "reference":
-            raise RetrievalError(
-                f"There is no role '{role}' to bind; use one of {', '.join(INPUTS)}, references "
-                "with their number (reference1)."
-            )
+        _check_role(role, f"The binding of {text}")
         node_name, _, wanted = text.rpartition(".") if role != "pictures" else (text, "", "")
-        nodes = [node for node in self.graph if node == node_name]
-        nodes = nodes or [node for node, title in self._titles.items() if title == node_name]
+        titled = [node for node, title in self._titles.items() if title == node_name]
+        nodes = [node_name] if node_name in self.graph else titled
         if len(nodes) != 1:
             raise RetrievalError(
                 f"'{self.name}' has {len(nodes)} nodes of the id or title '{node_name}' for the "
@@ -136,18 +125,16 @@ class Workflow:
 
     def _choose_input(self, node: str, role: str, wanted: str) -> str:
         """The `wanted` input, or the first of the role's usual ones that holds a value."""
-        kind = _strip_number(role)
-        if kind == "pictures":
+        if role == "pictures":
             return ""
-        names = (wanted,) if wanted else INPUTS[kind]
+        names = (wanted,) if wanted else INPUTS[role.rstrip("0123456789")]
         for name in names:
             if _holds_value(self.graph[node], name):
                 return name
-        inputs = self.graph[node]["inputs"]
-        held = ", ".join(n for n in inputs if _holds_value(self.graph[node], n))
+        held = [n for n in self.graph[node]["inputs"] if _holds_value(self.graph[node], n)]
         raise RetrievalError(
             f"Node {node} ({self.graph[node]['class_type']}) of '{self.name}' has no input "
-            f"{' or '.join(names)} with a value for the {role}; it has {held or 'none'}."
+            f"{' or '.join(names)} with a value for the {role}; it has {', '.join(held) or 'none'}."
         )
 
 
@@ -175,8 +162,12 @@ def parse_bindings(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _strip_number(role: str) -> str:
-    return re.sub(r"\d+$", "", role) if role.startswith("reference") else role
+def _check_role(role: str, where: str) -> None:
+    if not re.fullmatch(r"prompt|seed|strength|samples|pictures|reference\d+", role):
+        raise RetrievalError(
+            f"{where} names '{role}', which is no role; use one of {', '.join(INPUTS)}, references "
+            "with their number (reference1)."
+        )
 
 
 def _holds_value(node: Mapping[str, Any], name: str) -> bool:

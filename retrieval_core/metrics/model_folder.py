@@ -9,50 +9,84 @@ import errno
 import inspect
 import json
 import re
-from collections.abc import Callable, Collection
-from os import PathLike
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
-from ..errors import RetrievalError, explain
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache, utils
 
-TIMEOUT = 30.0
+from ..errors import RetrievalError, explain
+from ..hub import TIMEOUT, Progress, check_repository, describe_refusal
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # InstructBLIP has the tokenizer of its Q-Former in a folder of that name.
 _SMALL = re.compile(r"(qformer_tokenizer/)?[\w-][\w.-]*\.(json|txt|model|jinja)")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
-Progress = Callable[[int, int], None]
 
-
-def find_model(
-    name: str | PathLike[str],
-    progress: Progress | None = None,
-    cache_dir: str | PathLike[str] | None = None,
-    endpoint: str | None = None,
-) -> Path:
-    """The folder of a model in the format of transformers.
-
-    A folder on disk; else a hub name owner/name that huggingface_hub's cache holds whole, without
-    asking the hub; else it is fetched into that cache, resuming an interrupted download.
-
-    Args:
-        name: path of a folder, or owner/name.
-        progress: called with (bytes done, bytes in all), at least after every file; may raise to
-            interrupt. Within a file where huggingface_hub tells (2.x).
-        cache_dir, endpoint: huggingface_hub's own by default (HF_HOME, HF_ENDPOINT).
+def find_model(name: str) -> Path:
+    """The folder of a model in the format of transformers: the path of one on disk, or the name of
+    a repository of the hub, see `fetch_model`.
 
     Raises:
-        RetrievalError: neither a folder nor a name, a model that lacks a part, no such repository,
-            a gated one, no network, or no room.
+        RetrievalError: neither a folder nor a name, a model that lacks a part, or see
+            `fetch_model`.
     """
-    text = str(name).strip()
-    folder = Path(text).expanduser()
-    if text and folder.is_dir():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
         check(folder)
         return folder
-    _check_name(text)
-    return _find_cached(text, cache_dir) or _fetch(text, progress, cache_dir, endpoint)
+    check_repository(name, "neither a folder here nor")
+    return fetch_model(name)
+
+
+def fetch_model(name: str, progress: Progress = lambda done, total: None) -> Path:
+    """The folder of a hub repository, owner/name, in huggingface_hub's cache.
+
+    Without asking the hub if the cache holds it whole; else it is fetched into the cache, resuming
+    an interrupted download.
+
+    Args:
+        progress: called with (bytes done, bytes in all), at least after every file; may raise to
+            interrupt. Within a file where huggingface_hub tells (2.x).
+
+    Raises:
+        RetrievalError: no such repository, a gated one, one that lacks a part, no network, or no
+            room.
+    """
+    config = try_to_load_from_cache(name, "config.json")
+    if isinstance(config, str):
+        with suppress(RetrievalError):
+            check(Path(config).parent)
+            return Path(config).parent
+    try:
+        # One request, so that being offline shows at once.
+        info = HfApi().model_info(name, files_metadata=True, timeout=TIMEOUT)
+    except Exception as error:  # of requests or httpx, by the version
+        raise _explain_refusal(name, error) from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    _check_files(sizes, f"The repository '{name}'")
+    # Weights last: a cache that has them all has everything.
+    wanted = sorted(file for file in sizes if _SMALL.fullmatch(file))
+    wanted += [WEIGHTS] if WEIGHTS in sizes else sorted(f for f in sizes if _SHARD.fullmatch(f))
+    done, total = 0, sum(sizes[file] for file in wanted)
+    takes_bar = "tqdm_class" in inspect.signature(hf_hub_download).parameters
+    for file in wanted:
+        progress(done, total)
+        bar = {"tqdm_class": _make_bar(progress, done, total)} if takes_bar else {}
+        try:
+            path = hf_hub_download(name, file, **bar)
+        except _PassedOnError as stop:
+            raise stop.error from None
+        except Exception as error:
+            raise _explain_refusal(name, error) from error
+        done += sizes[file]
+        if file == "config.json":
+            folder = Path(path).parent
+    progress(total, total)
+    check(folder)
+    return folder
 
 
 def check(folder: Path) -> None:
@@ -61,8 +95,6 @@ def check(folder: Path) -> None:
     Raises:
         RetrievalError: it lacks a configuration, safetensors weights or a processor.
     """
-    if not folder.is_dir():
-        raise RetrievalError(f"There is no folder '{folder}'; check the model's path.")
     _check_files({path.name for path in folder.iterdir()}, f"The model folder '{folder}'")
     if not (folder / WEIGHTS).is_file():
         missing = [shard for shard in _list_shards(folder) if not (folder / shard).is_file()]
@@ -100,75 +132,6 @@ def _list_shards(folder: Path) -> list[str]:
         ) from error
 
 
-def _check_name(text: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(text)
-        if "/" in text:
-            return
-    except HFValidationError:
-        pass
-    raise RetrievalError(
-        f"{text!r} is neither a folder here nor the name of a hub repository; write it as "
-        "owner/name, or give the path of a folder."
-    )
-
-
-def _find_cached(name: str, cache_dir: str | PathLike[str] | None) -> Path | None:
-    """The model's folder in the cache; None if it is missing or incomplete."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir)
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
-    try:
-        check(folder)
-    except RetrievalError:
-        return None
-    return folder
-
-
-def _fetch(
-    name: str,
-    progress: Progress | None,
-    cache_dir: str | PathLike[str] | None,
-    endpoint: str | None,
-) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-
-    try:
-        # One request, so that being offline shows at once.
-        info = HfApi(endpoint=endpoint).model_info(name, files_metadata=True, timeout=TIMEOUT)
-    except Exception as error:  # of requests or httpx, by the version
-        raise _explain_refusal(name, error) from error
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    _check_files(sizes, f"The repository '{name}'")
-    # Weights last: a cache that has them all has everything.
-    wanted = sorted(file for file in sizes if _SMALL.fullmatch(file))
-    wanted += [WEIGHTS] if WEIGHTS in sizes else sorted(f for f in sizes if _SHARD.fullmatch(f))
-    done, total = 0, sum(sizes[file] for file in wanted)
-    takes_bar = "tqdm_class" in inspect.signature(hf_hub_download).parameters
-    for file in wanted:
-        if progress is not None:
-            progress(done, total)
-        bar = {"tqdm_class": _make_bar(progress, done, total)} if takes_bar and progress else {}
-        try:
-            path = hf_hub_download(name, file, cache_dir=cache_dir, endpoint=endpoint, **bar)
-        except _PassedOnError as stop:
-            raise stop.error from None
-        except Exception as error:
-            raise _explain_refusal(name, error) from error
-        done += sizes[file]
-        if file == "config.json":
-            folder = Path(path).parent
-    if progress is not None:
-        progress(total, total)
-    check(folder)
-    return folder
-
-
 class _PassedOnError(Exception):
     """Wraps the error of a progress function, which is not an error of the download."""
 
@@ -178,9 +141,8 @@ class _PassedOnError(Exception):
 
 def _make_bar(progress: Progress, before: int, total: int) -> type:
     """A progress bar of huggingface_hub that also reports to `progress`."""
-    from huggingface_hub.utils import tqdm
 
-    class Bar(tqdm):
+    class Bar(utils.tqdm):
         seen = 0
 
         def update(self, n: float | None = 1) -> bool | None:
@@ -196,17 +158,15 @@ def _make_bar(progress: Progress, before: int, total: int) -> type:
 
 def _explain_refusal(name: str, error: Exception) -> RetrievalError:
     """One sentence on why a model could not be fetched."""
-    from huggingface_hub.utils import OfflineModeIsEnabled
-
-    from ..hub import describe_refusal
-
     if refusal := describe_refusal(error, f"'{name}'"):
         return RetrievalError(refusal)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return RetrievalError(
             f"There is no room left for '{name}'; make room, or set HF_HOME to a larger disk."
         )
-    reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else explain(error)
+    reason = (
+        "HF_HUB_OFFLINE is set" if isinstance(error, utils.OfflineModeIsEnabled) else explain(error)
+    )
     return RetrievalError(
         f"The hub could not be reached for '{name}' ({reason}); check the network, or give the "
         "path of a folder that holds the model."

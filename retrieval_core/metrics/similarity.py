@@ -58,11 +58,6 @@ def similarity(a: Any, b: Any) -> np.ndarray:
     return 100 * (normalise(a) @ normalise(b).mean(0))
 
 
-def paired_similarity(a: Any, b: Any) -> np.ndarray:
-    """Cosine similarity of a[i] with b[i], [N, D] each, in percent: [N]."""
-    return 100 * (normalise(a) * normalise(b)).sum(1)
-
-
 def image_similarity(
     images: Tensor, references: Sequence[Tensor] | Tensor, encoder: ImageEmbedder
 ) -> ImageScore:
@@ -102,4 +97,4 @@ def text_similarity(images: Tensor, prompts: str | Sequence[str], encoder: Any) 
         )
     distinct = list(dict.fromkeys(texts))
     embedded = normalise(encoder.embed_texts(distinct))[[distinct.index(t) for t in texts]]
-    return ImageScore(paired_similarity(encoder.embed_images(images), embedded))
+    return ImageScore(100 * (normalise(encoder.embed_images(images)) * embedded).sum(1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,7 @@ class VQAModel:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        processor: Any,
-        chat: bool,
-        max_new_tokens: int,
-        batch_size: int,
+        self, model: nn.Module, processor: Any, chat: bool, max_new_tokens: int, batch_size: int
     ) -> None:
         self.model, self.processor, self.chat = model, processor, chat
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
@@ -67,7 +61,10 @@ class VQAModel:
                 top_k=None,
                 max_new_tokens=self.max_new_tokens,
             )
-            tokens = _remove_prompt(tokens, inputs["input_ids"])
+            prompt = inputs["input_ids"]
+            # Decoders repeat the prompt before the answer, encoder-decoders do not.
+            if torch.equal(tokens[:, : prompt.shape[1]], prompt):
+                tokens = tokens[:, prompt.shape[1] :]
             texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             answers += [text.strip() for text in texts]
         if progress is not None:
@@ -94,7 +91,7 @@ class VQAModel:
 
 
 def load_vqa(
-    folder: str | PathLike[str],
+    folder: Path,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH,
     device: torch.device | str | None = None,
@@ -106,14 +103,13 @@ def load_vqa(
     template (LLaVA, Qwen2-VL, Idefics3, SmolVLM, ...).
 
     Args:
-        max_new_tokens: the longest answer. batch_size: images per call of the model.
+        max_new_tokens, batch_size: see `VQAModel`.
         device: of the model, the CPU by default. dtype: float32 by default.
 
     Raises:
         RetrievalError: a kind that answers no questions, a chat model without a template, or see
             `pretrained`.
     """
-    folder = Path(folder)
     kind = _find_class(folder, read_config(folder))
     processor = load_part("AutoProcessor", folder)
     chat = kind not in PLAIN_KINDS.values()
@@ -147,9 +143,3 @@ def _find_class(folder: Path, config: dict[str, Any]) -> str:
             "questions about images; use InstructBLIP, BLIP VQA, or a chat model such as LLaVA."
         )
     return "AutoModelForImageTextToText"
-
-
-def _remove_prompt(tokens: Tensor, prompt: Tensor) -> Tensor:
-    """The tokens of the answer: decoders repeat the prompt before it, encoder-decoders do not."""
-    length = prompt.shape[1]
-    return tokens[:, length:] if torch.equal(tokens[:, :length], prompt) else tokens

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import RetrievalError
 from ..evaluate.characters import Character
 from ..evaluate.protocol import Run
-from ..metrics import DEFAULT_QUESTIONS, VQADiversity, score_answers
+from ..metrics.vqa import DEFAULT_QUESTIONS, VQADiversity, score_answers
 from ..metrics.word_embedder import WordEmbedder
 from ..network.fingerprint import fingerprint_weights
 from .judge import ATTRIBUTES, SCENE, Judge

@@ -21,7 +21,7 @@ from retrieval_core.evaluate.frontier import draw_frontier, write_frontier
 from retrieval_core.evaluate.ledger import Ledger
 from retrieval_core.evaluate.protocol import RETRIBOORU, Protocol
 from retrieval_core.evaluate.scores import ModelScorer
-from retrieval_core.metrics import Estimate
+from retrieval_core.metrics.statistics import Estimate
 
 SMALL = Protocol(2, 1, 2, ("first", "second"), 2, 3, seed=5)
 
@@ -62,7 +62,7 @@ class Pixels:
         return scores, {"which": [str(round(10 * float(p[1].mean()))) for p in pictures]}
 
     def diversity(self, answers, similarity):
-        from retrieval_core.metrics import score_answers
+        from retrieval_core.metrics.vqa import score_answers
 
         class OneHot:
             def embed_texts(self, texts):
@@ -92,7 +92,9 @@ def evaluated(folder, methods, protocol=SMALL, characters=None):
 
 
 def test_the_defaults_are_the_papers():
-    assert Protocol().pictures == 5000
+    paper = Protocol()
+    names = [str(i) for i in range(paper.in_domain + paper.held_out)]
+    assert sum(run.samples for run in paper.runs(names)) == 5000
     assert (Protocol().held_out, Protocol().in_domain, Protocol().references) == (10, 40, 4)
     assert [len(prompt.split(", ")) for prompt in RETRIBOORU] == [15, 17, 27, 17, 35]
 
@@ -249,7 +251,7 @@ def test_model_scores_are_cosines_with_references_and_prompt():
     character = people()[0]
     pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     clip = Encoder()
-    scorer = ModelScorer(clip, dino=Encoder(), names=["tiny"])
+    scorer = ModelScorer(clip, Encoder(), None, ["tiny"])
     (run, *_) = SMALL.runs([character.name])
     scores, answers = scorer.score(run, character, pictures)
     means = torch.nn.functional.normalize(pictures.mean((2, 3)).double(), dim=1)

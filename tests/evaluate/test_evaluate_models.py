@@ -18,8 +18,8 @@ from retrieval_core.evaluate import __main__ as command
 from retrieval_core.evaluate.characters import read_characters
 from retrieval_core.evaluate.comfy import decode, encode
 from retrieval_core.evaluate.command import read_protocol
-from retrieval_core.metrics import DEFAULT_QUESTIONS, ask, score_answers
 from retrieval_core.metrics.encoders import load_clip, load_dino
+from retrieval_core.metrics.vqa import DEFAULT_QUESTIONS, ask, score_answers
 from retrieval_core.metrics.vqa_models import load_vqa
 
 PROMPT = "the pose is standing"

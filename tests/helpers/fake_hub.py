@@ -8,8 +8,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import constants, file_download
+
 COMMIT = "c" * 40
 REVISIONS = ("main", "v1", COMMIT)
+
+
+def use_endpoint(monkeypatch, url: str) -> None:
+    """Points huggingface_hub at a hub, as HF_ENDPOINT does when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 class FakeHub(ThreadingHTTPServer):

@@ -6,7 +6,7 @@ import comfy.samplers
 import torch
 from making import core_network, images, noise, paperdoll_base
 from retrieval_pack.nodes.host import encoded_references as references
-from retrieval_pack.nodes.host.paperdoll_host import load_model, make_clip, make_vae
+from retrieval_pack.nodes.host.paperdoll_host import HostVAE, load_model, make_clip
 from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
 
@@ -18,7 +18,7 @@ class Dolls:
         paperdoll_base(folder / "base.safetensors")
         self.base = load_base(folder / "base.safetensors")
         self.model = load_model(folder / "base.safetensors")
-        self.clip, self.vae = make_clip(self.base), make_vae(self.base)
+        self.clip, self.vae = make_clip(self.base), HostVAE(self.base.vae)
         self.path = folder / "network.safetensors"
         core_network(self.base.unet.config, "paperdoll").save(self.path)
         self.network = load_network(self.path, self.model)

@@ -115,7 +115,7 @@ def test_progress_inverts_percent_to_sigma(dolls, percent):
     sampling = dolls.model.get_model_object("model_sampling")
     sigma = torch.tensor([float(sampling.percent_to_sigma(percent))])
     noted = step_context.StepContext(sampling, sigma, (16, 16), {}, frozenset())
-    assert noted.progress() == pytest.approx(percent, abs=1e-4)
+    assert noted.progress == pytest.approx(percent, abs=1e-4)
 
 
 def test_groups_change_only_their_sites(dolls, refs, monkeypatch):

@@ -10,7 +10,7 @@ from making import noise, paperdoll_base, randomised
 from retrieval_pack.nodes.host import encoded_references as references
 from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.host.loading import find_patcher_class
-from retrieval_pack.nodes.host.paperdoll_host import make_clip, make_model, make_vae
+from retrieval_pack.nodes.host.paperdoll_host import HostVAE, make_clip, make_model
 from retrieval_pack.nodes.host.trained_network import load_network
 from retrieval_pack.retrieval_core.bank.encoding import encode_references
 from retrieval_pack.retrieval_core.bank.site_bank import make_network_bank
@@ -116,7 +116,7 @@ def in_the_core(base, path, count, masks, weights, decoder, sampler, strength=1.
 
 
 def in_the_host(base, path, count, masks, weights, decoder, sampler, **kw):
-    model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), make_vae(base)
+    model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), HostVAE(base.vae)
     net = load_network(path, model)
     images, drawn = pictures(count)
     refs = references.References(net)

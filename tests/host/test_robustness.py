@@ -21,8 +21,9 @@ from making import (
     sample,
     weights_of,
 )
+from retrieval_pack.nodes.host import encoded_references
 from retrieval_pack.nodes.host.apply import apply_references
-from retrieval_pack.nodes.host.encoded_references import References, cache, encode_references
+from retrieval_pack.nodes.host.encoded_references import References, encode_references
 from retrieval_pack.retrieval_core.bank.site_bank import Bank
 from retrieval_pack.retrieval_core.sampling.frozen_site import FrozenSite
 
@@ -129,7 +130,7 @@ def test_a_bank_that_the_device_has_no_room_for_is_made_on_the_cpu(net, monkeypa
 def test_100_runs_with_changing_references_do_not_grow(model, tmp_path, monkeypatch):
     """On a one-level SD 1.5; references, strengths and regions change with every run."""
     # The memory of encoded references is full after a few runs, not after hundreds.
-    monkeypatch.setattr(cache, "limit", 8 << 20)
+    monkeypatch.setattr(encoded_references, "CACHED_BYTES", 8 << 20)
     net = loaded(tmp_path, model, TINY_SD15, "sd15")
     process = psutil.Process()
     vae, clip = FakeVAE(), FakeCLIP()

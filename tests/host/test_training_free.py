@@ -33,7 +33,7 @@ from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.host.attention import attend
 from retrieval_pack.nodes.host.conditioning import make_vector_conditioning
 from retrieval_pack.nodes.host.loading import find_patcher_class
-from retrieval_pack.nodes.host.paperdoll_host import convert_config, make_clip, make_model, make_vae
+from retrieval_pack.nodes.host.paperdoll_host import HostVAE, convert_config, make_clip, make_model
 from retrieval_pack.nodes.host.self_attention import JointAttention
 from retrieval_pack.nodes.host.training_free_model import use_training_free
 from retrieval_pack.nodes.load_retrieval_controlnet import TRAINING_FREE, RetrievalLoadControlNet
@@ -190,13 +190,13 @@ def test_a_clone_shares_the_patch_and_the_bank_is_dropped(model, refs):
     seen = []
 
     def look(h, hsp, to):
-        seen.append((len(application._banks), len(application.region._crops)))
+        seen.append((len(application._banks), len(application._regions)))
         return h, hsp
 
     clone.set_model_output_block_patch(look)
     assert torch.equal(sample(clone), sample(patched))
     assert set(seen) == {(1, 1)}  # of all levels, one at a time
-    assert not application._banks and not application.region._crops
+    assert not application._banks and not application._regions
 
 
 def test_the_estimate_grows_by_the_bank(model, refs, monkeypatch):
@@ -451,7 +451,7 @@ def in_the_core(base, count, masks, weights, adain, strength, **kw):
 
 
 def in_the_host(base, count, masks, weights, adain, strength, start=0.0, end=1.0, **kw):
-    model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), make_vae(base)
+    model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), HostVAE(base.vae)
     net = use_training_free(model, "all", 2, adain)
     drawn, selected = pictures(count)
     refs = references.References(net)

@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusal import sentence
 
-from retrieval_core.metrics import (
-    Estimate,
+from retrieval_core.metrics.diversity import (
     compute_distance_matrix,
     diversity,
-    estimate_mean,
     find_extreme_pairs,
     weighted_diversity,
 )
+from retrieval_core.metrics.statistics import Estimate, estimate_mean
 
 
 def distance(u, v) -> float:

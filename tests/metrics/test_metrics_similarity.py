@@ -9,9 +9,7 @@ import pytest
 import torch
 from refusal import sentence
 
-from retrieval_core.metrics import image_similarity, similarity, text_similarity
-from retrieval_core.metrics.images import check_batch
-from retrieval_core.metrics.similarity import paired_similarity
+from retrieval_core.metrics.similarity import image_similarity, similarity, text_similarity
 
 
 class Encoder:
@@ -43,8 +41,6 @@ def test_similarity_is_the_mean_cosine_with_each():
     a, b = rows(5), rows(9, seed=1)
     expected = [np.mean([cosine(u, v) for v in b.tolist()]) for u in a.tolist()]
     np.testing.assert_allclose(similarity(a, b), expected, atol=1e-6)
-    paired = [cosine(u, v) for u, v in zip(a.tolist(), b.tolist())]
-    np.testing.assert_allclose(paired_similarity(a, b[:5]), paired, atol=1e-6)
     assert similarity(a, -a[:1])[0] == pytest.approx(-100)
 
 
@@ -78,9 +74,7 @@ def test_cosines_agree_with_torchmetrics():
     a, b = torch.tensor(rows(8)), torch.tensor(rows(5, seed=3))
     theirs = 100 * functional.pairwise_cosine_similarity(a, b)
     np.testing.assert_allclose(similarity(a, b), theirs.mean(1), atol=1e-6)
-    paired = 100 * functional.cosine_similarity(a[:5], b, reduction="none")
-    np.testing.assert_allclose(paired_similarity(a[:5], b), paired, atol=1e-6)
-    from retrieval_core.metrics import compute_distance_matrix, diversity
+    from retrieval_core.metrics.diversity import compute_distance_matrix, diversity
 
     distances = 100 - 100 * functional.pairwise_cosine_similarity(a)  # its diagonal is set to 0
     distances.fill_diagonal_(0)
@@ -116,16 +110,3 @@ def test_clip_scores_agree_with_torchmetrics(tmp_path):
 def test_another_number_of_prompts_than_images():
     message = sentence(text_similarity, pictures(2), ["red"] * 3, Encoder())
     assert "2 images and 3 prompts" in message
-
-
-def test_batches_are_checked_where_they_enter():
-    images = pictures(3)
-    assert check_batch(images) is images
-    assert torch.equal(check_batch(list(images)), images)
-    for few in (images[:1], images[:0], []):
-        message = sentence(check_batch, few, "picture", 2)
-        assert f"There are {len(few)} pictures and this score needs at least 2" in message
-    mixed = [images[0], pictures(1, size=(4, 5))[0]]
-    message = sentence(check_batch, mixed)
-    assert "image 2 is 5 x 4 pixels and the first is 6 x 8" in message
-    assert "shape (1, 8, 6)" in sentence(check_batch, [images[0][:1]])

@@ -9,14 +9,10 @@ import pytest
 import torch
 from refusal import sentence
 
-from retrieval_core.metrics import (
-    DEFAULT_QUESTIONS,
-    ask,
-    estimate_mean,
-    find_extreme_pairs,
-    score_answers,
-)
+from retrieval_core.metrics.diversity import find_extreme_pairs
 from retrieval_core.metrics.diversity_report import MOST_SHOWN, plot_distances, write_report
+from retrieval_core.metrics.statistics import estimate_mean
+from retrieval_core.metrics.vqa import DEFAULT_QUESTIONS, ask, score_answers
 
 ANSWERS = {
     "pose?": ["she sits", "she sits", "he waves", "she jumps"],

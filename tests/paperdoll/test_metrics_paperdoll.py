@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_core.metrics import DEFAULT_QUESTIONS, score_answers
+from retrieval_core.metrics.vqa import DEFAULT_QUESTIONS, score_answers
 from retrieval_core.metrics.word_embedder import WordEmbedder
 from retrieval_core.paperdoll.judge import list_truth
 from retrieval_core.paperdoll.judge_scores import JudgeAnswerer, describe, match_attributes
@@ -114,7 +114,7 @@ def test_the_judges_answers_describe_its_attributes():
 
 
 def test_words_in_common_are_the_similarity():
-    from retrieval_core.metrics import compute_distance_matrix
+    from retrieval_core.metrics.diversity import compute_distance_matrix
 
     texts = ["the pose is standing", "the pose is waving", "The pose, is STANDING!", "a b c d"]
     matrix = compute_distance_matrix(WordEmbedder().embed_texts(texts))
