@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from ..errors import RetrievalError, explain
 from ..files import parse_json, write_text
+from .beside import read_mask, read_parts
 from .prepare import load_image
 from .sample import Sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+Task = Literal["same character", "composition"]  # §3.3
 
 FORMAT, FORMAT_VERSION = "retrieval_data_set", 1
 INFO, INDEX = "dataset.json", "index.parquet"
@@ -87,7 +90,7 @@ def write_data_set(
     Args:
         rows: the columns of `SCHEMA` except `split`, others are ignored. `root` is the absolute
             path of the folder that `image` is relative to; `mask` and `parts` are absolute paths
-            of pictures, of the size of theirs, or null.
+            of files that `beside.read_mask` and `beside.read_parts` read, or null.
         made: how it was made: the command and its figures, as JSON.
         copy: copies the pictures into the data set; those of WebDataset shards always are.
 
@@ -162,14 +165,13 @@ def _write_row(
         written["root"] = ""
         written["image"] = f"images/{stem}{Path(row['image']).suffix.lower()}"
         _write_bytes(folder / written["image"], content)
-    for kind, ending in (("mask", ".png"), ("parts", ".parts.png")):
-        if row[kind] is not None:
-            written[kind] = f"masks/{stem}{ending}"
-            size = (row["width"], row["height"])
-            levels = read_levels(Path(row[kind]), size, labels=kind == "parts")
-            target = folder / written[kind]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(levels).save(target, "PNG")
+    size = (row["width"], row["height"])
+    if row["mask"] is not None:
+        written["mask"] = f"masks/{stem}.png"
+        _write_png(folder / written["mask"], np.uint8(255) * read_mask(row["mask"], *size))
+    if row["parts"] is not None:
+        written["parts"] = f"masks/{stem}.parts.png"
+        _write_png(folder / written["parts"], read_parts(row["parts"], *size))
     return written
 
 
@@ -178,24 +180,9 @@ def _write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def read_levels(path: Path, size: tuple[int, int], labels: bool = False) -> np.ndarray:
-    """Grey levels uint8 [H, W] of a mask's file. labels: of part numbers, also as palette indices.
-
-    Raises RetrievalError if the file is not a picture, or not of `size` (width, height).
-    """
-    try:
-        with Image.open(path) as image:
-            levels = np.array(image if labels and image.mode == "P" else image.convert("L"))
-    except Exception as error:  # Pillow's decoders raise a dozen classes on damaged data
-        raise RetrievalError(
-            f"The mask '{path}' cannot be read ({explain(error)}); write it again or remove it."
-        ) from error
-    if levels.shape != (size[1], size[0]):
-        raise RetrievalError(
-            f"The mask '{path}' is {levels.shape[1]}x{levels.shape[0]} and its picture "
-            f"{size[0]}x{size[1]}; make them the same size or remove the mask."
-        )
-    return levels
+def _write_png(path: Path, levels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(levels).save(path, "PNG")
 
 
 def fingerprint_data_set(folder: Path, index: pa.Table) -> str:
@@ -267,7 +254,9 @@ def open_data_set(folder: str | os.PathLike[str]) -> DataSet:
     unknown = outfit < 0
     wearing = _number_rows([identity, outfit])
     wearing[unknown] = wearing.max(initial=-1) + 1 + np.arange(unknown.sum())
-    return DataSet(folder, info, index, roots, Groups.collect(identity), Groups.collect(wearing))
+    has_head_box = index["head_box"].is_valid().to_numpy()
+    identities, outfits = Groups.collect(identity), Groups.collect(wearing)
+    return DataSet(folder, info, index, roots, identities, outfits, has_head_box)
 
 
 def _number_rows(columns: list[Any]) -> np.ndarray:
@@ -310,6 +299,7 @@ class DataSet:
 
     index: the columns of `SCHEMA`. roots: name -> folder. identities: rows of one character by one
     artist. outfits: rows of one identity in one outfit; a row of an unknown outfit is alone.
+    has_head_box: bool [N].
     """
 
     folder: Path
@@ -318,6 +308,7 @@ class DataSet:
     roots: dict[str, Path]
     identities: Groups
     outfits: Groups
+    has_head_box: np.ndarray
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -325,28 +316,34 @@ class DataSet:
     def __getitem__(self, row: int) -> Sample:
         """Reads a row's picture and masks. Its tags are the row's, or its caption without tags.
 
-        Raises RetrievalError if a file is missing, damaged, or of another size than in the index.
+        Raises RetrievalError if a file is missing or damaged, or the picture's size has changed.
         """
         values = self.read_row(row)
         path = self.find_picture(values)
         image, _ = load_image(path)
-        size = (values["width"], values["height"])
-        if image.shape[:2] != size[::-1]:
+        width, height = values["width"], values["height"]
+        if image.shape[:2] != (height, width):
             raise RetrievalError(
-                f"'{path}' has {image.shape[1]}x{image.shape[0]} pixels and had "
-                f"{size[0]}x{size[1]} when the data set was built; build it again."
+                f"'{path}' has {image.shape[1]}x{image.shape[0]} pixels and had {width}x{height} "
+                "when the data set was built; build it again."
             )
-        mask, parts = (
-            None
-            if values[kind] is None
-            else read_levels(self._resolve("", values[kind]), size, labels=kind == "parts")
-            for kind in ("mask", "parts")
-        )
-        tags = values["tags"] or ([values["caption"]] if values["caption"] else [])
-        head = values["head_box"]
+        mask, parts, head = values["mask"], values["parts"], values["head_box"]
         return Sample(
-            image, None if mask is None else mask > 127, tuple(head) if head else None, tags, parts
+            image,
+            None if mask is None else read_mask(self._resolve("", mask), width, height),
+            None if head is None else tuple(head),
+            values["tags"] or ([values["caption"]] if values["caption"] else []),
+            None if parts is None else read_parts(self._resolve("", parts), width, height),
         )
+
+    def find_targets(self, task: Task, split: str | None = "train") -> np.ndarray:
+        """Rows of a split, or (None) of both, that have another row to take references from."""
+        numbers = self.outfits.numbers
+        usable = self.has_head_box if task == "composition" else np.ones(len(self), np.bool_)
+        others = np.bincount(numbers, usable)[numbers] - usable > 0
+        if split is not None:
+            others &= np.array(self.index["split"].to_pylist()) == split
+        return np.flatnonzero(others)
 
     def read_row(self, row: int) -> dict[str, Any]:
         """The index's values of one row."""
@@ -410,3 +407,32 @@ def _find_problem(data_set: DataSet, row: int) -> str | None:
     except RetrievalError:
         return "the picture, its mask or its head box cannot be read"
     return None
+
+
+def count_stats(data_set: DataSet) -> dict[str, Any]:
+    """The figures of the paper's Table 1 for a data set, and how far it is annotated."""
+    index, outfits = data_set.index, data_set.outfits
+    known = outfits.numbers[index["outfit"].to_numpy() >= 0]
+    return {
+        "images": len(data_set),
+        "held_out": index["split"].to_pylist().count("held_out"),
+        "characters": len(index["character"].unique()),
+        "artists": len(index["artist"].drop_null().unique()),
+        "identities": len(data_set.identities.members),
+        "outfits": len(np.unique(known)),
+        "images_per_identity": _summarise(np.bincount(data_set.identities.numbers)),
+        "images_per_outfit": _summarise(np.unique(known, return_counts=True)[1]),
+        "same_character_targets": len(data_set.find_targets("same character", None)),
+        "composition_targets": len(data_set.find_targets("composition", None)),
+        **{
+            f"with_{name}": len(data_set) - index[name].null_count
+            for name in ("head_box", "mask", "parts", "caption")
+        },
+    }
+
+
+def _summarise(counts: np.ndarray) -> dict[str, float]:
+    if not len(counts):
+        return {"mean": 0.0, "median": 0.0, "largest": 0.0}
+    values = {"mean": counts.mean(), "median": np.median(counts), "largest": counts.max()}
+    return {name: round(float(value), 2) for name, value in values.items()}
