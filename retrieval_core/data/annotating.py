@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,27 +72,23 @@ class Annotator(Protocol):
         ...
 
 
-def annotate(
-    rows: pa.Table, annotators: Sequence[Annotator], cache: Path
-) -> tuple[pa.Table, dict[str, int]]:
-    """Fills head_box, mask and parts where they are null, and adds the columns answer and garment.
+def annotate(rows: pa.Table, annotators: Sequence[Annotator], cache: Path) -> pa.Table:
+    """Fills head_box, mask and parts where they are null, and adds answer, garment and unusable.
 
-    Masks and parts are paths: of a file beside the picture, or in the cache.
+    Masks and parts are paths: of a file beside the picture, or in the cache. The column unusable
+    lists the kinds of annotation that lie beside the picture and cannot be read, select nothing, or
+    miss the picture; a model's takes their place.
 
     Args:
         rows: with root, image, sha256, width, height, head_box, mask and parts.
         annotators: at most one of a kind; a kind without one leaves nulls.
         cache: a folder, for results by picture and model.
-
-    Returns:
-        The rows, in order, and how many annotations beside pictures could not be used, by kind.
     """
     import pyarrow as pa
 
     by_kind = {annotator.kind: annotator for annotator in annotators}
     ordered = [by_kind[kind] for kind in USES if kind in by_kind]
-    unusable: Counter[str] = Counter()
-    pictures = [_RowPicture(row, unusable) for row in rows.to_pylist()]
+    pictures = [_RowPicture(row) for row in rows.to_pylist()]
     for start in range(0, len(pictures), BATCH):
         batch = pictures[start : start + BATCH]
         for annotator in ordered:
@@ -107,40 +102,42 @@ def annotate(
         "answer": pa.string(),
         "garment": pa.list_(pa.float32()),
     }
-    for kind, type_ in types.items():
-        column = pa.array([picture.found[kind] for picture in pictures], type_)
-        place = rows.schema.get_field_index(kind)
-        if place < 0:
-            rows = rows.append_column(kind, column)
+    added = {kind: pa.array([p.found[kind] for p in pictures], types[kind]) for kind in types}
+    added["unusable"] = pa.array([p.unusable for p in pictures], pa.list_(pa.string()))
+    for name, column in added.items():
+        if name in rows.column_names:
+            rows = rows.set_column(rows.column_names.index(name), name, column)
         else:
-            rows = rows.set_column(place, kind, column)
-    return rows, {f"unusable {kind} beside the picture": unusable[kind] for kind in unusable}
+            rows = rows.append_column(name, column)
+    return rows
 
 
 class _RowPicture:
     """A row's picture while it is annotated.
 
     Attributes:
-        found: kind -> value of the row. image: pixels, from when an annotator first needs them
-            until its batch is done.
+        found: kind -> value of the row. unusable: kinds of annotation beside the picture.
+        image: pixels, from when an annotator first needs them until its batch is done.
     """
 
-    def __init__(self, row: dict[str, Any], unusable: Counter[str]) -> None:
+    def __init__(self, row: dict[str, Any]) -> None:
         self.path = Path(row["root"], row["image"])
         self.sha256, self.size = row["sha256"], (row["width"], row["height"])
         self.image: np.ndarray | None = None
         self.found: dict[str, Any] = dict.fromkeys(USES)
+        self.unusable: list[str] = []
         for kind, read in (("mask", read_mask), ("parts", read_parts)):
             if row[kind] is not None:
                 try:
                     read(row[kind], *self.size)
                     self.found[kind] = row[kind]
                 except RetrievalError:
-                    unusable[kind] += 1
+                    self.unusable.append(kind)
         if row["head_box"] is not None:
             self.found["head_box"] = clip_box(row["head_box"], *self.size)
         if self.found["head_box"] is None:
-            unusable["head_box"] += row["head_box"] is not None or has_unusable_box(self.path)
+            if row["head_box"] is not None or has_unusable_box(self.path):
+                self.unusable.append("head_box")
 
     def make_key(self, kind: str) -> str:
         """A digest of all that an annotator of `kind` looks at."""
