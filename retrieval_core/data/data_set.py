@@ -24,6 +24,8 @@ from ..files import parse_json, write_text
 from .beside import read_mask, read_parts
 from .prepare import load_image
 from .sample import Sample
+from .sources import read_picture
+from .stages import import_library
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,7 +91,7 @@ def write_data_set(
 
     Args:
         rows: the columns of `SCHEMA` except `split`, others are ignored. `root` is the absolute
-            path of the folder that `image` is relative to; `mask` and `parts` are absolute paths
+            path of the folder or shard that `image` lies in; `mask` and `parts` absolute paths
             of files that `beside.read_mask` and `beside.read_parts` read, or null.
         made: how it was made: the command and its figures, as JSON.
         copy: copies the pictures into the data set; those of WebDataset shards always are.
@@ -156,7 +158,7 @@ def _write_row(
     written["root"] = roots.get(row["root"], "")
     stem = f"{row['sha256'][:2]}/{row['sha256']}"
     if _is_copied(row["source"], copy):
-        content = Path(row["root"], row["image"]).read_bytes()
+        content = read_picture(row["root"], row["image"])
         if hashlib.sha256(content).hexdigest() != row["sha256"]:
             raise RetrievalError(
                 f"'{row['image']}' in '{row['root']}' changed while the data set was built; build "
@@ -234,11 +236,9 @@ def read_info(folder: Path) -> dict[str, Any]:
 def open_data_set(folder: str | os.PathLike[str]) -> DataSet:
     """Opens a data set; reads its index, and no picture.
 
-    Raises RetrievalError if the folder is not a whole data set.
+    Raises RetrievalError if the folder is not a whole data set, or pyarrow is not installed.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pa, pq = import_library("pyarrow"), import_library("pyarrow.parquet")
     folder = Path(folder)
     info = read_info(folder)
     try:
