@@ -34,8 +34,8 @@ _COLOUR = re.compile(
     r"(?![ -]*(?:(?:and|or) )?(?:\w+[ -])?(?:hair|eye[sd]|skin\b|background))"
 )
 
-# Longer side, in pixels, at which a garment is looked at; its colours are counted on a lattice in
-# CIELAB of this step, from the lowest L, a and b that sRGB reaches.
+# Longer side, in pixels, to which a garment is scaled, and the lattice in CIELAB on which its
+# colours are counted: its step, lowest L, a and b, and number of nodes; it holds all of sRGB.
 SIDE, STEP = 96, 25
 _LOWEST, _NODES = (0, -100, -125), (5, 9, 10)
 # Largest mean cosine distance to an outfit's other pictures; chosen on paper dolls.
@@ -81,9 +81,10 @@ def embed_garment(picture: Picture) -> np.ndarray | None:
     Returns:
         float32 [900], or None without a mask or a head box, or where nothing lies below it.
     """
-    square, inside, upside_down = cut_garment(picture) or (None, None, False)
-    if square is None:
+    found = _cut_garment(picture)
+    if found is None:
         return None
+    square, inside, upside_down = found
     rows, columns = np.nonzero(inside)
     height = (rows - rows[0]) / max(rows[-1] - rows[0], 1)
     if upside_down:
@@ -102,7 +103,7 @@ def embed_garment(picture: Picture) -> np.ndarray | None:
     return (embedding / np.linalg.norm(embedding)).astype(np.float32)
 
 
-def cut_garment(picture: Picture) -> tuple[np.ndarray, np.ndarray, bool] | None:
+def _cut_garment(picture: Picture) -> tuple[np.ndarray, np.ndarray, bool] | None:
     """The garment as a square uint8 [S, S, 3], its mask bool [S, S], and whether it is upside down.
 
     None without a mask or a head box, or where the region of the clothes shows no figure.
