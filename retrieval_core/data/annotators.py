@@ -31,8 +31,9 @@ from ..metrics.vqa_models import VQAModel, load_vqa
 from .annotating import Annotator, Picture
 from .beside import clip_box
 from .outfits import QUESTION
+from .placing import Placement, Region, place_picture, place_region
 from .prepare import pad_to_square
-from .sample import Box
+from .sample import NEUTRAL, Box
 
 HEAD, FIGURE = "a head", "a person"
 # What a part number in a data set's `parts` shows, from 1; 0 is everything else.
@@ -40,8 +41,9 @@ PARTS = ("hair", "face", "upper body clothes", "lower body clothes", "shoes")
 # model_type -> lowest score of a box, transformers' own default.
 DETECTORS = {"grounding-dino": 0.25, "owlv2": 0.1}
 BATCH = 8
-# Side of the padded square, in pixels, that VQA models are shown: pictures of any shape in a batch.
-SHOWN = 512
+# Sides in pixels of the padded square that detectors and VQA models are shown: pictures of any
+# shape in a batch, and a result that does not depend on the others in it.
+DETECTED, ASKED = 800, 512
 MAX_NEW_TOKENS = 32
 
 Progress = Callable[[int, int], None]
@@ -122,16 +124,19 @@ class BoxDetector:
         model, processor = self._pretrained.model, self._pretrained.processor
         boxes: list[Box | None] = []
         for some in _split(pictures):
-            images = [Image.fromarray(picture.image) for picture in some]
-            inputs = processor(
-                images=images, text=[[self._text]] * len(some), return_tensors="pt", padding=True
-            )
+            placed = [_place(picture) for picture in some]
+            squares = [
+                Image.fromarray(place_picture(picture.image, placement, NEUTRAL))
+                for picture, placement in zip(some, placed)
+            ]
+            texts = [[self._text]] * len(some)
+            inputs = processor(images=squares, text=texts, return_tensors="pt", padding=True)
             found = processor.image_processor.post_process_object_detection(
                 model(**move_inputs(inputs, model)),
                 threshold=DETECTORS[self._pretrained.kind],
-                target_sizes=[image.size[::-1] for image in images],
+                target_sizes=[(DETECTED, DETECTED)] * len(some),
             )
-            boxes += [_choose_box(one, image.size) for one, image in zip(found, images)]
+            boxes += [_choose_box(one, placement) for one, placement in zip(found, placed)]
         return boxes
 
 
@@ -208,12 +213,9 @@ class PartSegmenter:
         model, processor = self._pretrained.model, self._pretrained.processor
         labels = []
         for picture in pictures:
-            inputs = processor(
-                images=[Image.fromarray(picture.image)] * len(PARTS),
-                text=list(PARTS),
-                return_tensors="pt",
-                padding=True,
-            )
+            images = [Image.fromarray(picture.image)] * len(PARTS)
+            inputs = processor.image_processor(images=images, return_tensors="pt")
+            inputs.update(processor.tokenizer(list(PARTS), padding=True, return_tensors="pt"))
             logits = model(**move_inputs(inputs, model)).logits.float()
             size = picture.image.shape[:2]
             logits = F.interpolate(logits[:, None], size, mode="bilinear")[:, 0]
@@ -240,7 +242,7 @@ class ClothesAnswerer:
         return load_vqa(self._folder, MAX_NEW_TOKENS, device=device, dtype=dtype)
 
     def annotate(self, pictures: list[Picture]) -> list[str]:
-        squares = [pad_to_square(picture.image, None, SHOWN)[0] for picture in pictures]
+        squares = [pad_to_square(picture.image, None, ASKED)[0] for picture in pictures]
         images = torch.from_numpy(np.stack(squares)).movedim(-1, 1).float() / 255
         return self._vqa.answer(images, QUESTION)
 
@@ -281,9 +283,17 @@ def _split(items: Sequence[Any]) -> list[Sequence[Any]]:
     return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
 
 
-def _choose_box(found: dict[str, Any], size: tuple[int, int]) -> Box | None:
-    """The box with the best score in whole pixels, clipped to the picture's (width, height)."""
+def _place(picture: Picture) -> Placement:
+    height, width = picture.image.shape[:2]
+    return place_region(Region((0, 0, width, height)), DETECTED)
+
+
+def _choose_box(found: dict[str, Any], placement: Placement) -> Box | None:
+    """The box with the best score in whole pixels of the picture, clipped to it."""
     if not len(found["scores"]):
         return None
-    x0, y0, x1, y1 = found["boxes"][found["scores"].argmax()].tolist()
-    return clip_box((round(x0), round(y0), round(x1), round(y1)), *size)
+    edges = found["boxes"][found["scores"].argmax()].tolist()
+    x0, y0, x1, y1 = (
+        round(edge / placement.zoom + start) for edge, start in zip(edges, placement.origin * 2)
+    )
+    return clip_box((x0, y0, x1, y1), *placement.content[2:])
