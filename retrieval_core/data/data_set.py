@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ FEWEST_TO_HOLD_OUT = 20
 
 # Sources whose pictures do not lie in a folder as files, so that they are always copied.
 _ALWAYS_COPIED = ("webdataset",)
-_CHUNK = 4096
+_BATCH = 16384  # rows of the index that are in memory as Python values at a time
 
 
 def schema() -> pa.Schema:
@@ -103,25 +103,29 @@ def write_data_set(
     import pyarrow.parquet as pq
 
     roots = _name_roots(rows, copy)
+    characters = rows["character"].unique().to_pylist()
+    held_out = {name for name in characters if is_held_out(name)}
+    if len(characters) < FEWEST_TO_HOLD_OUT:
+        held_out = set()
+    digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            written = list(
-                pool.map(lambda row: _write_row(folder, row, roots, copy), _iterate(rows))
-            )
-        characters = {row["character"] for row in written}
-        splits = len(characters) >= FEWEST_TO_HOLD_OUT
-        for row in written:
-            held_out = splits and is_held_out(row["character"])
-            row["split"] = "held_out" if held_out else "train"
-        index = pa.Table.from_pylist(written, schema())
-        pq.write_table(index, folder / INDEX, compression="zstd")
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            pq.ParquetWriter(folder / INDEX, schema(), compression="zstd") as writer,
+        ):
+            for batch in _split(rows):
+                written = list(pool.map(lambda row: _write_row(folder, row, roots, copy), batch))
+                for row in written:
+                    row["split"] = "held_out" if row["character"] in held_out else "train"
+                _digest_rows(digest, folder, written)
+                writer.write_table(pa.Table.from_pylist(written, schema()))
         info = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint_data_set(folder, index),
-            "counts": {"images": len(written), "characters": len(characters)},
-            "roots": {name: path for path, name in roots.items() if name},
+            "fingerprint": digest.hexdigest(),
+            "counts": {"images": rows.num_rows, "characters": len(characters)},
+            "roots": {name: root for root, name in roots.items()},
             "made": dict(made),
         }
         write_text(folder / INFO, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
@@ -130,6 +134,11 @@ def write_data_set(
             f"Could not write the data set '{folder}' ({error.strerror or error}); choose a new "
             "folder that can be written, with enough room."
         ) from error
+
+
+def _split(rows: pa.Table) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, rows.num_rows, _BATCH):
+        yield rows.slice(start, _BATCH).to_pylist()
 
 
 def _name_roots(rows: pa.Table, copy: bool) -> dict[str, str]:
@@ -193,17 +202,17 @@ def fingerprint_data_set(folder: Path, index: pa.Table) -> str:
     The pictures' own digests are in the rows. Where the roots lie does not matter.
     """
     digest = hashlib.sha256()
-    for row in _iterate(index):
-        digest.update(json.dumps(row, ensure_ascii=False).encode())
-        for kind in ("mask", "parts"):
-            if row[kind] is not None:
-                digest.update((folder / row[kind]).read_bytes())
+    for batch in _split(index):
+        _digest_rows(digest, folder, batch)
     return digest.hexdigest()
 
 
-def _iterate(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(_CHUNK):
-        yield from batch.to_pylist()
+def _digest_rows(digest: Any, folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+        digest.update(json.dumps([row[name] for name in SCHEMA], ensure_ascii=False).encode())
+        for kind in ("mask", "parts"):
+            if row[kind] is not None:
+                digest.update((folder / row[kind]).read_bytes())
 
 
 def read_info(folder: Path) -> dict[str, Any]:
