@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from .prepare import LARGEST_IMAGE, convert_mode
 from .sample import NEUTRAL
+from .sources import NOT_A_PICTURE, OUTSIDE, read_picture
 from .stages import import_library
 
 if TYPE_CHECKING:
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
 # 16 x 16 bits of the cosine transform of 64 x 64 pixels; thumbnails have 8 x 8.
 HASH, PIXELS, THUMBNAIL = 16, 64, 8
 
-OUTSIDE = "picture outside of its source's folder"
+# Reasons of rejection, beside those of `sources`.
 MISSING = "picture missing"
 EMPTY = "picture file empty"
-UNKNOWN = "not a picture"
 TOO_LARGE = "picture with too many pixels"
 DAMAGED = "picture damaged"
 TRANSPARENT = "picture transparent throughout"
@@ -38,38 +38,36 @@ class Measures:
     """What is known of a picture once it was decoded.
 
     sha256: of the file, in hexadecimal. width, height: upright, in pixels. hash: 32 bytes.
-    thumbnail: uint8 [8, 8, 3].
+    thumbnail: 8 x 8 pixels of 3 bytes.
     """
 
     sha256: str
     width: int
     height: int
     hash: bytes
-    thumbnail: np.ndarray
+    thumbnail: bytes
 
 
 def measure_pictures(chunk: Mapping[str, Any]) -> tuple[pa.Table, dict[str, int]]:
-    """A stage's function: measures the pictures `images` of the folder `root`.
+    """A stage's function: measures the pictures `images` of the folder or shard `root`.
 
     Returns:
-        Rows of those that can be used: `position` in the chunk, sha256, width, height, hash,
-        thumbnail; and the others counted by reason.
+        Those that can be used: `row`, their number counted from the chunk's `first`, and their
+        `Measures`; of the others how many were rejected by reason.
     """
     import pyarrow as pa
 
     rows: list[dict[str, Any]] = []
     rejected: Counter[str] = Counter()
-    for position, image in enumerate(chunk["images"]):
-        content = read_picture(chunk["root"], image)
-        measures = measure_picture(content) if isinstance(content, bytes) else content
-        if isinstance(measures, str):
-            rejected[measures] += 1
+    for row, image in enumerate(chunk["images"], chunk["first"]):
+        measures = measure_file(chunk["root"], image)
+        if isinstance(measures, Measures):
+            rows.append({"row": row, **vars(measures)})
         else:
-            row = {**vars(measures), "thumbnail": measures.thumbnail.tobytes()}
-            rows.append({"position": position, **row})
+            rejected[measures] += 1
     schema = pa.schema(
         {
-            "position": pa.int32(),
+            "row": pa.int64(),
             "sha256": pa.string(),
             "width": pa.int32(),
             "height": pa.int32(),
@@ -80,17 +78,16 @@ def measure_pictures(chunk: Mapping[str, Any]) -> tuple[pa.Table, dict[str, int]
     return pa.Table.from_pylist(rows, schema), dict(rejected)
 
 
-def read_picture(root: str, image: str) -> bytes | str:
-    """The content of a picture's file, or the reason why there is none."""
+def measure_file(root: str, image: str) -> Measures | str:
+    """Measures the picture of a row, or tells why it cannot be used."""
     path = Path(root, image)
     try:
         if not path.resolve().is_relative_to(Path(root).resolve()):
             return OUTSIDE
-        if not path.is_file():
-            return MISSING
-        return path.read_bytes() or EMPTY
+        content = read_picture(root, image)
     except (OSError, ValueError):  # ValueError: a null character in the name
         return MISSING
+    return measure_picture(content) if content else EMPTY
 
 
 def measure_picture(content: bytes) -> Measures | str:
@@ -112,7 +109,7 @@ def measure_picture(content: bytes) -> Measures | str:
     except Image.DecompressionBombError:
         return TOO_LARGE
     except Image.UnidentifiedImageError:
-        return UNKNOWN
+        return NOT_A_PICTURE
     except Exception:  # Pillow's decoders raise a dozen classes on damaged data
         return DAMAGED
     if image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
@@ -124,5 +121,5 @@ def measure_picture(content: bytes) -> Measures | str:
         small = canvas
     bits = imagehash.phash(small, HASH, PIXELS // HASH).hash
     digest = hashlib.sha256(content).hexdigest()
-    thumbnail = np.asarray(small.reduce(PIXELS // THUMBNAIL))
+    thumbnail = small.reduce(PIXELS // THUMBNAIL).tobytes()
     return Measures(digest, width, height, np.packbits(bits).tobytes(), thumbnail)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -30,6 +31,11 @@ Progress = Callable[[int, int, int, int], None]
 
 PACK = Path(__file__).parents[2]
 REJECTED = b"rejected"  # key in a result's schema metadata
+# Daft's worker processes speak through Unix sockets. And under a host that loads the pack by its
+# path, as ComfyUI does, another process could not import its modules. Threads do without both.
+IN_PROCESSES = os.name != "nt" and __name__.startswith("retrieval_core.")
+# Chunks that are done in threads by the time that processes have started.
+FEW = 4
 
 
 def import_library(name: str) -> ModuleType:
@@ -125,10 +131,7 @@ def _map_tasks(work: Callable[[str], str], tasks: list[str], ray: str | None) ->
     if not tasks:
         return
     daft = import_library("daft")
-    if ray is None:
-        daft.set_runner_native()
-    else:
-        _connect(daft, ray)
+    _choose_runner(daft, ray)
 
     def attempt(task: str) -> str:
         try:
@@ -136,9 +139,8 @@ def _map_tasks(work: Callable[[str], str], tasks: list[str], ray: str | None) ->
         except RetrievalError as error:  # the engine would wrap it in errors of its own
             return json.dumps({"error": str(error)})
 
-    # Under a host that loads the pack by its path no other process could import its modules.
-    processes = ray is None and __name__.startswith("retrieval_core.")
-    mapped = daft.func(return_dtype=daft.DataType.string(), use_process=processes)(attempt)
+    in_processes = IN_PROCESSES and ray is None and len(tasks) > FEW
+    mapped = daft.func(return_dtype=daft.DataType.string(), use_process=in_processes)(attempt)
     frame = daft.from_pydict({"task": tasks})
     # One task at a time: on this machine in batches, on a cluster in partitions.
     frame = frame.into_batches(1) if ray is None else frame.into_partitions(len(tasks))
@@ -149,19 +151,28 @@ def _map_tasks(work: Callable[[str], str], tasks: list[str], ray: str | None) ->
         yield row["result"]
 
 
-def _connect(daft: Any, address: str) -> None:
-    """Makes a Ray cluster Daft's runner, for the rest of the process."""
-    ray = import_library("ray")
-    if not ray.is_initialized():
-        environment = {"env_vars": {"PYTHONPATH": str(PACK)}}
-        try:
-            ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
-        except Exception as error:
-            raise RetrievalError(
-                f"There is no Ray cluster at '{address}' ({explain(error)}); give the address that "
-                "'ray start --head' printed, or leave it out to build on this machine."
-            ) from error
-    daft.set_runner_ray(noop_if_initialized=True)
+def _choose_runner(daft: Any, address: str | None) -> None:
+    """Makes Daft run on this machine, its default, or on a Ray cluster."""
+    if address is not None:
+        ray = import_library("ray")
+        if not ray.is_initialized():
+            environment = {"env_vars": {"PYTHONPATH": str(PACK)}}
+            try:
+                ray.init(
+                    address, runtime_env=environment, log_to_driver=False, logging_level="ERROR"
+                )
+            except Exception as error:  # of its own, of gRPC, of the network
+                raise RetrievalError(
+                    f"There is no Ray cluster at '{address}' ({explain(error)}); give the address "
+                    "that 'ray start --head' prints, or leave it out to build on this machine."
+                ) from error
+        daft.set_runner_ray(noop_if_initialized=True)
+    runner, wanted = daft.get_or_infer_runner_type(), "native" if address is None else "ray"
+    if runner != wanted:
+        raise RetrievalError(
+            f"Daft's runner in this process is {runner} and cannot become {wanted}; build in "
+            "another process, without DAFT_RUNNER set."
+        )
 
 
 def _find_cause(error: Exception) -> str:
