@@ -2,11 +2,13 @@
 
 from .augment import RandomView, View
 from .concepts import cut_reference
+from .data_set import DataSet, open_data_set
 from .sample import NEUTRAL, Reference, Sample
-from .tasks import TaskOptions, TrainingItem, draw_composition, draw_same_character
+from .tasks import TaskOptions, TrainingItem, draw_composition, draw_item, draw_same_character
 
 __all__ = [
     "NEUTRAL",
+    "DataSet",
     "RandomView",
     "Reference",
     "Sample",
@@ -15,5 +17,7 @@ __all__ = [
     "View",
     "cut_reference",
     "draw_composition",
+    "draw_item",
     "draw_same_character",
+    "open_data_set",
 ]

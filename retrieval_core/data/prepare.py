@@ -215,7 +215,7 @@ def _decode(file: Any, path: Path) -> Image.Image:
             )
         image.load()
         image = ImageOps.exif_transpose(image)
-        return _convert_mode(image)
+        return convert_mode(image)
     except RetrievalError:
         raise
     except Image.DecompressionBombError as error:
@@ -233,7 +233,7 @@ def _decode(file: Any, path: Path) -> Image.Image:
         ) from error
 
 
-def _convert_mode(image: Image.Image) -> Image.Image:
+def convert_mode(image: Image.Image) -> Image.Image:
     """Converts to RGB or RGBA; Pillow itself would clip greys of more than eight bits to white."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, np.float32), posinf=0.0, neginf=0.0)

@@ -1,4 +1,8 @@
-"""The two tasks of §3.3: how a target's references are drawn and both are varied (§4.3, §5.1)."""
+"""The two tasks of §3.3: how a target's references are drawn and both are varied (§4.3, §5.1).
+
+Samples are opened only where an item shows them, once each: which may be drawn is known beforehand,
+from the index of a data set or from the caller.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ import numpy as np
 from ..errors import RetrievalError
 from .augment import RandomView
 from .concepts import cut_reference, find_figure_region
+from .data_set import DataSet, Task
 from .placing import mask_box, place_picture, place_region
 from .sample import Colour, Concept, Reference, Sample
 
+Indices = Sequence[int] | np.ndarray
 # For each concept: how many references, and the indices of the samples that may be drawn.
-Wanted = list[tuple[Concept, int, Sequence[int]]]
+Wanted = list[tuple[Concept, int, Indices]]
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,40 @@ class TrainingItem:
     references: list[Reference]
 
 
+def draw_item(
+    data_set: DataSet,
+    target_index: int,
+    task: Task,
+    rng: np.random.Generator,
+    options: TaskOptions | None = None,
+) -> TrainingItem:
+    """An item of a data set, with the numbers of references that the tasks have by default.
+
+    References share the target's character, artist and outfit; faces may wear another outfit.
+    Raises RetrievalError if there is none (see `DataSet.find_targets`).
+    """
+    alike = data_set.outfits.find_members(target_index)
+    if task == "same character":
+        return draw_same_character(data_set, target_index, rng, options, indices=alike)
+    faces = data_set.identities.find_members(target_index)
+    return draw_composition(
+        data_set,
+        target_index,
+        rng,
+        options,
+        face_indices=faces[data_set.has_head_box[faces]],
+        body_indices=alike[data_set.has_head_box[alike]],
+    )
+
+
 def draw_same_character(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | DataSet,
     target_index: int,
     rng: np.random.Generator,
     options: TaskOptions | None = None,
     *,
     count: int = 4,
-    indices: Sequence[int] | None = None,
+    indices: Indices | None = None,
 ) -> TrainingItem:
     """Same-character task: `count` whole figures of the target's character.
 
@@ -82,32 +114,30 @@ def draw_same_character(
 
 
 def draw_composition(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | DataSet,
     target_index: int,
     rng: np.random.Generator,
     options: TaskOptions | None = None,
     *,
     faces: int = 2,
     bodies: int = 2,
-    face_indices: Sequence[int] | None = None,
-    body_indices: Sequence[int] | None = None,
+    face_indices: Indices | None = None,
+    body_indices: Indices | None = None,
 ) -> TrainingItem:
     """Concept composition: `faces` faces and `bodies` bodies, drawn separately (§3.3).
 
     face_indices, body_indices: samples with the target's face and with its clothes, all by
-    default; those without a head box are skipped. Otherwise like `draw_same_character`.
+    default; each must have a head box. Otherwise like `draw_same_character`.
     """
-    every = range(len(samples))
     face_pool, body_pool = (
-        [i for i in (every if pool is None else pool) if samples[i].head_box is not None]
-        for pool in (face_indices, body_indices)
+        range(len(samples)) if pool is None else pool for pool in (face_indices, body_indices)
     )
     wanted: Wanted = [("face", faces, face_pool), ("clothes", bodies, body_pool)]
     return _draw_item(samples, target_index, rng, options or TaskOptions(), wanted)
 
 
 def _draw_item(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | DataSet,
     target_index: int,
     rng: np.random.Generator,
     options: TaskOptions,
@@ -120,21 +150,25 @@ def _draw_item(
     target = samples[target_index]
     tags = [] if rng.random() < options.text_drop else list(target.tags)
     image, content, face = _place_target(target, rng, options)
-    drop = rng.random() < options.reference_drop
-    references = []
+    references: list[Reference] = []
+    if rng.random() < options.reference_drop:
+        return TrainingItem(image, content, face, tags, references)
+    opened: dict[int, Sample] = {}
     for concept, count, pool in wanted:
         for index in _draw_indices(target_index, pool, count, concept, rng):
-            references.append(_cut_source(samples[index], concept, rng, options))
-    return TrainingItem(image, content, face, tags, [] if drop else references)
+            if index not in opened:
+                opened[index] = samples[index]
+            references.append(_cut_source(opened[index], concept, rng, options))
+    return TrainingItem(image, content, face, tags, references)
 
 
 def _draw_indices(
-    target_index: int, pool: Sequence[int], count: int, concept: Concept, rng: np.random.Generator
+    target_index: int, pool: Indices, count: int, concept: Concept, rng: np.random.Generator
 ) -> list[int]:
     """Indices of the references, all different if there are enough."""
     if count < 1:
         return []
-    others = [index for index in pool if index != target_index]
+    others = [int(index) for index in pool if index != target_index]
     if not others:
         raise RetrievalError(
             f"Sample {target_index} has no other sample to take a {concept} reference from; "

@@ -1,17 +1,23 @@
 """Which references a target gets, and how targets and references are varied."""
 
+import hashlib
 from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from retrieval_core.data import (
     RandomView,
     Sample,
     TaskOptions,
     draw_composition,
+    draw_item,
     draw_same_character,
+    open_data_set,
 )
+from retrieval_core.data import data_set as data_set_module
+from retrieval_core.data.data_set import write_data_set
 from retrieval_core.errors import RetrievalError
 
 SIZE = 16
@@ -94,12 +100,10 @@ def test_too_few_others_are_drawn_again_and_none_is_an_error():
             task(samples(1), 0, rng, PLAIN)
         with pytest.raises(RetrievalError, match="index is 5, and there are 2"):
             task(samples(2), 5, rng, PLAIN)
-    with pytest.raises(RetrievalError, match="a face reference"):
+    with pytest.raises(RetrievalError, match="no other sample to take a face reference"):
+        draw_composition(samples(3), 0, rng, PLAIN, face_indices=[0])
+    with pytest.raises(RetrievalError, match="needs the head box"):
         draw_composition(samples(3, head=False), 0, rng, PLAIN)
-    some = samples(4)
-    some[1] = Sample(some[1].image)  # no head box: passed over
-    for _ in range(20):
-        assert 1 not in [source_of(r) for r in draw_composition(some, 0, rng, PLAIN).references]
 
 
 def test_dropping_has_the_asked_rates():
@@ -213,3 +217,80 @@ def test_out_of_range_options_are_named():
     ):
         with pytest.raises(RetrievalError, match=words):
             make()
+
+
+# Character, artist, outfit, whether it has a head box: of the rows of `make_data_set`.
+ROWS = [
+    ("ann", "bob", 0, True), ("ann", "bob", 0, False), ("ann", "bob", 0, True),
+    ("ann", "bob", 0, True), ("ann", "bob", 1, True), ("ann", "bob", 1, True),
+    ("ann", "eve", 0, True), ("cid", "bob", 0, True), ("ann", "bob", -1, True),
+]  # fmt: skip
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """Row i is a picture of the colour of `samples(...)[i]`."""
+    pa = pytest.importorskip("pyarrow")
+    rows = []
+    for i, (character, artist, outfit, head) in enumerate(ROWS):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (SIZE, SIZE), (20 * i + 10,) * 3).save(path)
+        rows.append(
+            {
+                "root": str(tmp_path),
+                "image": path.name,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "width": SIZE,
+                "height": SIZE,
+                "character": character,
+                "artist": artist,
+                "outfit": outfit,
+                "tags": [f"tag {i}"],
+                "head_box": [4, 0, 12, 8] if head else None,
+                "mask": None,
+                "parts": None,
+                "source": "folders",
+            }
+        )
+    write_data_set(tmp_path / "out", pa.Table.from_pylist(rows), {})
+    return open_data_set(tmp_path / "out")
+
+
+def test_references_from_a_data_set_share_what_the_task_wants(data_set):
+    rng = np.random.default_rng(12)
+    drawn = {"figure": set(), "face": set(), "clothes": set()}
+    for task in ("same character", "composition"):
+        for _ in range(60):
+            item = draw_item(data_set, 0, task, rng, PLAIN)
+            assert item.tags == ["tag 0"] and len(item.references) == 4
+            for reference in item.references:
+                drawn[reference.concept].add(int(reference.image[SIZE // 2, SIZE // 2, 0]) // 20)
+    # Figures and clothes: the same outfit. Faces: any outfit, known or not, of the same artist.
+    assert drawn == {"figure": {1, 2, 3}, "face": {2, 3, 4, 5, 8}, "clothes": {2, 3}}
+
+
+def test_only_the_pictures_that_an_item_shows_are_opened(data_set, monkeypatch):
+    opened = []
+    load = data_set_module.load_image
+    monkeypatch.setattr(data_set_module, "load_image", lambda p: opened.append(p.name) or load(p))
+    rng = np.random.default_rng(13)
+    for task in ("same character", "composition"):
+        for target in data_set.find_targets(task).tolist():
+            opened.clear()
+            item = draw_item(data_set, target, task, rng, PLAIN)
+            shown = {int(r.image[SIZE // 2, SIZE // 2, 0]) // 20 for r in item.references}
+            assert sorted(opened) == sorted(f"{row}.png" for row in {target, *shown})
+    dropped = TaskOptions(size=SIZE, reference_drop=1)
+    opened.clear()
+    assert not draw_item(data_set, 0, "composition", rng, dropped).references
+    assert opened == ["0.png"]
+
+
+def test_a_row_without_fellows_is_no_target(data_set):
+    rng = np.random.default_rng(14)
+    for task in ("same character", "composition"):
+        targets = data_set.find_targets(task).tolist()
+        assert targets == [0, 1, 2, 3, 4, 5]
+        for row in set(range(len(ROWS))) - set(targets):
+            with pytest.raises(RetrievalError, match="has no other sample"):
+                draw_item(data_set, row, task, rng, PLAIN)

@@ -1,0 +1,202 @@
+"""Stages of a data set's build: a function mapped over chunks, each result a Parquet file.
+
+A result's name is a digest of what it was made from and it is written atomically: a build that was
+killed goes on after the chunks that are done, and gives the same files. Daft maps the function, on
+this machine's cores or on a Ray cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RetrievalError, explain
+from ..files import atomic_write
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# From a chunk, plain JSON, to a table of the rows kept and the number of rejected ones by reason.
+Function = Callable[[Any], "tuple[pa.Table, dict[str, int]]"]
+# Called with chunks done, chunks in all, rows kept, rows rejected.
+Progress = Callable[[int, int, int, int], None]
+
+PACK = Path(__file__).parents[2]
+REJECTED = b"rejected"  # key in a result's schema metadata
+# Daft's worker processes speak through Unix sockets. And under a host that loads the pack by its
+# path, as ComfyUI does, another process could not import its modules. Threads do without both.
+IN_PROCESSES = os.name != "nt" and __name__.startswith("retrieval_core.")
+# Chunks that are done in threads by the time that processes have started.
+FEW = 4
+
+
+def import_library(name: str) -> ModuleType:
+    """Imports a package that only building and reading data sets need.
+
+    Raises:
+        RetrievalError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RetrievalError(
+            f"Data sets need the package {name.partition('.')[0]} ({error}); install the pack's "
+            "extra packages for them, 'pip install .[data]' in its folder."
+        ) from error
+
+
+def run_stage(
+    name: str,
+    function: Function,
+    chunks: Sequence[Any],
+    folder: Path,
+    *,
+    settings: Any = None,
+    ray: str | None = None,
+    on_progress: Progress | None = None,
+) -> list[Path]:
+    """Runs `function` on every chunk whose result is not in `folder` yet.
+
+    Args:
+        name: of the stage, with a version that changes whenever its results do.
+        function: of a module, or a partial of one; it runs in other processes.
+        chunks, settings: plain JSON; with the name they identify a result.
+        ray: address of a Ray cluster whose machines see the pack, `folder` and the sources under
+            the same paths; None is this machine.
+
+    Returns:
+        The results' files in the order of the chunks, for `read_results`.
+
+    Raises:
+        RetrievalError: `function` raised it, a result cannot be written, or the engine failed.
+    """
+    paths = [folder / name / f"{digest_json([name, settings, chunk])}.parquet" for chunk in chunks]
+    done = kept = rejected = 0
+
+    def report(more_kept: int, more_rejected: int) -> None:
+        nonlocal done, kept, rejected
+        done, kept, rejected = done + 1, kept + more_kept, rejected + more_rejected
+        if on_progress is not None:
+            on_progress(done, len(chunks), kept, rejected)
+
+    pending = []
+    for path, chunk in zip(paths, chunks):
+        if path.is_file():
+            report(*_count_rows(path))
+        else:
+            pending.append(json.dumps([str(path), chunk]))
+    try:
+        for counts in _map_tasks(partial(_run_task, function), pending, ray):
+            report(*json.loads(counts))
+    except RetrievalError:
+        raise
+    except Exception as error:  # Daft and Ray raise what they like
+        raise RetrievalError(
+            f"The stage '{name}' broke off after {done} of {len(chunks)} chunks "
+            f"({_find_cause(error)}); mend that, and the same command goes on from there."
+        ) from error
+    return paths
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _run_task(function: Function, task: str) -> str:
+    """Writes the result of one chunk; JSON of the numbers of rows kept and rejected.
+
+    task: JSON of the result's path and the chunk.
+    """
+    import pyarrow.parquet as pq
+
+    path, chunk = json.loads(task)
+    table, rejected = function(chunk)
+    metadata = {REJECTED: json.dumps(rejected, sort_keys=True)}
+    table = table.replace_schema_metadata(metadata)
+    atomic_write(path, lambda temporary: pq.write_table(table, temporary), sync=False)
+    return json.dumps([table.num_rows, sum(rejected.values())])
+
+
+def _map_tasks(work: Callable[[str], str], tasks: list[str], ray: str | None) -> Iterator[str]:
+    """The results of `work`, as they come. What `work` raises as RetrievalError is raised here."""
+    if not tasks:
+        return
+    daft = import_library("daft")
+    _choose_runner(daft, ray)
+
+    def attempt(task: str) -> str:
+        try:
+            return work(task)
+        except RetrievalError as error:  # the engine would wrap it in errors of its own
+            return json.dumps({"error": str(error)})
+
+    in_processes = IN_PROCESSES and ray is None and len(tasks) > FEW
+    mapped = daft.func(return_dtype=daft.DataType.string(), use_process=in_processes)(attempt)
+    frame = daft.from_pydict({"task": tasks})
+    # One task at a time: on this machine in batches, on a cluster in partitions.
+    frame = frame.into_batches(1) if ray is None else frame.into_partitions(len(tasks))
+    for row in frame.select(mapped(daft.col("task")).alias("result")).iter_rows():
+        result = json.loads(row["result"])
+        if isinstance(result, dict):
+            raise RetrievalError(result["error"])
+        yield row["result"]
+
+
+def _choose_runner(daft: Any, address: str | None) -> None:
+    """Makes Daft run on this machine, its default, or on a Ray cluster."""
+    if address is not None:
+        ray = import_library("ray")
+        if not ray.is_initialized():
+            environment = {"env_vars": {"PYTHONPATH": str(PACK)}}
+            try:
+                ray.init(
+                    address, runtime_env=environment, log_to_driver=False, logging_level="ERROR"
+                )
+            except Exception as error:  # of its own, of gRPC, of the network
+                raise RetrievalError(
+                    f"There is no Ray cluster at '{address}' ({explain(error)}); give the address "
+                    "that 'ray start --head' prints, or leave it out to build on this machine."
+                ) from error
+        daft.set_runner_ray(noop_if_initialized=True)
+    runner, wanted = daft.get_or_infer_runner_type(), "native" if address is None else "ray"
+    if runner != wanted:
+        raise RetrievalError(
+            f"Daft's runner in this process is {runner} and cannot become {wanted}; build in "
+            "another process, without DAFT_RUNNER set."
+        )
+
+
+def _find_cause(error: Exception) -> str:
+    """The last line of an error that is not empty: the engine puts whole tracebacks into one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".")[:300] if lines else type(error).__name__
+
+
+def _count_rows(path: Path) -> tuple[int, int]:
+    """Rows kept and rejected of a result."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    return metadata.num_rows, sum(json.loads(metadata.metadata[REJECTED]).values())
+
+
+def read_results(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, int]]:
+    """The rows of a stage's results, in order, and the number of rejected ones by reason."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(path) for path in paths]
+    rejected: Counter[str] = Counter()
+    for table in tables:
+        rejected.update(json.loads(table.schema.metadata[REJECTED]))
+    whole = pa.concat_tables(table.replace_schema_metadata() for table in tables)
+    return whole, dict(sorted(rejected.items()))
