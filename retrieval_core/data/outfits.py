@@ -39,7 +39,7 @@ _COLOUR = re.compile(
 SIDE, STEP = 96, 25
 _LOWEST, _NODES = (0, -100, -125), (5, 9, 10)
 # Largest mean cosine distance to an outfit's other pictures; chosen on paper dolls.
-THRESHOLD = 0.16
+THRESHOLD = 0.14
 # Embeddings that are compared with each other at a time: 8 bytes for each pair of them.
 BLOCK = 4096
 
