@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .host import folders
+from .host import dataset_folder, folders
 
 # At import: 0.8.0 never calls an extension's on_load.
 folders.register_folder(folders.NETWORKS)
 folders.register_folder(folders.REFERENCES)
+dataset_folder.register()
 
 
 class RetrievalExtension(ComfyExtension):
@@ -16,6 +17,7 @@ class RetrievalExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .apply_reference_retrieval import RetrievalApplyReferences
+        from .build_retrieval_dataset import RetrievalBuildDataset
         from .encode_references import RetrievalEncodeReferences
         from .image_similarity import RetrievalImageSimilarity
         from .load_paperdoll_demo import RetrievalPaperdollModel
@@ -23,6 +25,7 @@ class RetrievalExtension(ComfyExtension):
         from .load_retrieval_controlnet import RetrievalLoadControlNet
         from .paperdoll_match import RetrievalPaperdollMatch
         from .paperdoll_reference import RetrievalPaperdollReference
+        from .preview_retrieval_dataset import RetrievalPreviewDataset
         from .record_retrieval_map import RetrievalRecordMap
         from .retrieval_controls import RetrievalControls
         from .retrieval_map import RetrievalMap
@@ -39,6 +42,8 @@ class RetrievalExtension(ComfyExtension):
             RetrievalLoadReferences,
             RetrievalRecordMap,
             RetrievalMap,
+            RetrievalBuildDataset,
+            RetrievalPreviewDataset,
             RetrievalPaperdollModel,
             RetrievalPaperdollReference,
             RetrievalVQADiversityScore,

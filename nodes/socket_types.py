@@ -10,6 +10,7 @@ RetrievalControlNetType = io.Custom("RETRIEVAL_CONTROLNET")
 ReferencesType = io.Custom("REFERENCES")
 RetrievalControlsType = io.Custom("RETRIEVAL_CONTROLS")
 RetrievalMapType = io.Custom("RETRIEVAL_MAP")
+RetrievalDatasetType = io.Custom("RETRIEVAL_DATASET")
 # Of `retrieval_core.metrics.ImageScore`: a value for each image, in percent.
 ImageScoresType = io.Custom("IMAGE_SCORES")
 

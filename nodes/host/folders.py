@@ -1,8 +1,9 @@
-"""The host's model folders: trained networks and saved references."""
+"""The host's model folders: trained networks and saved references; names of new files in them."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path, PurePosixPath
 
 import folder_paths
 
@@ -11,6 +12,7 @@ from ...retrieval_core.errors import RetrievalError
 NETWORKS = "retrieval_controlnet"
 REFERENCES = "retrieval_references"
 EXTENSIONS = {".safetensors", ".sft"}
+_FORBIDDEN = '<>:"|?*'
 
 
 def register_folder(name: str) -> None:
@@ -52,3 +54,29 @@ def describe_version(path: str | os.PathLike[str]) -> str:
 def describe_file(folder: str, name: str) -> str:
     """`describe_version` of a file of `list_files`, so that the host runs a node again."""
     return describe_version(folder_paths.get_full_path(folder, name) or "")
+
+
+def split_name(name: str) -> tuple[str, ...]:
+    """The parts of a new file's or folder's name, with "/" for subfolders.
+
+    Raises:
+        RetrievalError: a name that is empty, or could leave its folder.
+    """
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    plain = all(part == part.strip() and not part.startswith((".", "/")) for part in parts)
+    unsafe = any(c in _FORBIDDEN or ord(c) < 32 for c in name)
+    if not parts or not plain or unsafe:
+        raise RetrievalError(
+            f"{name!r} is not a plain file name; write it as name or folder/name, without dots "
+            f"in front and without {' '.join(_FORBIDDEN)}."
+        )
+    return parts
+
+
+def check_inside(home: str | os.PathLike[str], path: Path, name: str) -> None:
+    """Raises RetrievalError if links lead a path with a plain name out of the folder `home`."""
+    if not path.resolve().is_relative_to(Path(home).resolve()):
+        raise RetrievalError(
+            f"{name!r} would be written outside '{home}'; remove the link there, or choose "
+            "another name."
+        )

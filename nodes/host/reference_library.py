@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import folder_paths
 
@@ -12,11 +12,10 @@ from ...retrieval_core.bank.bank_file import load_references, save_references
 from ...retrieval_core.bank.tokens import EncodedReference
 from ...retrieval_core.errors import RetrievalError
 from .encoded_references import References
-from .folders import REFERENCES, find_file, first_path
+from .folders import REFERENCES, check_inside, find_file, first_path, split_name
 from .reference_network import ReferenceNetwork
 
 SUFFIX = ".safetensors"
-_FORBIDDEN = '<>:"|?*'
 
 
 def new_path(prefix: str) -> Path:
@@ -29,15 +28,8 @@ def new_path(prefix: str) -> Path:
         RetrievalError: a name that is empty, or leaves the folder.
     """
     home = os.path.abspath(first_path(REFERENCES))
-    parts = PurePosixPath(prefix.replace("\\", "/")).parts
-    plain = all(part == part.strip() and not part.startswith((".", "/")) for part in parts)
-    unsafe = any(c in _FORBIDDEN or ord(c) < 32 for c in prefix)
-    if not parts or not plain or unsafe:
-        raise RetrievalError(
-            f"{prefix!r} is not a plain file name; write it as name or folder/name, without dots "
-            f"in front and without {' '.join(_FORBIDDEN)}."
-        )
-    _check_inside(home, Path(home, *parts[:-1]), prefix)
+    parts = split_name(prefix)
+    check_inside(home, Path(home, *parts[:-1]), prefix)
     try:
         os.makedirs(home, exist_ok=True)
         folder, name, number, _, _ = folder_paths.get_save_image_path("/".join(parts), home)
@@ -46,18 +38,10 @@ def new_path(prefix: str) -> Path:
             f"Could not write in '{home}' ({error.strerror or error}); choose a folder that can "
             "be written."
         ) from error
-    _check_inside(home, Path(folder), prefix)  # with %year% and the like filled in
+    check_inside(home, Path(folder), prefix)  # with %year% and the like filled in
     paths = (Path(folder) / f"{name}_{n:05}_{SUFFIX}" for n in count(number))
     # A name that the host's counting passes over is not overwritten either.
     return next(path for path in paths if not path.exists())
-
-
-def _check_inside(home: str, folder: Path, prefix: str) -> None:
-    if not folder.resolve().is_relative_to(Path(home).resolve()):
-        raise RetrievalError(
-            f"{prefix!r} would be written outside '{home}'; remove the link there, or choose "
-            "another name."
-        )
 
 
 def save(references: References, prefix: str) -> Path:

@@ -16,6 +16,12 @@ import pytest
 LAZY_LAYERS = bool(os.environ.get("RETRIEVAL_LAZY_LAYERS"))
 PACK = Path(__file__).resolve().parents[2]
 NAME = "retrieval_pack"
+# Of the pack's extra packages for data sets, those that this Python lacks.
+LACKING = [
+    package
+    for package in ("daft", "pyarrow", "imagehash", "sklearn", "orjson")
+    if importlib.util.find_spec(package) is None
+]
 
 
 def _find_comfyui() -> Path:
@@ -45,6 +51,14 @@ def _start_host() -> None:
 
 
 _start_host()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if LACKING:
+        terminalreporter.write_line(
+            f"Host tests of building data sets skipped: {sys.executable} lacks "
+            f"{', '.join(LACKING)}; to run them, install the pack's extra [data]."
+        )
 
 
 @pytest.fixture(autouse=True)
