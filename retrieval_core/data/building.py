@@ -24,7 +24,7 @@ from .data_set import INFO, read_info, write_data_set
 from .duplicates import find_duplicates
 from .filtering import Rules
 from .outfits import cluster_by_answers, cluster_by_garments, embed_garment
-from .pictures import THUMBNAIL, measure_pictures
+from .pictures import HASH, THUMBNAIL, measure_pictures
 from .prepare import load_image
 from .sources import TWICE, Chunk, find_chunks, read_chunk
 from .stages import digest_json, import_library, read_results, run_stage
@@ -180,11 +180,14 @@ def _is_new(rows: pa.Table) -> np.ndarray:
 
 def _is_original(rows: pa.Table) -> np.ndarray:
     """bool [N], False for near-duplicates."""
+    count = rows.num_rows
     hashes = np.frombuffer(b"".join(rows["hash"].to_pylist()), np.uint8)
     thumbnails = np.frombuffer(b"".join(rows["thumbnail"].to_pylist()), np.uint8)
-    shape = (rows.num_rows, THUMBNAIL, THUMBNAIL, 3)
-    pixels = rows["width"].to_numpy().astype(np.int64) * rows["height"].to_numpy()
-    copies = find_duplicates(hashes.reshape(rows.num_rows, -1), thumbnails.reshape(shape), pixels)
+    copies = find_duplicates(
+        hashes.reshape(count, HASH * HASH // 8),
+        thumbnails.reshape(count, THUMBNAIL, THUMBNAIL, 3),
+        rows["width"].to_numpy().astype(np.int64) * rows["height"].to_numpy(),
+    )
     return copies < 0
 
 

@@ -46,7 +46,7 @@ def write_contact_sheet(data_set: DataSet, path: Path, count: int = ROWS) -> Non
 def choose_outfits(data_set: DataSet, count: int) -> list[np.ndarray]:
     """The rows of up to `count` outfits, those of one character and artist one after the other.
 
-    Pictures of unknown outfits count as one outfit of their character.
+    The largest outfits come first. Pictures of unknown outfits count as one, the last.
     """
     identities = data_set.identities.members
     shown = min(len(identities), max(1, count // OUTFITS_EACH))
@@ -55,17 +55,18 @@ def choose_outfits(data_set: DataSet, count: int) -> list[np.ndarray]:
     chosen: list[np.ndarray] = []
     for members in (identities[i] for i in spread.tolist()):
         groups = [members[outfit[members] == number] for number in np.unique(outfit[members])]
-        chosen += sorted(groups, key=len, reverse=True)[:OUTFITS_EACH]
+        groups.sort(key=lambda rows: (outfit[rows[0]] < 0, -len(rows)))
+        chosen += groups[:OUTFITS_EACH]
     return chosen[:count]
 
 
 def _make_row(data_set: DataSet, members: np.ndarray) -> Row:
     first = data_set.read_row(int(members[0]))
     outfit = "outfit unknown" if first["outfit"] < 0 else f"outfit {first['outfit']}"
-    title = (
-        f"{first['character']}, by {first['artist'] or 'an unknown artist'}: {outfit}, "
-        f"{len(members)} pictures, {first['split'].replace('_', ' ')}"
-    )
+    count = "1 picture" if len(members) == 1 else f"{len(members)} pictures"
+    split = first["split"].replace("_", " ")
+    artist = first["artist"] or "an unknown artist"
+    title = f"{first['character']}, by {artist}: {outfit}, {count}, {split}"
     tiles = [
         Tile(_draw_sample(data_set[row]), _shorten(data_set.index["image"][row].as_py()))
         for row in islice(members.tolist(), COLUMNS)

@@ -50,14 +50,14 @@ def find_duplicates(hashes: np.ndarray, thumbnails: np.ndarray, pixels: np.ndarr
 
 def look_alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """bool [M], whether thumbnails [M, H, W, 3] differ in brightness only, within `LEVELS`."""
-    one = one.reshape(len(one), -1).astype(np.float32)
-    other = other.reshape(len(other), -1).astype(np.float32)
-    swap = (one.sum(1) > other.sum(1))[:, None]
+    one, other = one.astype(np.float32), other.astype(np.float32)
+    cells = (1, 2, 3)
+    swap = one.sum(cells, keepdims=True) > other.sum(cells, keepdims=True)
     dark, bright = np.where(swap, other, one), np.where(swap, one, other)
     whole = bright < _CLIPPED
-    gain = (dark * bright * whole).sum(1) / np.maximum((dark * dark * whole).sum(1), 1)
-    brightened = np.minimum(np.maximum(gain, 1)[:, None] * dark, 255)
-    return np.abs(brightened - bright).max(1, initial=0) <= LEVELS
+    gain = (dark * bright * whole).sum(cells) / np.maximum((dark * dark * whole).sum(cells), 1)
+    brightened = np.minimum(np.maximum(gain, 1)[:, None, None, None] * dark, 255)
+    return np.abs(brightened - bright).max(cells, initial=0) <= LEVELS
 
 
 def _pair_equal(values: np.ndarray) -> Iterator[np.ndarray]:

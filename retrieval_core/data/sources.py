@@ -14,21 +14,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import groupby
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import RetrievalError, explain
 from .beside import MASKS_FOLDER, find_beside, is_annotation
 from .filtering import Rules, find_rejection, normalize_tag
+from .stages import import_library
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PICTURES = {"png", "jpg", "jpeg", "webp", "bmp", "gif", "avif", "tif", "tiff"}
 CAPTIONS = (".txt", ".caption")
-CHUNK_BYTES, CHUNK_FILES = 64 << 20, 1024
+CHUNK_BYTES, CHUNK_FILES, BATCH_ROWS = 64 << 20, 1024, 2048
 
 # Reasons of rejection, beside those of `filtering.find_rejection`.
 UNREADABLE = "unreadable metadata"
@@ -66,8 +67,7 @@ class Chunk:
     stamp: str = ""
 
 
-@dataclass(frozen=True)
-class Post:
+class Post(NamedTuple):
     """What is told of a picture.
 
     tags: the general ones, or None if the source has none. meta: other tags that may be unwanted.
@@ -83,8 +83,7 @@ class Post:
 
 def make_schema() -> pa.Schema:
     """Columns and types of the rows."""
-    import pyarrow as pa
-
+    pa = import_library("pyarrow")
     types = dict.fromkeys(COLUMNS, pa.string())
     types |= {"tags": pa.list_(pa.string()), "head_box": pa.list_(pa.int32())}
     return pa.schema(list(types.items()))
@@ -104,19 +103,20 @@ def find_chunks(source: Path) -> list[Chunk]:
     Raises:
         RetrievalError: nothing is there, or no pictures.
     """
+    import_library("orjson")
     source = source.absolute()
     if not source.exists():
         raise RetrievalError(f"There is no source '{source}'; check the path.")
     if source.suffix == ".tar":
         return _split_shards([source])
     if source.is_file():
-        if not _holds_posts(source):
+        if not _detect_posts(source):
             raise RetrievalError(
                 f"'{source}' is not Danbooru metadata, which has one JSON object a line (a list "
                 "in one is split by jq -c '.[]'); name such a file, a .tar shard or a folder."
             )
         return _split_metadata([source])
-    metadata = [path for path in _list_metadata(source) if _holds_posts(path)]
+    metadata = [path for path in _list_metadata(source) if _detect_posts(path)]
     if metadata:
         return _split_metadata(metadata)
     files = _list_files(source)
@@ -132,20 +132,27 @@ def read_chunk(chunk: Chunk, rules: Rules) -> tuple[pa.Table, dict[str, int]]:
     Together they are all that were seen: lines of metadata, or pictures in folders or shards. That
     a picture of a Danbooru line is there is not checked.
     """
-    import pyarrow as pa
+    pa = import_library("pyarrow")
+    schema, batches = make_schema(), []
+    rejected: Counter[str] = Counter()
+    kept = _keep_rows(chunk, rules, rejected)
+    # In batches, since Python's garbage collector goes through all lists that are alive.
+    while rows := list(islice(kept, BATCH_ROWS)):
+        arrays = [pa.array(values, field.type) for values, field in zip(zip(*rows), schema)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return pa.Table.from_batches(batches, schema), dict(sorted(rejected.items()))
 
-    read = _read_metadata if chunk.layout else _read_shard if not chunk.files else _read_files
-    rows, rejected = [], Counter()
+
+def _keep_rows(chunk: Chunk, rules: Rules, rejected: Counter[str]) -> Iterator[tuple[Any, ...]]:
+    read = _read_metadata if chunk.layout else _read_files if chunk.files else _read_shard
+    # Looking for each picture's files would take as long as all the rest of a line.
+    annotated = lru_cache(maxsize=None)(partial(_holds_annotations, chunk.root))
     for image, post in read(chunk):
         reason = post if isinstance(post, str) else _find_reason(chunk, image, post, rules)
         if reason:
             rejected[reason] += 1
         else:
-            rows.append(_make_row(chunk, image, post))
-    columns = zip(*rows) if rows else [[]] * len(COLUMNS)
-    schema = make_schema()
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema)]
-    return pa.Table.from_arrays(arrays, schema=schema), dict(sorted(rejected.items()))
+            yield _make_row(chunk, image, post, annotated(image.rpartition("/")[0]))
 
 
 def parse_post(value: dict[str, Any]) -> Post:
@@ -166,13 +173,14 @@ def parse_post(value: dict[str, Any]) -> Post:
 
 
 KINDS = ("general", "character", "artist", "meta")
+_TEXTS = {kind: f"tag_string_{kind}" for kind in KINDS}
 _CATEGORIES = {"0": "general", "1": "artist", "4": "character", "5": "meta"}
 
 
 def _split_kinds(value: dict[str, Any]) -> dict[str, list[str]]:
     tags = value.get("tags")
     if "tag_string_general" in value:  # Danbooru from 2020, and gallery-dl of it
-        return {kind: (value.get(f"tag_string_{kind}") or "").split() for kind in KINDS}
+        return {kind: (value.get(text) or "").split() for kind, text in _TEXTS.items()}
     if any(f"tags_{kind}" in value for kind in KINDS):  # gallery-dl of other sites
         return {kind: _split_tags(value.get(f"tags_{kind}")) for kind in KINDS}
     if isinstance(tags, dict):  # gallery-dl of e621
@@ -396,10 +404,9 @@ def _resolves_out(root: str, path: str) -> bool:
 _folder_leads_out = lru_cache(maxsize=4096)(_resolves_out)
 
 
-def _make_row(chunk: Chunk, image: str, post: Post) -> tuple[Any, ...]:
-    mask = parts = head_box = None
-    if chunk.kind != "webdataset" and _holds_annotations(os.path.dirname(f"{chunk.root}/{image}")):
-        mask, parts, head_box = find_beside(Path(chunk.root, image))
+def _make_row(chunk: Chunk, image: str, post: Post, annotated: bool) -> tuple[Any, ...]:
+    beside = find_beside(Path(chunk.root, image)) if annotated else (None, None, None)
+    mask, parts, head_box = beside
     artist = post.artists[0] if len(post.artists) == 1 else None
     return (
         chunk.root, image, post.tags or [], post.characters[0], artist, post.caption, head_box,
@@ -407,44 +414,42 @@ def _make_row(chunk: Chunk, image: str, post: Post) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _holds_annotations(folder: str) -> bool:
+def _holds_annotations(root: str, folder: str) -> bool:
     """Whether `find_beside` may find anything for the pictures of a folder."""
+    path = f"{root}/{folder}"
     try:
-        return _lists_annotations(folder, os.stat(folder).st_mtime_ns)
+        return _lists_annotations(path, os.stat(path).st_mtime_ns)
     except OSError:
         return False
 
 
-# A folder's time changes with its entries; asking for each picture's files would take as long as
-# all the rest of a line.
 @lru_cache(maxsize=4096)
 def _lists_annotations(folder: str, _changed: int) -> bool:
+    """Of a folder with that time of change, which new entries move."""
     return any(name == MASKS_FOLDER or is_annotation(name) for name in os.listdir(folder))
 
 
-def _split_metadata(paths: Iterable[Path]) -> list[Chunk]:
+def _split_metadata(paths: Sequence[Path]) -> list[Chunk]:
     chunks = []
     for path in paths:
         root = path.parent.parent if path.parent.name == "metadata" else path.parent
-        folder, layout = _find_layout(root)
-        buckets = sorted(str(child) for child in folder.iterdir() if child.is_dir())
-        stamp = _stamp([str(path), str(folder), *buckets])
+        name = next((name for name in ("original", "512px") if (root / name).is_dir()), "")
+        with os.scandir(root / name) as entries:
+            folders = sorted(entry.path for entry in entries if entry.is_dir())
+        layout = _choose_layout(name, folders)
+        kind, stamp = _detect_posts(path) or "", _stamp([str(path), str(root / name), *folders])
         size = path.stat().st_size
         for start in range(0, size, CHUNK_BYTES):
             stop = min(start + CHUNK_BYTES, size)
-            chunks.append(
-                Chunk(_holds_posts(path), str(root), str(path), start, stop, layout, stamp=stamp)
-            )
+            chunks.append(Chunk(kind, str(root), str(path), start, stop, layout, stamp=stamp))
     return chunks
 
 
-def _find_layout(root: Path) -> tuple[Path, str]:
-    """The folder of the pictures, and the format of a path in it relative to the root."""
-    name = next((name for name in ("original", "512px") if (root / name).is_dir()), "")
-    folder = root / name
-    bucketed = any(re.fullmatch(r"\d{4}", child.name) for child in folder.iterdir())
+def _choose_layout(name: str, folders: Sequence[str]) -> str:
+    """The format of a picture's path, by the name of the pictures' folder and those in it."""
+    bucketed = any(re.fullmatch(r"\d{4}", os.path.basename(folder)) for folder in folders)
     layout = (f"{name}/" if name else "") + ("{bucket:04d}/" if bucketed else "")
-    return folder, layout + ("{id}.jpg" if name == "512px" else "{id}.{extension}")
+    return layout + ("{id}.jpg" if name == "512px" else "{id}.{extension}")
 
 
 def _list_metadata(source: Path) -> list[Path]:
@@ -461,7 +466,7 @@ def _list_metadata(source: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _holds_posts(path: Path) -> str | None:
+def _detect_posts(path: Path) -> str | None:
     """The kind of Danbooru metadata in a file, or None if it holds no post."""
     import orjson
 

@@ -55,9 +55,9 @@ class TruthAnnotator:
         return [getattr(self, f"_find_{self.kind}")(picture) for picture in pictures]
 
     def _find_mask(self, picture: Picture) -> np.ndarray:
-        mask = Image.fromarray(render(self.figures[picture.sha256]).mask)
+        mask = Image.fromarray(render(self.figures[picture.sha256]).mask.astype(np.uint8))
         height, width = picture.image.shape[:2]
-        return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST))
+        return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)) > 0
 
     def _find_head_box(self, picture: Picture) -> tuple[int, ...]:
         rendering = render(self.figures[picture.sha256])

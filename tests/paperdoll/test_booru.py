@@ -28,6 +28,7 @@ from retrieval_core.paperdoll.measure_booru import (
     Truth,
     TruthAnnotator,
     compare_clusters,
+    measure_booru,
     score_pairs,
 )
 
@@ -265,3 +266,18 @@ def test_lines_are_json_but_for_the_unreadable(folder, rows):
         except json.JSONDecodeError:
             unreadable += 1
     assert unreadable == sum(row["kind"] == "unreadable line" for row in rows) > 0
+
+
+def test_a_build_recovers_the_booru(tmp_path):
+    pytest.importorskip("daft")
+    measured = measure_booru(tmp_path, 300, 2, 0.0)
+    pictures = measured["pictures"]
+    assert pictures["accounted for"] and pictures["seen"] == 300
+    assert pictures["keepable and kept, as it is or as a copy"] == pictures["keepable"] > 200
+    assert pictures["faulty and kept"] == {} and pictures["kept twice"] <= 1
+    for name in ("garments", "answers, 0% wrong"):
+        assert measured[name]["character"] == {"precision": 1.0, "recall": 1.0}
+        assert measured[name]["outfit"]["precision"] >= 0.99
+        assert measured[name]["outfit"]["recall"] >= 0.9
+    right, wrong = (measured[f"answers, {share}% wrong"]["outfit"] for share in (0, 30))
+    assert wrong["recall"] < 0.7 < right["recall"]
