@@ -47,7 +47,7 @@ def atomic_write(
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or error
+        reason = os.strerror(error.errno) if error.errno else error
         raise RetrievalError(
             f"Could not write '{path}' ({reason}); choose a folder that can be written, with "
             "enough room."
