@@ -47,7 +47,8 @@ def atomic_write(
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # the latter of a full disk, too
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else error
         raise RetrievalError(
             f"Could not write '{path}' ({reason}); choose a folder that can be written, with "
             "enough room."

@@ -19,7 +19,7 @@ from PIL import Image
 from ..errors import RetrievalError
 from ..files import atomic_write, write_text
 from .beside import clip_box, has_unusable_box, read_mask, read_parts
-from .prepare import load_image
+from .pictures import load_picture
 from .sample import Box
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class _RowPicture:
     """
 
     def __init__(self, row: dict[str, Any]) -> None:
-        self.path = Path(row["root"], row["image"])
+        self.root, self.name = row["root"], row["image"]
         self.sha256, self.size = row["sha256"], (row["width"], row["height"])
         self.image: np.ndarray | None = None
         self.found: dict[str, Any] = dict.fromkeys(USES)
@@ -136,7 +136,7 @@ class _RowPicture:
         if row["head_box"] is not None:
             self.found["head_box"] = clip_box(row["head_box"], *self.size)
         if self.found["head_box"] is None:
-            if row["head_box"] is not None or has_unusable_box(self.path):
+            if row["head_box"] is not None or has_unusable_box(Path(self.root, self.name)):
                 self.unusable.append("head_box")
 
     def make_key(self, kind: str) -> str:
@@ -152,7 +152,7 @@ class _RowPicture:
     def load(self, kind: str) -> Picture:
         """The picture with what an annotator of `kind` looks at."""
         if self.image is None:
-            self.image = load_image(self.path)[0]
+            self.image = load_picture(self.root, self.name)
         picture, uses = Picture(self.image, self.sha256), USES[kind]
         if "mask" in uses and self.found["mask"] is not None:
             picture = replace(picture, mask=read_mask(self.found["mask"], *self.size))

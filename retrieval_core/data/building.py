@@ -24,8 +24,7 @@ from .data_set import INFO, read_info, write_data_set
 from .duplicates import find_duplicates
 from .filtering import Rules
 from .outfits import cluster_by_answers, cluster_by_garments, embed_garment
-from .pictures import HASH, THUMBNAIL, measure_pictures
-from .prepare import load_image
+from .pictures import HASH, THUMBNAIL, load_picture, measure_pictures
 from .sources import TWICE, Chunk, find_chunks, read_chunk
 from .stages import digest_json, import_library, read_results, run_stage
 
@@ -259,7 +258,7 @@ def embed_garments(chunk: Sequence[Mapping[str, Any]]) -> tuple[pa.Table, dict[s
     for row in chunk:
         embedding = None
         if row["mask"] is not None and row["head_box"] is not None:
-            image, _ = load_image(Path(row["root"], row["image"]))
+            image = load_picture(row["root"], row["image"])
             mask = read_mask(row["mask"], row["width"], row["height"])
             embedding = embed_garment(Picture(image, row["sha256"], mask, tuple(row["head_box"])))
         garments.append(None if embedding is None else embedding.tolist())

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from .prepare import LARGEST_IMAGE, convert_mode
+from ..errors import RetrievalError, explain
+from .prepare import LARGEST_IMAGE, convert_mode, decode_image
 from .sample import NEUTRAL
 from .sources import NOT_A_PICTURE, OUTSIDE, read_picture
 from .stages import import_library
@@ -88,6 +89,21 @@ def measure_file(root: str, image: str) -> Measures | str:
     except (OSError, ValueError):  # ValueError: a null character in the name
         return MISSING
     return measure_picture(content) if content else EMPTY
+
+
+def load_picture(root: str, image: str) -> np.ndarray:
+    """The picture of a row as uint8 [H, W, 3]; see `prepare.load_image`.
+
+    Raises:
+        RetrievalError: it cannot be read, or not any more.
+    """
+    try:
+        content = read_picture(root, image)
+    except OSError as error:
+        raise RetrievalError(
+            f"'{image}' in '{root}' cannot be read any more ({explain(error)}); build again."
+        ) from error
+    return decode_image(io.BytesIO(content), f"{root}/{image}")[0]
 
 
 def measure_picture(content: bytes) -> Measures | str:

@@ -7,7 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -77,14 +77,21 @@ def load_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray | N
             f"The file '{path}' cannot be read ({reason}); check its name and permissions."
         ) from error
     with file:
-        image = _decode(file, path)
+        return decode_image(file, path)
+
+
+def decode_image(
+    file: BinaryIO, name: str | os.PathLike[str]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`load_image` of an open file; name: what errors call it."""
+    image = _decode(file, name)
     alpha = None
     if image.mode == "RGBA":
         opacity = image.getchannel("A")
         lowest, highest = opacity.getextrema()
         if highest == 0:
             raise RetrievalError(
-                f"'{path}' is transparent throughout, so there is nothing to take from it; use an "
+                f"'{name}' is transparent throughout, so there is nothing to take from it; use an "
                 "image with visible content."
             )
         if lowest < 255:
@@ -201,7 +208,7 @@ def prepare(
     return PreparedReference(tensor, None if whole else torch.from_numpy(inside), concept, weight)
 
 
-def _decode(file: Any, path: Path) -> Image.Image:
+def _decode(file: BinaryIO, path: str | os.PathLike[str]) -> Image.Image:
     """Decodes an open file to an upright image of mode RGB or RGBA."""
     try:
         with warnings.catch_warnings():

@@ -13,7 +13,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,8 @@ REJECTED = b"rejected"  # key in a result's schema metadata
 IN_PROCESSES = os.name != "nt" and __name__.startswith("retrieval_core.")
 # Chunks that are done in threads by the time that processes have started.
 FEW = 4
+# Runs of a stage on a cluster until what it still lacks is an error.
+ATTEMPTS = 3
 
 
 def import_library(name: str) -> ModuleType:
@@ -77,6 +78,7 @@ def run_stage(
 
     Raises:
         RetrievalError: `function` raised it, a result cannot be written, or the engine failed.
+        Whatever `on_progress` raises, to interrupt.
     """
     paths = [folder / name / f"{digest_json([name, settings, chunk])}.parquet" for chunk in chunks]
     done = kept = rejected = 0
@@ -87,22 +89,31 @@ def run_stage(
         if on_progress is not None:
             on_progress(done, len(chunks), kept, rejected)
 
-    pending = []
-    for path, chunk in zip(paths, chunks):
-        if path.is_file():
+    def collect(tasks: dict[str, str]) -> dict[str, str]:
+        """Reports the tasks (path -> task) that have a result, and returns the others."""
+        finished = {path for path in tasks if Path(path).is_file()}
+        for path in finished:
             report(*_count_rows(path))
-        else:
-            pending.append(json.dumps([str(path), chunk]))
-    try:
-        for counts in _map_tasks(partial(_run_task, function), pending, ray):
-            report(*json.loads(counts))
-    except RetrievalError:
-        raise
-    except Exception as error:  # Daft and Ray raise what they like
-        raise RetrievalError(
-            f"The stage '{name}' broke off after {done} of {len(chunks)} chunks "
-            f"({_find_cause(error)}); mend that, and the same command goes on from there."
-        ) from error
+        return {path: task for path, task in tasks.items() if path not in finished}
+
+    pending = collect(
+        {str(path): json.dumps([str(path), chunk]) for path, chunk in zip(paths, chunks)}
+    )
+    # A machine that is lost takes results with it that Ray had not handed over, which ends the run
+    # although they are in files.
+    for left in reversed(range(1 if ray is None else ATTEMPTS)):
+        try:
+            for path, *counts in _map_tasks(function, list(pending.values()), ray):
+                del pending[path]
+                report(*counts)
+            break
+        except _EngineError as error:
+            pending = collect(pending)
+            if not left:
+                raise RetrievalError(
+                    f"The stage '{name}' broke off after {done} of {len(chunks)} chunks ({error}); "
+                    "mend that, and the same command goes on from there."
+                ) from error
     return paths
 
 
@@ -112,7 +123,7 @@ def digest_json(value: Any) -> str:
 
 
 def _run_task(function: Function, task: str) -> str:
-    """Writes the result of one chunk; JSON of the numbers of rows kept and rejected.
+    """Writes the result of one chunk; JSON of its path and the numbers of rows kept and rejected.
 
     task: JSON of the result's path and the chunk.
     """
@@ -123,11 +134,19 @@ def _run_task(function: Function, task: str) -> str:
     metadata = {REJECTED: json.dumps(rejected, sort_keys=True)}
     table = table.replace_schema_metadata(metadata)
     atomic_write(path, lambda temporary: pq.write_table(table, temporary), sync=False)
-    return json.dumps([table.num_rows, sum(rejected.values())])
+    return json.dumps([path, table.num_rows, sum(rejected.values())])
 
 
-def _map_tasks(work: Callable[[str], str], tasks: list[str], ray: str | None) -> Iterator[str]:
-    """The results of `work`, as they come. What `work` raises as RetrievalError is raised here."""
+class _EngineError(Exception):
+    """What ended a run of the engine, but for a RetrievalError of the stage's function."""
+
+
+def _map_tasks(function: Function, tasks: list[str], ray: str | None) -> Iterator[Any]:
+    """The results of `_run_task`, as they come.
+
+    Raises:
+        RetrievalError: of the function. _EngineError: anything else.
+    """
     if not tasks:
         return
     daft = import_library("daft")
@@ -135,7 +154,7 @@ def _map_tasks(work: Callable[[str], str], tasks: list[str], ray: str | None) ->
 
     def attempt(task: str) -> str:
         try:
-            return work(task)
+            return _run_task(function, task)
         except RetrievalError as error:  # the engine would wrap it in errors of its own
             return json.dumps({"error": str(error)})
 
@@ -144,11 +163,16 @@ def _map_tasks(work: Callable[[str], str], tasks: list[str], ray: str | None) ->
     frame = daft.from_pydict({"task": tasks})
     # One task at a time: on this machine in batches, on a cluster in partitions.
     frame = frame.into_batches(1) if ray is None else frame.into_partitions(len(tasks))
-    for row in frame.select(mapped(daft.col("task")).alias("result")).iter_rows():
-        result = json.loads(row["result"])
-        if isinstance(result, dict):
-            raise RetrievalError(result["error"])
-        yield row["result"]
+    try:
+        for row in frame.select(mapped(daft.col("task")).alias("result")).iter_rows():
+            result = json.loads(row["result"])
+            if isinstance(result, dict):
+                raise RetrievalError(result["error"])
+            yield result
+    except RetrievalError:
+        raise
+    except Exception as error:  # Daft and Ray raise what they like
+        raise _EngineError(_find_cause(error)) from error
 
 
 def _choose_runner(daft: Any, address: str | None) -> None:
@@ -181,7 +205,7 @@ def _find_cause(error: Exception) -> str:
     return lines[-1].rstrip(".")[:300] if lines else type(error).__name__
 
 
-def _count_rows(path: Path) -> tuple[int, int]:
+def _count_rows(path: str) -> tuple[int, int]:
     """Rows kept and rejected of a result."""
     import pyarrow.parquet as pq
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,22 @@ def read_tree(folder: Path) -> dict[str, bytes]:
 def stamp_tree(folder: Path) -> dict[str, tuple[int, int]]:
     found = {path: path.lstat() for path in sorted(folder.rglob("*"))}
     return {str(path): (one.st_mtime_ns, one.st_size) for path, one in found.items()}
+
+
+@dataclass(frozen=True)
+class Middle:
+    """Annotator that finds every figure in the middle of its picture."""
+
+    kind: str
+    fingerprint: str = "middle"
+
+    def annotate(self, pictures) -> list:
+        if self.kind == "head_box":
+            return [(20, 10, 40, 30)] * len(pictures)
+        masks = [np.zeros(picture.image.shape[:2], bool) for picture in pictures]
+        for mask in masks:
+            mask[5:75, 15:45] = True
+        return masks
 
 
 def test_bad_input_is_counted_by_reason_and_the_source_stays_as_it_is(tmp_path):
@@ -140,7 +157,7 @@ def test_a_booru_of_paper_dolls_is_accounted_for(tmp_path):
     ]  # fmt: skip
 
 
-def test_shards_are_copied_and_opened(tmp_path):
+def test_shards_are_annotated_copied_and_opened(tmp_path):
     (tmp_path / "source").mkdir()
     with tarfile.open(tmp_path / "source" / "0.tar", "w") as shard:
         for number in range(4):
@@ -151,9 +168,12 @@ def test_shards_are_copied_and_opened(tmp_path):
                 member = tarfile.TarInfo(f"{number}.{ending}")
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))
-    assert build(tmp_path / "source", tmp_path / "out")["kept"] == 4
+    annotators = [Middle("mask"), Middle("head_box")]
+    figures = build(tmp_path / "source", tmp_path / "out", annotators=annotators)
+    assert (figures["kept"], figures["outfits"]) == (4, 4)
     data_set = open_data_set(tmp_path / "out")
     assert (data_set[2].image == np.asarray(draw_picture(2))).all()
+    assert data_set[2].mask.sum() == 30 * 70 and data_set[2].head_box == (20, 10, 40, 30)
 
 
 def test_the_same_command_replaces_a_data_set_and_another_does_not(tmp_path):
@@ -236,6 +256,21 @@ def test_an_error_in_a_stage_is_one_sentence(tmp_path, helpers_everywhere, count
     assert wrong == "The chunk is 'wrong'; give another."
     broken = sentence(run_stage, "count-1", count_letters, [*chunks, "broken"], tmp_path)
     assert "'count-1'" in broken and "division by zero" in broken
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_stage_is_interrupted_by_what_its_progress_raises(tmp_path, helpers_everywhere, count):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: int) -> None:
+        raise Interrupted
+
+    chunks = ["x" * i for i in range(count)]
+    with pytest.raises(Interrupted):
+        run_stage("count-1", count_letters, chunks, tmp_path, on_progress=interrupt)
+    rows, _ = read_results(run_stage("count-1", count_letters, chunks, tmp_path))
+    assert rows["letters"].to_pylist() == list(range(count))
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):

@@ -148,7 +148,8 @@ def test_every_line_is_in_exactly_one_chunk_wherever_the_cuts_are(tmp_path, monk
     write_lines(tmp_path / "posts.json", posts)
     whole, _ = read(tmp_path)
     assert len(whole) == 60
-    for size in (1, 97, 250, 251, 1000):
+    first = (tmp_path / "posts.json").read_bytes().index(b"\n") + 1
+    for size in (1, 97, first - 1, first, first + 1, 1000):
         monkeypatch.setattr(sources, "CHUNK_BYTES", size)
         assert read(tmp_path)[0] == whole, size
     text = (tmp_path / "posts.json").read_text()
