@@ -24,8 +24,8 @@ def atomic_write(
     Until the rename the old file stays whole; after a failure no temporary file is left.
 
     Args:
-        sync: waits until the data is on the disk. Without, small files are written several times as fast,
-            but a power failure may leave the file empty.
+        sync: waits until the data is on the disk. Without, small files are written several times
+            as fast, but a power failure may leave the file empty.
 
     Raises:
         RetrievalError: the folder cannot be made or written.

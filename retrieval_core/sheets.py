@@ -74,10 +74,9 @@ def write_sheet(path: Path, title: str, subtitle: str, rows: Sequence[Row]) -> N
         top = HEAD + i * row_height
         pen.text((MARGIN, top), row.title, INK, font=ImageFont.load_default(15))
         results_left = MARGIN + left * step + 3 * GAP
-        pen.line(
-            (results_left - 2 * GAP, top + CAPTION, results_left - 2 * GAP, top + CAPTION + TILE),
-            fill=FAINT,
-        )
+        if row.references:
+            middle = results_left - 2 * GAP
+            pen.line((middle, top + CAPTION, middle, top + CAPTION + TILE), fill=FAINT)
         for tiles, start in ((row.references, MARGIN), (row.results, results_left)):
             for j, tile in enumerate(tiles):
                 _paste(sheet, pen, tile, start + j * step, top + CAPTION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -109,14 +110,27 @@ def describe_source(name: str) -> str:
     from ...retrieval_core.data.sources import find_chunks
     from ...retrieval_core.data.stages import digest_json
 
-    return digest_json([chunk.stamp for chunk in find_chunks(find_source(name))])
+    try:
+        return digest_json([chunk.stamp for chunk in find_chunks(find_source(name))])
+    except RetrievalError:  # told when the node runs
+        return ""
 
 
 def describe_data_set(name: str) -> str:
     """Changes when a data set is replaced; the host then looks at it again."""
     from ...retrieval_core.data.data_set import read_info
 
-    return read_info(find_data_set(name))["fingerprint"]
+    try:
+        return read_info(find_data_set(name))["fingerprint"]
+    except RetrievalError:  # told when the node runs
+        return ""
+
+
+def _silence_engine() -> None:
+    """Keeps Daft from reporting its use over the network, and from writing into the host's log."""
+    for switch in ("DAFT_ANALYTICS_ENABLED", "DAFT_PROGRESS_BAR", "DAFT_SHOW_QUERY_ID"):
+        os.environ.setdefault(switch, "0")
+    logging.getLogger("tracing.span").setLevel(logging.WARNING)
 
 
 class WatchedAnnotator:
@@ -158,31 +172,23 @@ def build(
             "Outfits by answers need a model that answers; name a VQA repository such as "
             "Salesforce/instructblip-flan-t5-xl, or choose garments."
         )
-    # Else the engine reports its use over the network, and draws bars of its own in the log.
-    os.environ.setdefault("DAFT_ANALYTICS_ENABLED", "0")
-    os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
+    _silence_engine()
     for package in PACKAGES:  # all of them before the work starts
         import_library(package)
     if models:
         management.unload_all_models()  # the annotators' models know nothing of the host's
     progress = make_progress()
     annotators = [WatchedAnnotator(a) for a in load_annotators(**models, progress=progress)]
-    try:
-        figures = build_data_set(
-            [pictures],
-            folder,
-            rules=load_rules(),
-            annotators=annotators,
-            outfits=outfits,
-            copy=copy,
-            cache=list_homes()[0] / CACHE,
-            on_progress=lambda _stage, done, total, *_: progress(done, total),
-        )
-    except RetrievalError as error:
-        # An interruption is an Exception in 0.8.0, so that the build took it for the engine's.
-        if isinstance(error.__cause__, management.InterruptProcessingException):
-            raise error.__cause__ from None
-        raise
+    figures = build_data_set(
+        [pictures],
+        folder,
+        rules=load_rules(),
+        annotators=annotators,
+        outfits=outfits,
+        copy=copy,
+        cache=list_homes()[0] / CACHE,
+        on_progress=lambda _stage, done, total, *_: progress(done, total),
+    )
     return open_data_set(folder), figures
 
 
