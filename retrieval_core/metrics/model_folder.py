@@ -25,7 +25,7 @@ _SMALL = re.compile(r"(qformer_tokenizer/)?[\w-][\w.-]*\.(json|txt|model|jinja)"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, progress: Progress = lambda done, total: None) -> Path:
     """The folder of a model in the format of transformers: the path of one on disk, or the name of
     a repository of the hub, see `fetch_model`.
 
@@ -38,7 +38,7 @@ def find_model(name: str) -> Path:
         check(folder)
         return folder
     check_repository(name, "neither a folder here nor")
-    return fetch_model(name)
+    return fetch_model(name, progress)
 
 
 def fetch_model(name: str, progress: Progress = lambda done, total: None) -> Path:
