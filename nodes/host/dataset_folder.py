@@ -127,8 +127,8 @@ def describe_data_set(name: str) -> str:
 
 
 def _silence_engine() -> None:
-    """Keeps Daft from reporting its use over the network, and from writing into the host's log."""
-    for switch in ("DAFT_ANALYTICS_ENABLED", "DAFT_PROGRESS_BAR", "DAFT_SHOW_QUERY_ID"):
+    """Keeps Daft from writing into the host's log."""
+    for switch in ("DAFT_PROGRESS_BAR", "DAFT_SHOW_QUERY_ID"):
         os.environ.setdefault(switch, "0")
     logging.getLogger("tracing.span").setLevel(logging.WARNING)
 

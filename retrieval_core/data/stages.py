@@ -28,6 +28,10 @@ Function = Callable[[Any], "tuple[pa.Table, dict[str, int]]"]
 # Called with chunks done, chunks in all, rows kept, rows rejected.
 Progress = Callable[[int, int, int, int], None]
 
+# Daft reports its use over the network from its import on, and so do the workers that inherit this.
+SILENT = {"DAFT_ANALYTICS_ENABLED": "0"}
+os.environ.update(SILENT)
+
 PACK = Path(__file__).parents[2]
 REJECTED = b"rejected"  # key in a result's schema metadata
 # Daft's worker processes speak through Unix sockets. And under a host that loads the pack by its
@@ -180,7 +184,7 @@ def _choose_runner(daft: Any, address: str | None) -> None:
     if address is not None:
         ray = import_library("ray")
         if not ray.is_initialized():
-            environment = {"env_vars": {"PYTHONPATH": str(PACK)}}
+            environment = {"env_vars": {"PYTHONPATH": str(PACK), **SILENT}}
             try:
                 ray.init(
                     address, runtime_env=environment, log_to_driver=False, logging_level="ERROR"

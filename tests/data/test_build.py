@@ -278,6 +278,18 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     assert "[data]" in sentence(stages.import_library, "daft")
 
 
+def test_the_engine_does_not_report_its_use():
+    """In a process that knows nothing of it but the command's import."""
+    code = (
+        "import retrieval_core.data.__main__\n"
+        "from daft.scarf_telemetry import opted_out\n"
+        "assert opted_out()"
+    )
+    switches = ("DAFT_ANALYTICS_ENABLED", "SCARF_NO_ANALYTICS", "DO_NOT_TRACK")
+    environment = {k: v for k, v in os.environ.items() if k not in switches}
+    subprocess.run([sys.executable, "-c", code], cwd=PACK, env=environment, check=True)
+
+
 def command(source: Path, out: Path, cache: Path) -> list[str]:
     module = [sys.executable, "-m", "retrieval_core.data", "build", str(source)]
     return [*module, "--out", str(out), "--cache", str(cache), "--json"]
