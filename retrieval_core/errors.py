@@ -1,8 +1,10 @@
-"""The one error class for what a user can cause, and others' errors in a few words."""
+"""The one error class for what a user can cause, and how it and others' errors are told."""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 
 
 class RetrievalError(ValueError):
@@ -16,3 +18,18 @@ def explain(error: BaseException) -> str:
         return explain(wrapped)
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"\.(?=\s)", ";", text)[:200].rstrip(".;: ")
+
+
+def run_command(work: Callable[[], int | None]) -> int:
+    """Runs a command that can be resumed; its exit status is what `work` returns, or 0.
+
+    A RetrievalError and Ctrl-C are told in one sentence.
+    """
+    try:
+        return work() or 0
+    except RetrievalError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        return 130

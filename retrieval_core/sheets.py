@@ -57,11 +57,21 @@ class Row:
 
 
 def write_sheet(path: Path, title: str, subtitle: str, rows: Sequence[Row]) -> None:
-    """Writes a PNG of the rows, one below the other, atomically.
+    """Writes `draw_sheet`'s picture as PNG, atomically.
 
     Raises:
         RetrievalError: the folder cannot be written.
     """
+    save_png(path, draw_sheet(title, subtitle, rows))
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Writes a picture atomically; RetrievalError if the folder cannot be written."""
+    atomic_write(path, lambda temporary: picture.save(temporary, "PNG", optimize=True))
+
+
+def draw_sheet(title: str, subtitle: str, rows: Sequence[Row]) -> Image.Image:
+    """The rows, one below the other, under a title."""
     left = max(len(row.references) for row in rows)
     right = max(len(row.results) for row in rows)
     step, row_height = TILE + GAP, TILE + 2 * CAPTION + GAP
@@ -80,7 +90,7 @@ def write_sheet(path: Path, title: str, subtitle: str, rows: Sequence[Row]) -> N
         for tiles, start in ((row.references, MARGIN), (row.results, results_left)):
             for j, tile in enumerate(tiles):
                 _paste(sheet, pen, tile, start + j * step, top + CAPTION)
-    atomic_write(path, lambda temporary: sheet.save(temporary, "PNG", optimize=True))
+    return sheet
 
 
 def _paste(sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, x: int, y: int) -> None:

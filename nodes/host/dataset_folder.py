@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as management
@@ -15,13 +14,12 @@ import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image
 from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
-from ...retrieval_core.hub import check_repository
 from .folders import check_inside, split_name
 from .loading import make_progress
+from .model_folders import fetch_repository
 
 if TYPE_CHECKING:
     from ...retrieval_core.data import DataSet
@@ -165,8 +163,6 @@ def build(
 
     pictures, folder = find_source(source), choose_folder(name)
     models = {use: repository.strip() for use, repository in models.items() if repository.strip()}
-    for repository in models.values():
-        check_repository(repository)
     if outfits == "answers" and "vqa" not in models:
         raise RetrievalError(
             "Outfits by answers need a model that answers; name a VQA repository such as "
@@ -175,10 +171,11 @@ def build(
     _silence_engine()
     for package in PACKAGES:  # all of them before the work starts
         import_library(package)
-    if models:
+    folders = {use: str(fetch_repository(repository)) for use, repository in models.items()}
+    if folders:
         management.unload_all_models()  # the annotators' models know nothing of the host's
+    annotators = [WatchedAnnotator(annotator) for annotator in load_annotators(**folders)]
     progress = make_progress()
-    annotators = [WatchedAnnotator(a) for a in load_annotators(**models, progress=progress)]
     figures = build_data_set(
         [pictures],
         folder,
@@ -242,27 +239,19 @@ def draw_sheet(data_set: DataSet, page: int = 0) -> Tensor:
     """The contact sheet of a page as an IMAGE [1, H, W, 3]; page 0 is spread over the data set.
 
     Raises:
-        RetrievalError: see `select_page` and `write_contact_sheet`.
+        RetrievalError: see `select_page` and `draw_contact_sheet`.
     """
-    from ...retrieval_core.data.contact_sheet import write_contact_sheet
+    from ...retrieval_core.data.contact_sheet import draw_contact_sheet
 
-    shown = select_page(data_set, page) if page else data_set
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "sheet.png")
-        write_contact_sheet(shown, path)
-        with Image.open(path) as sheet:
-            pixels = np.asarray(sheet.convert("RGB"))
-    return torch.from_numpy(pixels.copy())[None].float() / 255
+    sheet = draw_contact_sheet(select_page(data_set, page) if page else data_set)
+    return torch.from_numpy(np.array(sheet))[None].float() / 255
 
 
 def write_figures(title: str, figures: Mapping[str, Any]) -> str:
     """Figures as text, a line each."""
-    lines = [title]
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{number} {what}" for what, number in value.items()) or "none"
-        lines.append(f"{name.replace('_', ' ')}: {value}")
-    return "\n".join(lines)
+    from ...retrieval_core.data.data_set import describe_figures
+
+    return "\n".join([title, *map(": ".join, describe_figures(figures).items())])
 
 
 def give_sheet(sheet: Tensor, report: str, node: type[io.ComfyNode]) -> dict[str, Any]:

@@ -43,6 +43,16 @@ def list_models(*kinds: str) -> list[str]:
     return sorted(name for name in found if not any(p.startswith(".") for p in name.split("/")))
 
 
+def fetch_repository(repository: str) -> Path:
+    """The folder of a hub repository's model, never one of that name on disk, under the node's bar.
+
+    Raises:
+        RetrievalError: not the name of a repository, or see `fetch_model`.
+    """
+    check_repository(repository)
+    return fetch_model(repository, make_progress())
+
+
 def find_folder(kind: str, name: str, repository: str = "") -> Path:
     """Finds the folder of a model, or fetches it from the hub if a repository is named.
 
@@ -51,8 +61,7 @@ def find_folder(kind: str, name: str, repository: str = "") -> Path:
             `fetch_model`.
     """
     if repository := repository.strip():
-        check_repository(repository)
-        return fetch_model(repository, make_progress())
+        return fetch_repository(repository)
     if name not in list_models(kind):
         roots = " or ".join(f"models/{root}" for root in ROOTS[kind])
         raise RetrievalError(

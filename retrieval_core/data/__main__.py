@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RetrievalError
+from ..errors import RetrievalError, run_command
 from .annotators import load_annotators
 from .building import build_data_set
 from .contact_sheet import write_contact_sheet
-from .data_set import check_data_set, count_stats, open_data_set
+from .data_set import check_data_set, count_stats, describe_figures, open_data_set
 from .filtering import load_rules
 from .stages import import_library
 
@@ -155,10 +155,8 @@ def report(figures: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(figures))
         return
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{number} {what}" for what, number in value.items()) or "none"
-        print(f"{name.replace('_', ' '):20} {value}")
+    for name, value in describe_figures(figures).items():
+        print(f"{name:20} {value}")
 
 
 COMMANDS = {"build": build, "check": check, "stats": stats, "sheet": sheet}
@@ -166,14 +164,7 @@ COMMANDS = {"build": build, "check": check, "stats": stats, "sheet": sheet}
 
 def main(given: Sequence[str] | None = None) -> int:
     options = parse(given)
-    try:
-        return COMMANDS[options.command](options)
-    except RetrievalError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
+    return run_command(lambda: COMMANDS[options.command](options))
 
 
 if __name__ == "__main__":

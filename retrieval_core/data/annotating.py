@@ -18,9 +18,10 @@ from PIL import Image
 
 from ..errors import RetrievalError
 from ..files import atomic_write, write_text
-from .beside import clip_box, has_unusable_box, read_mask, read_parts
+from .beside import has_unusable_box, read_mask, read_parts
 from .pictures import load_picture
-from .sample import Box
+from .sample import Box, clip_box
+from .stages import set_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,12 +105,7 @@ def annotate(rows: pa.Table, annotators: Sequence[Annotator], cache: Path) -> pa
     }
     added = {kind: pa.array([p.found[kind] for p in pictures], types[kind]) for kind in types}
     added["unusable"] = pa.array([p.unusable for p in pictures], pa.list_(pa.string()))
-    for name, column in added.items():
-        if name in rows.column_names:
-            rows = rows.set_column(rows.column_names.index(name), name, column)
-        else:
-            rows = rows.append_column(name, column)
-    return rows
+    return set_columns(rows, added)
 
 
 class _RowPicture:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,21 @@ from PIL import Image
 
 from ..errors import RetrievalError
 from ..files import read_metadata
+from ..hub import Progress
 from ..metrics.model_folder import find_model
-from ..metrics.pretrained import load_model, load_part, move_inputs, read_config
+from ..metrics.pretrained import (
+    choose_device,
+    load_model,
+    load_part,
+    move_inputs,
+    read_config,
+)
 from ..metrics.vqa_models import VQAModel, load_vqa
 from .annotating import Annotator, Picture
-from .beside import clip_box
 from .outfits import QUESTION
 from .placing import Placement, Region, place_picture, place_region
 from .prepare import pad_to_square
-from .sample import NEUTRAL, Box
+from .sample import NEUTRAL, Box, clip_box
 
 HEAD, FIGURE = "a head", "a person"
 # What a part number in a data set's `parts` shows, from 1; 0 is everything else.
@@ -46,15 +52,13 @@ BATCH = 8
 DETECTED, ASKED = 800, 512
 MAX_NEW_TOKENS = 32
 
-Progress = Callable[[int, int], None]
-
 
 def load_annotators(
     detector: str | None = None,
     segmenter: str | None = None,
     parts: str | None = None,
     vqa: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Annotator]:
     """Annotators by the models named: a folder, or a name on the hub (see `find_model`).
 
@@ -236,19 +240,12 @@ class ClothesAnswerer:
 
     @cached_property
     def _vqa(self) -> VQAModel:
-        device = choose_device()
-        # Billions of parameters: half of their bytes where the processor is fast at it.
-        dtype = torch.bfloat16 if device == "cuda" else None
-        return load_vqa(self._folder, MAX_NEW_TOKENS, device=device, dtype=dtype)
+        return load_vqa(self._folder, MAX_NEW_TOKENS, device=choose_device())
 
     def annotate(self, pictures: list[Picture]) -> list[str]:
         squares = [pad_to_square(picture.image, None, ASKED)[0] for picture in pictures]
         images = torch.from_numpy(np.stack(squares)).movedim(-1, 1).float() / 255
         return self._vqa.answer(images, QUESTION)
-
-
-def choose_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def fingerprint_model(folder: Path) -> str:

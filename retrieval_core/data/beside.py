@@ -45,13 +45,6 @@ def has_unusable_box(path: Path) -> bool:
     return box is not None and _read_box(Path(box)) is None
 
 
-def clip_box(box: Box, width: int, height: int) -> Box | None:
-    """The part of a box that lies in the picture, or None."""
-    x0, y0, x1, y1 = box
-    clipped = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
-    return clipped if clipped[0] < clipped[2] and clipped[1] < clipped[3] else None
-
-
 def read_mask(path: str | Path, width: int, height: int) -> np.ndarray:
     """A mask as bool [H, W], resized to the picture's size where it has another.
 

@@ -20,13 +20,13 @@ import numpy as np
 from ..errors import RetrievalError
 from .annotating import Annotator, Picture, annotate
 from .beside import read_mask
-from .data_set import INFO, read_info, write_data_set
+from .data_set import INFO, Groups, number_rows, read_info, write_data_set
 from .duplicates import find_duplicates
 from .filtering import Rules
 from .outfits import cluster_by_answers, cluster_by_garments, embed_garment
 from .pictures import HASH, THUMBNAIL, load_picture, measure_pictures
 from .sources import TWICE, Chunk, find_chunks, read_chunk
-from .stages import digest_json, import_library, read_results, run_stage
+from .stages import digest_json, import_library, read_results, run_stage, set_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,7 +101,8 @@ def build_data_set(
     seen = rows.num_rows + rejected.total()
     rows = _keep(rows.sort_by(BY_PICTURE), _is_new, TWICE, rejected)
     measures = run("measure-1", measure_pictures, list(_split_pictures(rows)))
-    rows = _join(rows.take(measures["row"]), measures.drop_columns("row"))
+    measured = {name: measures[name] for name in measures.column_names if name != "row"}
+    rows = set_columns(rows.take(measures["row"]), measured)
     rows = _keep(rows, _is_original, COPY, rejected)
     rows = _keep(rows, _has_company, ALONE, rejected)
     if not rows.num_rows:
@@ -114,8 +115,8 @@ def build_data_set(
     if outfits == "garments" and "garment" not in command["annotators"]:
         shown = rows.select(["root", "image", "sha256", "width", "height", "head_box", "mask"])
         garments = run("garments-1", embed_garments, [b.to_pylist() for b in _split(shown)])
-        rows = rows.set_column(rows.column_names.index("garment"), "garment", garments["garment"])
-    rows = rows.append_column("outfit", pa.array(_cluster(rows, outfits), pa.int32()))
+        rows = set_columns(rows, {"garment": garments["garment"]})
+    rows = set_columns(rows, {"outfit": pa.array(_cluster(rows, outfits), pa.int32())})
     figures = {
         "seen": seen,
         "kept": rows.num_rows,
@@ -228,12 +229,6 @@ def _stamp(root: str, images: Sequence[str]) -> str:
     return digest_json(stamps)
 
 
-def _join(rows: pa.Table, more: pa.Table) -> pa.Table:
-    for name in more.column_names:
-        rows = rows.append_column(name, more[name])
-    return rows
-
-
 def _annotate(
     rows: pa.Table, annotators: Sequence[Annotator], cache: Path, on_progress: Progress | None
 ) -> pa.Table:
@@ -265,21 +260,15 @@ def embed_garments(chunk: Sequence[Mapping[str, Any]]) -> tuple[pa.Table, dict[s
     return pa.table({"garment": pa.array(garments, pa.list_(pa.float32()))}), {}
 
 
-def _cluster(rows: pa.Table, outfits: Outfits) -> list[int]:
+def _cluster(rows: pa.Table, outfits: Outfits) -> np.ndarray:
     """The outfit of each row, numbered within its character and artist."""
     column, cluster = {
         "answers": ("answer", cluster_by_answers),
         "garments": ("garment", cluster_by_garments),
     }[outfits]
-    identities: dict[tuple[str, str | None], list[int]] = {}
-    pairs = zip(rows["character"].to_pylist(), rows["artist"].to_pylist())
-    for row, identity in enumerate(pairs):
-        identities.setdefault(identity, []).append(row)
-    numbers = [-1] * rows.num_rows
-    for members in identities.values():
-        found = cluster(rows[column].take(members).to_pylist())
-        for row, number in zip(members, found):
-            numbers[row] = number
+    numbers = np.full(rows.num_rows, -1)
+    for members in Groups.collect(number_rows([rows["character"], rows["artist"]])).members:
+        numbers[members] = cluster(rows[column].take(members).to_pylist())
     return numbers
 
 

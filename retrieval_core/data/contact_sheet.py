@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ..errors import RetrievalError
-from ..sheets import TILE, Row, Tile, choose_colour, write_sheet
+from ..sheets import TILE, Row, Tile, choose_colour, draw_sheet, save_png
 from .concepts import find_figure_region
 from .data_set import DataSet
 from .placing import place_mask, place_picture, place_region
@@ -26,10 +26,15 @@ TINT = 0.6
 CAPTION = 20  # characters that fit below a picture
 
 
-def write_contact_sheet(data_set: DataSet, path: Path, count: int = ROWS) -> None:
-    """Writes a PNG of up to `count` outfits of characters spread over the data set.
+def write_contact_sheet(data_set: DataSet, path: Path) -> None:
+    """Writes `draw_contact_sheet`'s picture; RetrievalError also if it cannot be written."""
+    save_png(path, draw_contact_sheet(data_set))
 
-    Raises RetrievalError if the data set is empty, a picture cannot be read or the sheet written.
+
+def draw_contact_sheet(data_set: DataSet, count: int = ROWS) -> Image.Image:
+    """A picture of up to `count` outfits of characters spread over the data set.
+
+    Raises RetrievalError if the data set is empty, or a picture cannot be read.
     """
     if not len(data_set):
         raise RetrievalError(
@@ -40,7 +45,7 @@ def write_contact_sheet(data_set: DataSet, path: Path, count: int = ROWS) -> Non
         f"{len(data_set)} pictures of {data_set.info['counts']['characters']} characters; the head "
         "box is framed, what the mask leaves out tinted"
     )
-    write_sheet(path, data_set.folder.name, subtitle, rows)
+    return draw_sheet(data_set.folder.name, subtitle, rows)
 
 
 def choose_outfits(data_set: DataSet, count: int) -> list[np.ndarray]:

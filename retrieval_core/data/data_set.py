@@ -258,17 +258,17 @@ def open_data_set(folder: str | os.PathLike[str]) -> DataSet:
             "again."
         ) from error
     roots = {"": folder, **{name: Path(path) for name, path in info["roots"].items()}}
-    identity = _number_rows([index["character"], index["artist"]])
+    identity = number_rows([index["character"], index["artist"]])
     outfit = index["outfit"].to_numpy()
     unknown = outfit < 0
-    wearing = _number_rows([identity, outfit])
+    wearing = number_rows([identity, outfit])
     wearing[unknown] = wearing.max(initial=-1) + 1 + np.arange(unknown.sum())
     has_head_box = index["head_box"].is_valid().to_numpy()
     identities, outfits = Groups.collect(identity), Groups.collect(wearing)
     return DataSet(folder, info, index, roots, identities, outfits, has_head_box)
 
 
-def _number_rows(columns: list[Any]) -> np.ndarray:
+def number_rows(columns: list[Any]) -> np.ndarray:
     """int64 [N], equal where the rows are equal in all columns; null equals null."""
     numbers = np.zeros(len(columns[0]), np.int64)
     for column in columns:
@@ -437,6 +437,17 @@ def count_stats(data_set: DataSet) -> dict[str, Any]:
             f"with_{name}": len(data_set) - index[name].null_count
             for name in ("head_box", "mask", "parts", "caption")
         },
+    }
+
+
+def describe_figures(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Figures of a build or of `count_stats` as words: name -> value."""
+    return {
+        name.replace("_", " "): ", ".join(f"{number} {what}" for what, number in value.items())
+        or "none"
+        if isinstance(value, dict)
+        else str(value)
+        for name, value in figures.items()
     }
 
 

@@ -16,6 +16,13 @@ Concept = Literal["figure", "face", "clothes"]
 NEUTRAL: Colour = (127, 127, 127)  # padding and background at inference
 
 
+def clip_box(box: Box, width: int, height: int) -> Box | None:
+    """The part of a box that lies in the picture, or None."""
+    x0, y0, x1, y1 = box
+    clipped = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
+    return clipped if clipped[0] < clipped[2] and clipped[1] < clipped[3] else None
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One picture of a character.
@@ -56,8 +63,8 @@ class Sample:
             )
         if self.head_box is not None:
             x0, y0, x1, y1 = (int(edge) for edge in self.head_box)
-            box = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
-            if box[0] >= box[2] or box[1] >= box[3]:
+            box = clip_box((x0, y0, x1, y1), width, height)
+            if box is None:
                 raise RetrievalError(
                     f"The head box {(x0, y0, x1, y1)} covers nothing of its {width}x{height} "
                     "image; give (x0, y0, x1, y1) in pixels, or None."

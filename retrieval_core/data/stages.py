@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -215,6 +215,16 @@ def _count_rows(path: str) -> tuple[int, int]:
 
     metadata = pq.read_metadata(path)
     return metadata.num_rows, sum(json.loads(metadata.metadata[REJECTED]).values())
+
+
+def set_columns(rows: pa.Table, columns: Mapping[str, Any]) -> pa.Table:
+    """The rows with further columns, which replace those of their names."""
+    for name, column in columns.items():
+        if name in rows.column_names:
+            rows = rows.set_column(rows.column_names.index(name), name, column)
+        else:
+            rows = rows.append_column(name, column)
+    return rows
 
 
 def read_results(paths: Sequence[Path]) -> tuple[pa.Table, dict[str, int]]:

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from ..errors import RetrievalError
+from ..errors import RetrievalError, run_command
 from ..metrics.encoders import load_clip, load_dino
 from ..metrics.model_folder import find_model
+from ..metrics.pretrained import choose_device
 from ..metrics.vqa_models import load_vqa
 from .characters import read_characters
-from .command import add_arguments, evaluate, make_workflow_methods, read_protocol, run
+from .command import add_arguments, evaluate, make_workflow_methods, read_protocol
 from .protocol import RETRIBOORU
 from .scores import ModelScorer
 
@@ -49,14 +48,12 @@ def load_scorer(options: argparse.Namespace) -> ModelScorer:
             "A folder of characters is scored by CLIP; name one with --clip, such as "
             "openai/clip-vit-large-patch14 or a folder."
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     clip = load_clip(find_model(options.clip), device)
     dino = load_dino(find_model(options.dino), device) if options.dino else None
     vqa = None
     if options.vqa:
-        # Billions of parameters: half of their bytes where the processor is fast at it.
-        dtype = torch.bfloat16 if device == "cuda" else None
-        vqa = load_vqa(find_model(options.vqa), device=device, dtype=dtype)
+        vqa = load_vqa(find_model(options.vqa), device=device)
     names = [n for n in (options.clip, options.dino, options.vqa) if n]
     return ModelScorer(clip, dino, vqa, names)
 
@@ -70,7 +67,7 @@ def main(given: Sequence[str] | None = None) -> int:
         characters = read_characters(options.characters, protocol)
         evaluate(options, protocol, methods, characters, load_scorer(options))
 
-    return run(work)
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -147,16 +146,3 @@ def evaluate(
     for path in paths:
         print(f"Wrote {path.resolve()}")
     print(f"It took {time.perf_counter() - started:.0f} s.")
-
-
-def run(work: Callable[[], None]) -> int:
-    """Runs a command; its exit status, after one sentence on a RetrievalError or Ctrl-C."""
-    try:
-        work()
-    except RetrievalError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    return 0

@@ -63,6 +63,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def choose_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(
     kind: str, folder: Path, device: Any = None, dtype: torch.dtype | None = None, **options: Any
 ) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RetrievalError
+from ..hub import Progress
 from ..sheets import convert_to_pil
 from .pretrained import import_transformers, load_model, load_part, move_inputs, read_config
 
@@ -21,8 +21,6 @@ PLAIN_KINDS = {
     "blip": "BlipForQuestionAnswering",
     "instructblip": "InstructBlipForConditionalGeneration",
 }
-
-Progress = Callable[[int, int], None]
 
 
 class VQAModel:
@@ -104,7 +102,9 @@ def load_vqa(
 
     Args:
         max_new_tokens, batch_size: see `VQAModel`.
-        device: of the model, the CPU by default. dtype: float32 by default.
+        device: of the model, the CPU by default.
+        dtype: by default bfloat16 on a GPU, where that is fast and saves half of the memory of
+            billions of parameters, and float32 on the CPU.
 
     Raises:
         RetrievalError: a kind that answers no questions, a chat model without a template, or see
@@ -123,6 +123,8 @@ def load_vqa(
             f"The processor in '{folder}' does not say its num_query_tokens, as InstructBLIP's "
             "must; fetch the model's present files."
         )
+    if dtype is None and device == "cuda":
+        dtype = torch.bfloat16
     model = load_model(kind, folder, device, dtype)
     return VQAModel(model, processor, chat, max_new_tokens, batch_size)
 

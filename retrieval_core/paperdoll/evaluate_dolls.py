@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluate.command import add_arguments, evaluate, make_workflow_methods, read_protocol, run
+from ..errors import run_command
+from ..evaluate.command import add_arguments, evaluate, make_workflow_methods, read_protocol
 from ..evaluate.methods import Method
 from ..network.controlnet import GUIDANCES
 from .bundle import JUDGE_FILE, find_bundled, load_bundle
@@ -64,7 +65,7 @@ def main(given: Sequence[str] | None = None) -> int:
         scorer = PaperdollScorer(load_judge(find_bundled(JUDGE_FILE, options.weights)))
         evaluate(options, protocol, methods, draw_characters(protocol), scorer)
 
-    return run(work)
+    return run_command(work)
 
 
 if __name__ == "__main__":
