@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from ..data.sample import Colour, Concept
 from ..data.stages import digest_json
 from ..errors import RetrievalError
 from ..files import read_safetensors, save_safetensors, write_text
+from .base_checkpoint import Base
 from .objective import resize_mask
 from .run_config import RunConfig
 
@@ -47,24 +48,6 @@ REFERENCE_VIEW = RandomView(scale=(0.75, 1.25), shift=0.1, flip=0.5)
 
 _ENCODED_PIXELS = 8 * 512 * 512  # in one pass of the VAE
 _ENCODED_PROMPTS = 32  # in one pass of the text encoder
-
-
-class Vae(Protocol):
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents [N, 4, h, w] as the U-Net takes them, of images [N, 3, H, W] in 0..1."""
-
-
-class Encoders(Protocol):
-    """What the cache needs of a base model."""
-
-    name: str
-    fingerprint: str
-    vae: Vae
-
-    def encode_prompts(
-        self, texts: Sequence[str], sizes: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Context [N, L, D] and vector conditioning [N, A] of texts for pictures of (h, w)."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +113,7 @@ class LatentCache:
         return self.backgrounds if self.has_mask[row] else (False,)
 
     def read_target(self, row: int, view: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latent float16 [4, h, w], content and face uint8 [h, w], shares of 255."""
+        """Latent float16 [4, h, w], content and face uint8 [1, h, w], shares of 255."""
         shard = _open_shard(self.name_shard("pictures", self.shards[row]))
         entry = self.first_target[row] + view
         return shard["targets"][entry], shard["content"][entry], shard["face"][entry]
@@ -168,7 +151,7 @@ def list_tasks(config: RunConfig) -> tuple[Task, ...]:
     return get_args(Task) if config.task == "both" else (config.task,)
 
 
-def plan_cache(data_set: DataSet, base: Encoders, config: RunConfig) -> LatentCache:
+def plan_cache(data_set: DataSet, base: Base, config: RunConfig) -> LatentCache:
     """Decides what is cached for a run, and where; reads no picture and writes nothing.
 
     Raises RetrievalError if no picture can be a target.
@@ -251,7 +234,7 @@ def refuse_changed_data(data_set: DataSet, recorded: str) -> None:
 
 def fill_cache(
     cache: LatentCache,
-    base: Encoders,
+    base: Base,
     rank: int = 0,
     world: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
@@ -259,6 +242,7 @@ def fill_cache(
     """Computes the shards that are missing; of several processes each computes its share.
 
     Args:
+        base: with VAE and text encoders on the device that is to compute.
         rank, world: number of this process and of all. The cache is whole when all are done.
         on_progress: called with (shards done, shards in all) of this process's share.
 
@@ -410,11 +394,13 @@ def prepare_views(cache: LatentCache, row: int) -> Views:
     return Views(stack(targets, 3), stack(content), stack(face), stack(references, 3), stack(masks))
 
 
-def _encode_views(cache: LatentCache, base: Encoders, row: int, views: Views) -> dict[str, Tensor]:
+def _encode_views(cache: LatentCache, base: Base, row: int, views: Views) -> dict[str, Tensor]:
     """The entries of a picture in its shard."""
     pixels = torch.from_numpy(np.concatenate([views.targets, views.references]))
     pieces = pixels.movedim(-1, 1).split(max(1, _ENCODED_PIXELS // cache.size**2))
-    latents = torch.cat([base.vae.encode(piece.float() / 255).half().cpu() for piece in pieces])
+    latents = torch.cat(
+        [base.vae.encode(piece.float() / 127.5 - 1).half().cpu() for piece in pieces]
+    )
     if not bool(latents.isfinite().all()):
         raise RetrievalError(
             f"The VAE gives values that are not finite for "
@@ -423,7 +409,7 @@ def _encode_views(cache: LatentCache, base: Encoders, row: int, views: Views) ->
         )
     shown = tuple(latents.shape[2:])
     content, face = (
-        resize_mask(torch.from_numpy(mask), shown)[:, 0].mul(255).round().byte()
+        resize_mask(torch.from_numpy(mask), shown).mul(255).round().byte()
         for mask in (views.content, views.face)
     )
     masks = F.adaptive_max_pool2d(torch.from_numpy(views.masks)[:, None].float(), shown)[:, 0] > 0
@@ -437,7 +423,7 @@ def _encode_views(cache: LatentCache, base: Encoders, row: int, views: Views) ->
     }
 
 
-def _encode_prompts(cache: LatentCache, base: Encoders, number: int) -> dict[str, Tensor]:
+def _encode_prompts(cache: LatentCache, base: Base, number: int) -> dict[str, Tensor]:
     """The embeddings of a shard's prompts. SDXL is told a picture of this size, as at inference."""
     texts = cache.texts[number * PROMPTS : (number + 1) * PROMPTS]
     encoded = [

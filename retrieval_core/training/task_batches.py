@@ -27,8 +27,8 @@ class Batch:
 
     Attributes:
         latents: [B, 4, h, w] clean latents of the targets.
-        content, face: [B, h, w], share of each latent pixel in the picture (not in its padding) and
-            in the face box, 0 to 1; `face` is 0 without a head box.
+        content, face: [B, 1, h, w], share of each latent pixel in the picture (not in its padding)
+            and in the face box, 0 to 1; `face` is 0 without a head box.
         context, y: [B, L, D] and [B, A] of the prompts, the empty prompt's where text is dropped.
         reference_latents: [B, R, 4, h, w], 0 where references are dropped.
         reference_context, reference_y: [B, R, L, D] and [B, R, A] of the references' concepts.
@@ -114,8 +114,8 @@ class TaskItems(Dataset[dict[str, Any]]):
         images = cache.data_set.index["image"]
         return {
             "latents": latent,
-            "content": content / 255,
-            "face": face / 255,
+            "content": content.half() / 255,
+            "face": face.half() / 255,
             "context": context,
             "y": y,
             "reference_latents": torch.stack(latents),
