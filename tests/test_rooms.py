@@ -19,6 +19,7 @@ ROOMS = (
 FREE = {
     "torch", "numpy", "PIL", "einops", "safetensors", "huggingface_hub", "tqdm",
     "transformers", "matplotlib", "pyarrow", "daft", "ray", "imagehash", "sklearn", "orjson",
+    "accelerate", "diffusers", "bitsandbytes", "tomli",
 }  # fmt: skip
 OWN = {"retrieval_core", "nodes"}
 

@@ -365,9 +365,8 @@ def _load_tokenizer(config: RunConfig) -> Any:
     except Exception as error:  # a missing or damaged folder raises a dozen classes
         raise RetrievalError(
             f"The tokenizer '{name}' cannot be loaded ({explain(error)}); give a folder with "
-            "CLIP's vocab.json and merges.txt as the setting tokenizer, or download it once with "
-            f"'hf download {TOKENIZER} vocab.json merges.txt tokenizer_config.json "
-            "special_tokens_map.json'."
+            "CLIP's vocab.json and merges.txt as the setting tokenizer, such as ComfyUI's "
+            f"comfy/sd1_tokenizer, or download {TOKENIZER} once."
         ) from error
 
 
