@@ -13,11 +13,12 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Context manager around the steps first .. end - 1."""
+    """Context manager around the steps first .. end - 1; `shown`: not if False."""
 
-    def __init__(self, label: str, first: int, end: int) -> None:
-        self.label, self.first, self.end = label, first, end
-        self._bar = tqdm(total=end, initial=first, desc=label, unit="step", disable=None)
+    def __init__(self, label: str, first: int, end: int, shown: bool = True) -> None:
+        self.label, self.first, self.end, self.shown = label, first, end, shown
+        disable = None if shown else True  # None: off without a terminal
+        self._bar = tqdm(total=end, initial=first, desc=label, unit="step", disable=disable)
         self._smooth: dict[str, float] = {}
         self._started = self._said = time.monotonic()
 
@@ -29,6 +30,8 @@ class Progress:
 
     def update(self, step: int, losses: Mapping[str, float], skipped: int) -> None:
         """Shows that `step` steps are done; losses: of the last one."""
+        if not self.shown:
+            return
         for name, loss in losses.items():
             if math.isfinite(loss):  # a NaN would stay in the average
                 self._smooth[name] = 0.98 * self._smooth.get(name, loss) + 0.02 * loss
