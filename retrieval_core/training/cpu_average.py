@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,38 +16,26 @@ class CpuAverage:
     d = min(decay ** EVERY, (1 + n) / (10 + n)) after n updates, so that the first weights fade
     quickly.
 
-    `averages`: name -> float32 tensor. Empty if `decay` is None, and on processes that store none.
+    Args:
+        parameters: those to average, by name; empty on processes that need no average.
+        decay: of one step.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float | None, stores: bool) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.parameters, self.decay, self.updates = parameters, decay, 0
-        self.averages: dict[str, Tensor] = {}
-        for name, value in gather_parameters(parameters if decay is not None else {}):
-            if stores:
-                self.averages[name] = copy_to_cpu(value).float()
+        self.averages = {name: copy_to_cpu(p).float() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the averages after `step` steps if it is their turn."""
-        if self.decay is None or step % EVERY:
+        if step % EVERY:
             return
         decay = min(self.decay**EVERY, (1 + self.updates) / (10 + self.updates))
-        for name, value in gather_parameters(self.parameters):
-            if name in self.averages:
-                self.averages[name].lerp_(value.to("cpu", torch.float32), 1 - decay)
+        for name, average in self.averages.items():
+            average.lerp_(self.parameters[name].to("cpu", torch.float32), 1 - decay)
         self.updates += 1
 
 
-def gather_parameters(parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Pairs of name and whole value; sharded ones are gathered, by all processes at once."""
-    for name, value in parameters.items():
-        yield name, gather_whole(value.detach())
-
-
-def gather_whole(value: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded over processes (FSDP's DTensor)."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
 def copy_to_cpu(value: Tensor) -> Tensor:
+    """A copy in main memory, which nothing else changes."""
     return value.detach().to("cpu", copy=True).contiguous()

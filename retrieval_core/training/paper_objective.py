@@ -14,7 +14,6 @@ from ..bank.site_bank import Bank, make_network_bank
 from ..network.controlnet import DECODER_PARTS, RetrievalControlNet, subtract_decoder
 from ..network.unet import ResBlock, TransformerBlock, UNet
 from ..sampling.noise_schedule import NoiseSchedule
-from .cpu_average import gather_whole
 from .low_rank import add_low_rank, merge_low_rank
 from .objective import retrieval_loss, weigh_timesteps
 from .run_config import RunConfig
@@ -142,7 +141,7 @@ class PaperObjective(nn.Module):
     @torch.no_grad()
     def finish(self, trained: Mapping[str, Tensor]) -> RetrievalControlNet:
         """The network with trained (averaged) weights, by their names here, in main memory."""
-        weights = {name: gather_whole(t).cpu() for name, t in self.state_dict().items()}
+        weights = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
         weights = merge_low_rank({**weights, **trained})
         network = RetrievalControlNet(
             self.network.config, self.network.card, query_pooling=self.network.query_pooling

@@ -35,13 +35,11 @@ class ProgressSheet:
         self.empty = cache.read_prompt(0)
         self.config, self.vae = config, base.vae
 
-    def draw(self, objective: PaperObjective, step: int, writes: bool) -> None:
-        """Samples with the weights as they are; all processes call it, one `writes`."""
+    def draw(self, objective: PaperObjective, step: int) -> None:
+        """Samples with the weights as they are, and writes the sheet."""
         device = next(objective.parameters()).device
         batch = self.batch.to(device, torch.float32)
         latents = sample_batch(objective, batch, self.empty, self.config.seed)
-        if not writes:
-            return
         pictures, targets, references = (
             self._decode(t, device)
             for t in (latents, batch.latents, batch.reference_latents.flatten(0, 1))

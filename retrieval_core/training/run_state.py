@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from .cpu_average import CpuAverage, copy_to_cpu, gather_parameters, gather_whole
+from .cpu_average import CpuAverage, copy_to_cpu
 
 
 @dataclass(eq=False)
@@ -26,19 +27,24 @@ class RunState:
     average: CpuAverage
     scaler: Any
 
-    def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies of all tensors in main memory, by name, and all other values as JSON.
+    def gather_optimizer(self) -> None:
+        """Brings the optimiser's state, if it is sharded, to process 0 before `collect`.
 
-        All processes call it, because sharded tensors are gathered.
+        All processes call it.
         """
-        tensors = {f"weights.{n}": copy_to_cpu(v) for n, v in gather_parameters(self.parameters)}
-        tensors |= {f"average.{n}": v.clone() for n, v in self.average.averages.items()}
-        numbers: dict[str, Any] = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
-                entry = f"optimizer.{key}.{name}"
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            self.optimizer.consolidate_state_dict(to=0)
+
+    def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of all tensors in main memory, by name, and all other values as JSON."""
+        tensors = {f"weights.{name}": copy_to_cpu(p) for name, p in self.parameters.items()}
+        tensors |= {f"average.{name}": t.clone() for name, t in self.average.averages.items()}
+        names, numbers = list(self.parameters), {}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                entry = f"optimizer.{key}.{names[index]}"
                 if isinstance(value, Tensor):
-                    tensors[entry] = copy_to_cpu(gather_whole(value))
+                    tensors[entry] = copy_to_cpu(value)
                 else:
                     numbers[entry] = value
         state = {
@@ -51,45 +57,23 @@ class RunState:
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Takes over what `collect` gave."""
+        indices = {name: index for index, name in enumerate(self.parameters)}
         entries: dict[int, dict[str, Any]] = {}
-        values = {**tensors, **state["optimizer"]}
-        for index, (name, parameter) in enumerate(self.parameters.items()):
-            parameter.copy_(shard_like(tensors[f"weights.{name}"], parameter))
-            ending = f".{name}"
-            entries[index] = {
-                key.removeprefix("optimizer.").removesuffix(ending): restore_value(value, parameter)
-                for key, value in values.items()
-                if key.startswith("optimizer.") and key.endswith(ending)
-            }
-        groups = self.optimizer.state_dict()["param_groups"]
+        for entry, value in {**tensors, **state["optimizer"]}.items():
+            kind, key, name = (*entry.split(".", 2), "")[:3]
+            if kind == "optimizer":
+                # In new memory: a view into the file may be aligned differently, and vector code
+                # then rounds differently.
+                value = value.clone() if isinstance(value, Tensor) else value
+                entries.setdefault(indices[name], {})[key] = value
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"weights.{name}"])
+        numbers, groups = iter(range(len(indices))), []
+        for group in self.optimizer.param_groups:
+            groups.append({**group, "params": [next(numbers) for _ in group["params"]]})
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
         for name, average in self.average.averages.items():
             average.copy_(tensors[f"average.{name}"])
         self.average.updates = state["average_updates"]
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-
-
-def restore_value(value: Any, parameter: Tensor) -> Any:
-    """An optimiser's value for a parameter, in new memory of the parameter's layout.
-
-    A view into a file may be aligned differently, and vector code then rounds differently.
-    """
-    if not isinstance(value, Tensor):
-        return value
-    if value.shape != parameter.shape:
-        return value.clone()
-    return shard_like(
-        torch.empty_like(gather_whole(parameter), dtype=value.dtype).copy_(value), parameter
-    )
-
-
-def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, sharded over the processes as a parameter is."""
-    if not hasattr(parameter, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements
-    )

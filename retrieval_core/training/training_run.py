@@ -16,21 +16,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 from ..data.data_set import open_data_set
 from ..errors import RetrievalError
 from ..network.controlnet import RetrievalControlNet
 from .base_checkpoint import Base, import_library
-from .cpu_average import CpuAverage, gather_parameters, gather_whole
+from .cpu_average import CpuAverage
 from .interruption import Interruption
 from .latent_cache import (
     LatentCache,
+    describe_targets,
     fill_cache,
     fingerprint_index,
     plan_cache,
     refuse_changed_data,
 )
+from .memory_estimate import check_memory
 from .paper_objective import PaperObjective, draw_noise
 from .progress import Progress
 from .progress_sheet import ProgressSheet
@@ -59,26 +62,29 @@ def train(config: RunConfig, base: Base) -> Path | None:
         The network's file; None if the run was interrupted.
 
     Raises:
-        RetrievalError: the folder holds another run, the data set was changed or has no targets,
-            the disk is full, or a loss is not finite.
+        RetrievalError: the device has too little memory, the folder holds another run, the data
+            set was changed or has no targets, the disk is full, or a loss is not finite.
     """
     accelerator = make_accelerator(config)
     device, schedule = accelerator.device, base.schedule
     rank, world = accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        accelerator.print(check_memory(config, base.unet.config, base.name, free))
     folder = RunFolder(config.out, config.keep_checkpoints)
     cache = prepare_cache(config, base, accelerator)
     describe_run(folder, config, base, cache, world, is_main)
 
-    objective = make_objective(config, base)
+    objective = make_objective(config, base).to(device)
     parameters = order_parameters(objective)
-    model, optimizer = accelerator.prepare(objective, make_optimizer(parameters, config))
-    objective = accelerator.unwrap_model(model)
-    parameters = order_parameters(objective)  # sharding replaces them
-    average = CpuAverage(parameters, config.ema_decay, is_main)
+    optimizer = make_optimizer(parameters, config, world)
+    model, optimizer = accelerator.prepare(objective, optimizer, device_placement=[False, False])
+    averaged = parameters if is_main and config.ema_decay is not None else {}
+    average = CpuAverage(averaged, config.ema_decay or 0.0)
     state = RunState(parameters, optimizer.optimizer, average, accelerator.scaler)
     step = resume(folder, state)
-    sheet = ProgressSheet(config, base, cache) if config.sheet_every else None
+    sheet = ProgressSheet(config, base, cache) if is_main and config.sheet_every else None
 
     passes: list[tuple[dict[str, Tensor], list[list[str]]]] = []  # of the current step
     interrupted = False
@@ -98,7 +104,7 @@ def train(config: RunConfig, base: Base) -> Path | None:
                 passes.append((losses, batch.names))
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters.values(), config.clip_norm)
-                    norm = float(gather_whole(norm))
+                    norm = float(norm)
                     measured, interrupted = measure_step(
                         accelerator, passes, norm, interruption.requested, step
                     )
@@ -117,7 +123,7 @@ def train(config: RunConfig, base: Base) -> Path | None:
                 save(folder, state, step, is_main)
             if sheet is not None and (step % config.sheet_every == 0 or step == config.steps):
                 with accelerator.autocast():
-                    sheet.draw(objective, step, is_main)
+                    sheet.draw(objective, step)
             if interrupted:
                 break
     folder.wait()
@@ -130,7 +136,10 @@ def train(config: RunConfig, base: Base) -> Path | None:
                 flush=True,
             )
         return None
-    return write_network(objective, state, config, base, cache, is_main)
+    path = config.out / f"{config.out.resolve().name}.safetensors"
+    if is_main:
+        write_network(path, objective, average.averages or parameters, config, base, cache)
+    return path
 
 
 def make_accelerator(config: RunConfig) -> Any:
@@ -146,7 +155,12 @@ def make_accelerator(config: RunConfig) -> Any:
         gradient_accumulation_steps=config.accumulate,
         log_with="tensorboard",
         project_dir=config.out,
-        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=_TIMEOUT)],
+        kwargs_handlers=[
+            accelerate.InitProcessGroupKwargs(timeout=_TIMEOUT),
+            # Older torch takes a weight cast without gradient, while tokens are merged, for the
+            # pass that needs its gradient.
+            accelerate.utils.AutocastKwargs(cache_enabled=False),
+        ],
     )
     accelerator.init_trackers("tensorboard")
     return accelerator
@@ -155,6 +169,7 @@ def make_accelerator(config: RunConfig) -> Any:
 def prepare_cache(config: RunConfig, base: Base, accelerator: Any) -> LatentCache:
     """The cache of the data set's latents and prompts, filled by all processes together."""
     cache = plan_cache(open_data_set(config.data), base, config)
+    accelerator.print(describe_targets(cache))
     if any(cache.find_missing()):
         base.vae.to(accelerator.device)
         base.prompts.to(accelerator.device)
@@ -214,9 +229,12 @@ def order_parameters(objective: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: RunConfig
+    parameters: Mapping[str, nn.Parameter], config: RunConfig, world: int
 ) -> torch.optim.Optimizer:
-    """AdamW; norms and biases do not decay, as 0 is not a neutral value for them."""
+    """AdamW; norms and biases do not decay, as 0 is not a neutral value for them.
+
+    Of several processes each has a share of the state (ZeRO, stage 1).
+    """
     groups = [
         {
             "params": [p for p in parameters.values() if (p.ndim >= 2) == decays],
@@ -224,10 +242,14 @@ def make_optimizer(
         }
         for decays in (True, False)
     ]
+    kind, options = torch.optim.AdamW, {"lr": config.learning_rate}
     if config.optimizer == "adamw-8bit":
-        return import_library("bitsandbytes").optim.AdamW8bit(groups, config.learning_rate)
-    fused = config.optimizer == "adamw-fused"
-    return torch.optim.AdamW(groups, config.learning_rate, fused=fused or None)
+        kind = import_library("bitsandbytes").optim.AdamW8bit
+    elif config.optimizer == "adamw-fused":
+        options["fused"] = True
+    if world > 1:
+        return ZeroRedundancyOptimizer(groups, kind, **options)
+    return kind(groups, **options)
 
 
 def resume(folder: RunFolder, state: RunState) -> int:
@@ -285,31 +307,31 @@ def set_learning_rate(optimizer: Any, config: RunConfig, step: int) -> float:
 
 def save(folder: RunFolder, state: RunState, step: int, writes: bool) -> None:
     """Saves a checkpoint; all processes call it, one `writes`."""
-    tensors, values = state.collect()
+    state.gather_optimizer()
     if writes:
+        tensors, values = state.collect()
         folder.save(step, tensors, {**values, "step": step})
 
 
 def write_network(
+    path: Path,
     objective: PaperObjective,
-    state: RunState,
+    trained: Mapping[str, Tensor],
     config: RunConfig,
     base: Base,
     cache: LatentCache,
-    writes: bool,
-) -> Path:
-    """Writes the network's file with its provenance, weights averaged and in float16."""
-    trained = state.average.averages or dict(gather_parameters(state.parameters))
+) -> None:
+    """Writes the network's file, in float16 and with its provenance.
+
+    Args:
+        trained: weights by their names in the objective.
+    """
     network = objective.finish(trained)
-    path = config.out / f"{config.out.resolve().name}.safetensors"
-    if writes:
-        settings = {k: v for k, v in config.as_json().items() if k not in _FREE - {"preset"}}
-        network.card.training.update(
-            settings,
-            base=base.fingerprint,
-            data_set=fingerprint_index(cache.data_set),
-            prediction=base.schedule.prediction,
-        )
-        network.save(path, torch.float16, config.rank)
-        print(f"The network is trained and saved in '{path}'.", flush=True)
-    return path
+    network.card.training.update(
+        {k: v for k, v in config.as_json().items() if k not in _FREE - {"preset"}},
+        base=base.fingerprint,
+        data_set=fingerprint_index(cache.data_set),
+        prediction=base.schedule.prediction,
+    )
+    network.save(path, torch.float16, config.rank)
+    print(f"The network is trained and saved in '{path}'.", flush=True)

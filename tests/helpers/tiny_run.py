@@ -1,5 +1,6 @@
 """A tiny training run on disk; as a script it is what tests start, interrupt and kill."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ if __name__ == "__main__":
     changes = dict(pair.split("=") for pair in sys.argv[3:])
     config = set_up(folder, **{k: int(v) if v.isdecimal() else v for k, v in changes.items()})
     if delay:  # between steps
+        print("process", os.getpid(), flush=True)
         update = training_run.CpuAverage.update
 
         def slow(self, step):
