@@ -329,7 +329,10 @@ def _build_encoder(kind: str, prefix: str, weights: dict[str, Tensor]) -> nn.Mod
         if kind == "CLIPTextModel":
             converted.pop("text_projection.weight", None)
     else:
-        converted = convert.convert_ldm_clip_checkpoint(weights)
+        converted = {
+            f"text_model.{key.removeprefix('text_model.')}": weight  # missing in old checkpoints
+            for key, weight in convert.convert_ldm_clip_checkpoint(weights).items()
+        }
         converted.pop("text_model.embeddings.position_ids", None)
     words, width = converted["text_model.embeddings.token_embedding.weight"].shape
     layers = [weight for key, weight in converted.items() if key.endswith("mlp.fc1.weight")]
