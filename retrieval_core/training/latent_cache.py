@@ -10,7 +10,6 @@ time, and is made again.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -45,6 +44,9 @@ TARGET = "target"
 # View 0 is the whole picture as it is, the others are drawn.
 TARGET_VIEW = RandomView(scale=(0.85, 1.1), shift=0.05, flip=0.5)
 REFERENCE_VIEW = RandomView(scale=(0.75, 1.25), shift=0.1, flip=0.5)
+
+# The shards that this process has mapped, by folder, kind and number; they stay until it ends.
+_OPEN: dict[tuple[Path, str, int], dict[str, Tensor]] = {}
 
 _ENCODED_PIXELS = 8 * 512 * 512  # in one pass of the VAE
 _ENCODED_PROMPTS = 32  # in one pass of the text encoder
@@ -106,7 +108,15 @@ class LatentCache:
         )
 
     def name_shard(self, kind: str, number: int) -> Path:
+        """The path of a shard of "pictures" or "prompts"."""
         return self.folder / f"{kind}-{number:06d}.safetensors"
+
+    def open_shard(self, kind: str, number: int) -> dict[str, Tensor]:
+        """The tensors of a shard, mapped."""
+        key = (self.folder, kind, int(number))
+        if key not in _OPEN:
+            _OPEN[key] = read_safetensors(self.name_shard(kind, number))[0]
+        return _OPEN[key]
 
     def list_backgrounds(self, row: int) -> tuple[bool, ...]:
         """For each block of a concept's views, whether the background is removed."""
@@ -114,7 +124,7 @@ class LatentCache:
 
     def read_target(self, row: int, view: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latent float16 [4, h, w], content and face uint8 [1, h, w], shares of 255."""
-        shard = _open_shard(self.name_shard("pictures", self.shards[row]))
+        shard = self.open_shard("pictures", self.shards[row])
         entry = self.first_target[row] + view
         return shard["targets"][entry], shard["content"][entry], shard["face"][entry]
 
@@ -129,21 +139,15 @@ class LatentCache:
         block = backgrounds.index(removed) if removed in backgrounds else 0
         for earlier in CONCEPTS[: CONCEPTS.index(concept)]:
             block += self.wanted[earlier][row] * len(backgrounds)
-        shard = _open_shard(self.name_shard("pictures", self.shards[row]))
+        shard = self.open_shard("pictures", self.shards[row])
         entry = self.first_reference[row] + block * self.views + view
         return shard["references"][entry], shard["masks"][entry]
 
     def read_prompt(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Context float16 [L, D] and vector conditioning [A] of a prompt by its number."""
-        shard = _open_shard(self.name_shard("prompts", number // PROMPTS))
+        shard = self.open_shard("prompts", number // PROMPTS)
         entry = number % PROMPTS
         return shard["context"][entry], shard["y"][entry] if "y" in shard else None
-
-
-@functools.cache
-def _open_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of a shard, mapped; open until the process ends. Key: the path."""
-    return read_safetensors(path)[0]
 
 
 def list_tasks(config: RunConfig) -> tuple[Task, ...]:

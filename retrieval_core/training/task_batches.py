@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..data.data_set import Task
 from ..data.sample import Concept
@@ -91,7 +91,7 @@ class TaskItems(Dataset[dict[str, Any]]):
         return len(self.targets)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """The fields of `Batch` for one item."""
+        """The fields of `Batch` for one item, of the references as lists."""
         cache, config = self.cache, self.config
         row = self._find_target(number)
         rng = np.random.default_rng([config.seed, number, 1])
@@ -118,10 +118,10 @@ class TaskItems(Dataset[dict[str, Any]]):
             "face": face.half() / 255,
             "context": context,
             "y": y,
-            "reference_latents": torch.stack(latents),
-            "reference_context": torch.stack([context for context, _ in prompts]),
-            "reference_y": None if y is None else torch.stack([y for _, y in prompts]),
-            "reference_masks": torch.stack(masks),
+            "reference_latents": latents,
+            "reference_context": [context for context, _ in prompts],
+            "reference_y": None if y is None else [y for _, y in prompts],
+            "reference_masks": masks,
             "used": torch.full((len(chosen),), used),
             "numbers": torch.tensor(number),
             "names": [images[i].as_py() for i in (row, *(reference for reference, _ in chosen))],
@@ -148,12 +148,17 @@ class TaskItems(Dataset[dict[str, Any]]):
 
 
 def collate_items(items: list[dict[str, Any]]) -> Batch:
-    """The batch of items."""
-    values: dict[str, Any] = {"y": None, "reference_y": None}
+    """The batch of items; each tensor is copied once, in a worker process to shared memory."""
+    values: dict[str, Any] = {}
     for name, first in items[0].items():
         column = [item[name] for item in items]
-        if first is not None:
-            values[name] = torch.stack(column) if isinstance(first, Tensor) else column
+        if first is None or name == "names":
+            values[name] = None if first is None else column
+        elif isinstance(first, list):
+            rows = default_collate([row for rows in column for row in rows])
+            values[name] = rows.unflatten(0, (len(items), len(first)))
+        else:
+            values[name] = default_collate(column)
     return Batch(**values)
 
 

@@ -43,7 +43,7 @@ def data_set(tmp_path):
 def small_shards(monkeypatch):
     monkeypatch.setattr(module, "PICTURES", 3)
     monkeypatch.setattr(module, "PROMPTS", 5)
-    module._open_shard.cache_clear()
+    monkeypatch.setattr(module, "_OPEN", {})
 
 
 def make_cache(data_set, folder, base=None, **changes):
@@ -131,7 +131,7 @@ def test_backgrounds_that_no_item_shows_are_not_stored(tmp_path, data_set):
     sizes = {}
     for share in (0.0, 0.5, 1.0):
         cache = make_cache(data_set, tmp_path, remove_background=share)
-        sizes[share] = len(module._open_shard(cache.name_shard("pictures", 0))["references"])
+        sizes[share] = len(cache.open_shard("pictures", 0)["references"])
         if share != 0.5:  # both readings give the only one that is stored
             first, second = (cache.read_reference(2, "figure", r, 1)[0] for r in (False, True))
             assert (first == second).all()
@@ -270,8 +270,8 @@ def test_characters_of_one_picture_are_counted(tmp_path, data_set):
 def test_entries_are_mapped_not_read(tmp_path, data_set):
     """Opening a shard costs no memory of its size: the latents lie in a mapping of the file."""
     cache = make_cache(data_set, tmp_path)
-    path = Path(cache.name_shard("pictures", 0))
-    module._open_shard(path)
+    path = cache.name_shard("pictures", 0)
+    cache.open_shard("pictures", 0)
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("no /proc on this system")
