@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from .cpu_average import CpuAverage, copy_to_cpu
 
@@ -20,19 +19,21 @@ class RunState:
     Attributes:
         parameters: the trained ones by name, in the optimiser's order.
         scaler: the scaler of fp16's losses, None in other precisions.
+        is_sharded: whether each process has only a share of the optimiser's state.
     """
 
     parameters: Mapping[str, Tensor]
     optimizer: torch.optim.Optimizer
     average: CpuAverage
     scaler: Any
+    is_sharded: bool
 
     def gather_optimizer(self) -> None:
-        """Brings the optimiser's state, if it is sharded, to process 0 before `collect`.
+        """Brings a sharded optimiser's state to process 0, before it can `collect`.
 
         All processes call it.
         """
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+        if self.is_sharded:
             self.optimizer.consolidate_state_dict(to=0)
 
     def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 from ..data.data_set import open_data_set
@@ -82,7 +81,7 @@ def train(config: RunConfig, base: Base) -> Path | None:
     model, optimizer = accelerator.prepare(objective, optimizer, device_placement=[False, False])
     averaged = parameters if is_main and config.ema_decay is not None else {}
     average = CpuAverage(averaged, config.ema_decay or 0.0)
-    state = RunState(parameters, optimizer.optimizer, average, accelerator.scaler)
+    state = RunState(parameters, optimizer.optimizer, average, accelerator.scaler, world > 1)
     step = resume(folder, state)
     sheet = ProgressSheet(config, base, cache) if is_main and config.sheet_every else None
 
@@ -248,6 +247,8 @@ def make_optimizer(
     elif config.optimizer == "adamw-fused":
         options["fused"] = True
     if world > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # it compiles much
+
         return ZeroRedundancyOptimizer(groups, kind, **options)
     return kind(groups, **options)
 

@@ -1,5 +1,6 @@
 """A tiny training run on disk; as a script it is what tests start, interrupt and kill."""
 
+import json
 import os
 import sys
 import time
@@ -78,8 +79,7 @@ def read_checkpoint(config):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, delay = Path(sys.argv[1]), float(sys.argv[2])
-    changes = dict(pair.split("=") for pair in sys.argv[3:])
-    config = set_up(folder, **{k: int(v) if v.isdecimal() else v for k, v in changes.items()})
+    config = set_up(folder, **json.loads(sys.argv[3]))
     if delay:  # between steps
         print("process", os.getpid(), flush=True)
         update = training_run.CpuAverage.update

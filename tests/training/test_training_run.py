@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from base_files import make_checkpoint, write_checkpoint, write_tokenizer
 from cached_data_set import write_pictures
 from refusal import sentence
 from tiny_run import TinyBase, read_checkpoint, set_up, train
@@ -17,13 +19,14 @@ from tiny_run import TinyBase, read_checkpoint, set_up, train
 from retrieval_core import files
 from retrieval_core.network.controlnet import load
 from retrieval_core.training import training_run
+from retrieval_core.training.__main__ import main
 from retrieval_core.training.training_run import make_objective
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 SCRIPT = HELPERS / "tiny_run.py"
 
 
-def command(folder, delay=0.0, *changes, processes=1):
+def command(folder, delay=0.0, processes=1, **changes):
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
@@ -32,7 +35,7 @@ def command(folder, delay=0.0, *changes, processes=1):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), str(HELPERS)])
     return subprocess.Popen(
-        [*start, str(SCRIPT), str(folder), str(delay), *changes],
+        [*start, str(SCRIPT), str(folder), str(delay), json.dumps(changes)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -109,10 +112,10 @@ def test_the_file_holds_the_averaged_weights(tmp_path):
     )
 
 
-def kill_and_resume(folder, whole, kills, *changes):
+def kill_and_resume(folder, whole, kills, **changes):
     rng = random.Random(kills)
     for _ in range(kills):
-        process = command(folder, 0.15, *changes)
+        process = command(folder, 0.15, **changes)
         wanted = rng.randrange(3, 8)  # lines; all but the first two are steps
         for _ in range(wanted):
             if not process.stdout.readline():
@@ -122,7 +125,7 @@ def kill_and_resume(folder, whole, kills, *changes):
         except subprocess.TimeoutExpired:
             process.kill()
         process.communicate()
-    code, _, err = finish(command(folder, 0.0, *changes))
+    code, _, err = finish(command(folder, **changes))
     assert code == 0, err
     tensors, state = read_checkpoint(set_up(folder))
     same(whole[0], tensors)
@@ -130,16 +133,16 @@ def kill_and_resume(folder, whole, kills, *changes):
 
 
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, whole):
-    kill_and_resume(tmp_path, whole, 2, "checkpoint_every=2")
+    kill_and_resume(tmp_path, whole, 2, checkpoint_every=2)
 
 
 @pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_with_the_same_weights(tmp_path, whole):
-    kill_and_resume(tmp_path, whole, 20, "checkpoint_every=1")
+    kill_and_resume(tmp_path, whole, 20, checkpoint_every=1)
 
 
 def test_an_interrupted_run_saves_its_last_step_and_goes_on(tmp_path, whole):
-    process = command(tmp_path, 0.2, "checkpoint_every=100")
+    process = command(tmp_path, 0.2, checkpoint_every=100)
     for _ in range(6):
         process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -147,16 +150,20 @@ def test_an_interrupted_run_saves_its_last_step_and_goes_on(tmp_path, whole):
     assert code == 130 and "run the same command again" in out, err
     step = read_checkpoint(set_up(tmp_path))[1]["step"]
     assert 4 <= step <= 6
-    code, _, err = finish(command(tmp_path, 0.0, "checkpoint_every=100"))
+    code, _, err = finish(command(tmp_path, checkpoint_every=100))
     assert code == 0, err
     same(whole[0], read_checkpoint(set_up(tmp_path))[0])
 
 
 def test_two_processes_give_what_one_gives_with_accumulation(tmp_path):
-    """Up to the order of sums: each process has in one pass what one process has in two."""
-    code, _, err = finish(command(tmp_path / "one", 0.0, "accumulate=2"))
+    """Up to the order of sums: each process has in one pass what one process has in two.
+
+    At a low learning rate, because AdamW moves a weight whose gradient is nothing but rounding (a
+    bias before a norm) as far as any other.
+    """
+    code, _, err = finish(command(tmp_path / "one", learning_rate=1e-5, accumulate=2))
     assert code == 0, err
-    code, _, err = finish(command(tmp_path / "two", 0.0, processes=2))
+    code, _, err = finish(command(tmp_path / "two", learning_rate=1e-5, processes=2))
     assert code == 0, err
     one, two = (read_checkpoint(set_up(tmp_path / name))[0] for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -168,26 +175,24 @@ def test_two_processes_give_what_one_gives_with_accumulation(tmp_path):
             continue
         first, second = (t[f"optimizer.exp_avg.{name}"] for t in (one, two))
         torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
-        # AdamW moves a weight whose gradient is nothing but rounding (a bias before a norm) as far
-        # as any other; it says nothing.
         real = squares.sqrt() > 1e-5
         first, second = (t[f"weights.{name}"][real] for t in (one, two))
-        torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
+        torch.testing.assert_close(first, second, rtol=0, atol=5e-6)
         moved.append((first - start[real]).abs())
-    assert float(torch.cat(moved).median()) > 1e-3
+    assert float(torch.cat(moved).median()) > 2e-5
 
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_after_one_was_killed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, err = finish(command(whole, 0.0, "checkpoint_every=2", processes=2))
+    code, _, err = finish(command(whole, checkpoint_every=2, processes=2))
     assert code == 0, err
-    process = command(killed, 0.2, "checkpoint_every=2", processes=2)
+    process = command(killed, 0.2, checkpoint_every=2, processes=2)
     lines = [process.stdout.readline() for _ in range(14)]
     victim = [int(line.split()[1]) for line in lines if line.startswith("process")][-1]
     os.kill(victim, signal.SIGKILL)
     assert finish(process)[0] != 0
-    code, _, err = finish(command(killed, 0.0, "checkpoint_every=2", processes=2))
+    code, _, err = finish(command(killed, checkpoint_every=2, processes=2))
     assert code == 0, err
     same(*(read_checkpoint(set_up(folder))[0] for folder in (whole, killed)))
 
@@ -260,6 +265,7 @@ def test_settings_that_do_not_change_the_result_may_change(tmp_path):
 def test_a_changed_data_set_is_refused(tmp_path):
     folder = training_run.RunFolder(tmp_path, 2)
     describe(folder, set_up(tmp_path))
+    shutil.rmtree(tmp_path / "set")
     write_pictures(tmp_path, rows=[("ann", "bob", 0, True, True)] * 3)
     message = sentence(describe, folder, set_up(tmp_path))
     assert "data set" in message and "changed" in message
@@ -285,10 +291,32 @@ def test_half_precision_on_a_cpu_is_refused_in_fp16(tmp_path, monkeypatch):
 
 
 def test_bf16_low_rank_and_recomputed_activations_run_together(tmp_path):
-    changes = ("precision=bf16", "rank=2", "lock=train_both", "checkpoint_activations=1")
-    code, _, err = finish(command(tmp_path, 0.0, *changes))
+    changes = {"precision": "bf16", "rank": 2, "checkpoint_activations": True}
+    code, _, err = finish(command(tmp_path, **changes))
     assert code == 0, err
     tensors, _ = read_checkpoint(set_up(tmp_path))
     assert all(bool(t.isfinite().all()) for t in tensors.values())
     with open(tmp_path / "run" / "run.json") as file:
         assert json.load(file)["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_command_trains_on_a_checkpoint_and_goes_on(tmp_path, name, capsys):
+    write_pictures(tmp_path)
+    words = write_tokenizer(tmp_path / "tokenizer")
+    base = write_checkpoint(tmp_path / "base.safetensors", make_checkpoint(name, words))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"base = '{base}'\ndata = '{tmp_path / 'set'}'\nout = '{tmp_path / 'out'}'\n"
+        f"cache = '{tmp_path / 'cache'}'\ntokenizer = '{tmp_path / 'tokenizer'}'\n"
+        "preset = ['compose-9k', 'lock-decoder']\nsteps = 2\nwarmup_steps = 1\nsize = 64\n"
+        "batch_size = 1\nviews = 1\nprecision = 'float32'\nworkers = 1\nsheet_every = 2\n"
+    )
+    assert main([str(file)]) == 0
+    network = load(tmp_path / "out" / "out.safetensors", name)
+    assert network.card.training["task"] == "composition" and not network.decoder
+    assert len(list((tmp_path / "out" / "sheets").iterdir())) == 1
+    assert "Training on" in capsys.readouterr().out
+    assert main([str(file)]) == 0  # all steps are done
+    assert main([str(file), "--steps", "3"]) == 2
+    assert "steps = 2, not 3" in capsys.readouterr().err
