@@ -190,7 +190,7 @@ def _build_unet(weights: dict[str, Tensor], path: Path) -> tuple[UNet, str]:
     """The frozen U-Net and the base's name."""
     if not weights:
         raise RetrievalError(
-            f"'{path}' has no weights named '{_UNET}...'; give a whole checkpoint of SD 1.x, "
+            f"'{path}' has no weights named '{_UNET}*'; give a whole checkpoint of SD 1.x, "
             "SD 2.x or SDXL in its original layout, not a part or diffusers' layout."
         )
     config = detect_config(weights)
@@ -304,7 +304,7 @@ def _load_encoders(
     for prefix, weights in zip(_ENCODERS[name], texts):
         if not weights:
             raise RetrievalError(
-                f"'{config.base}' has no text encoder '{prefix}...'; name one with the setting "
+                f"'{config.base}' has no text encoder '{prefix}*'; name one with the setting "
                 "text_encoder."
             )
     return [

@@ -11,11 +11,12 @@ import importlib.util
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -96,7 +97,9 @@ def estimate_memory(config: RunConfig, unet_config: UNetConfig, name: str) -> Me
         )
         parameters = list(objective.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        with ImitatedAutocast(HALF.get(config.precision)), LiveMemory(parameters) as memory:
+        if config.precision in HALF:
+            imitate_autocast(objective, HALF[config.precision])
+        with LiveMemory(parameters) as memory:
             rehearse_step(objective, config)
         gradients = 4 * trained
         peak = memory.peak + (gradients if config.accumulate > 1 else 0)
@@ -209,27 +212,44 @@ class LiveMemory(TorchDispatchMode):
         self.alive -= self._sizes.pop(key)
 
 
-class ImitatedAutocast(TorchFunctionMode):
-    """Casts the inputs of layers as CUDA's autocast does; `half` None: casts nothing."""
+class _CastInputs(TorchFunctionMode):
+    """Casts the inputs of functions, weights included, to a type each."""
 
-    def __init__(self, half: torch.dtype | None) -> None:
+    def __init__(self, types: Mapping[Callable[..., Any], torch.dtype]) -> None:
         super().__init__()
-        self._types: dict[Callable[..., Any], torch.dtype] = {}
-        if half is not None:
-            self._types = {F.linear: half, F.conv2d: half}
-            self._types |= {F.group_norm: torch.float32, F.layer_norm: torch.float32}
+        self.types = types
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        dtype, kwargs = self._types.get(func), dict(kwargs or {})
-        if dtype is None:
-            return func(*args, **kwargs)
+        dtype = self.types.get(func)
 
         def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) else value
+            return value.to(dtype) if dtype and isinstance(value, Tensor) else value
 
-        return func(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+        return func(*map(cast, args), **{name: cast(v) for name, v in (kwargs or {}).items()})
+
+
+def imitate_autocast(module: nn.Module, half: torch.dtype) -> None:
+    """Lets layers compute in the types that CUDA's autocast chooses: norms in float32.
+
+    Layer by layer, because a function mode is off in the backward pass, which recomputes some.
+    """
+    types = {
+        F.linear: half,
+        F.conv2d: half,
+        F.group_norm: torch.float32,
+        F.layer_norm: torch.float32,
+    }
+    mode = _CastInputs(types)
+
+    def run(forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        with mode:
+            return forward(*args)
+
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)):
+            layer.forward = partial(run, layer.forward)
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -4,18 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from refusal import sentence
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from retrieval_core.network.controlnet import Card, RetrievalControlNet
 from retrieval_core.network.unet import SD15, SDXL, UNet, UNetConfig
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_core.training.memory_estimate import (
     GIB,
-    ImitatedAutocast,
     LiveMemory,
     check_memory,
     estimate_memory,
+    imitate_autocast,
     rehearse_step,
 )
 from retrieval_core.training.paper_objective import PaperObjective
@@ -108,14 +109,18 @@ def test_live_memory_counts_storages_while_they_are_alive():
     assert memory.peak == 4 * 150
 
 
-def test_imitated_autocast_gives_layers_the_types_that_cuda_does():
-    x, weight = torch.ones(2, 32), torch.ones(32, 32)
-    with ImitatedAutocast(torch.bfloat16):
-        half = F.linear(x, weight)
-        assert half.dtype == torch.bfloat16
-        assert F.layer_norm(half, (32,), weight[0]).dtype == torch.float32
-    with ImitatedAutocast(None):
-        assert F.linear(x, weight).dtype == torch.float32
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_layers_have_the_types_that_cudas_autocast_chooses(recomputed):
+    layers = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.SiLU())
+    imitate_autocast(layers, torch.bfloat16)
+    seen = []
+    for layer in layers[:3]:
+        layer.register_forward_hook(lambda layer, given, made: seen.append(made.dtype))
+    x = torch.ones(2, 32, requires_grad=True)
+    y = checkpoint(layers, x, use_reentrant=False) if recomputed else layers(x)
+    y.sum().backward()
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16] * (2 if recomputed else 1)
+    assert layers[0].weight.grad.dtype == x.grad.dtype == torch.float32
 
 
 # Refusals, and the cards that the pack names

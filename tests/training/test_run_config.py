@@ -19,10 +19,10 @@ FLAGS = [text for name, path in PATHS.items() for text in (f"--{name}", path)]
 
 def test_flags_win_over_the_file_which_wins_over_presets(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text("preset = ['compose-45k', 'lock-decoder']\nsteps = 70\ntext_drop = 0.1\n")
-    config = read_config([str(file), *FLAGS, "--steps", "80"])
+    file.write_text("preset = ['compose-45k', 'lock-decoder']\nsteps = 700\ntext_drop = 0.1\n")
+    config = read_config([str(file), *FLAGS, "--steps", "800"])
     assert (config.task, config.lock) == ("composition", "lock_decoder")
-    assert (config.steps, config.text_drop) == (80, 0.1)
+    assert (config.steps, config.text_drop) == (800, 0.1)
     assert config.base == Path("base.safetensors")
 
 
