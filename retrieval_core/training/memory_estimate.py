@@ -99,10 +99,16 @@ def estimate_memory(config: RunConfig, unet_config: UNetConfig, name: str) -> Me
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         if config.precision in HALF:
             imitate_autocast(objective, HALF[config.precision])
-        with LiveMemory(parameters) as memory:
+        stored = []
+        if config.accumulate > 1:  # a later pass begins with the gradients of those before it
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+                    stored.append(parameter.grad)
+        with LiveMemory([*parameters, *stored]) as memory:
             rehearse_step(objective, config)
         gradients = 4 * trained
-        peak = memory.peak + (gradients if config.accumulate > 1 else 0)
+        peak = memory.peak + (gradients if stored else 0)
         # The step of AdamW, not fused, has one more copy of its weights.
         stepping = 2 * gradients if config.optimizer == "adamw" else gradients
         return MemoryEstimate(
