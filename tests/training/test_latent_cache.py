@@ -138,6 +138,15 @@ def test_backgrounds_that_no_item_shows_are_not_stored(tmp_path, data_set):
     assert sizes[0.0] == sizes[1.0] < sizes[0.5]
 
 
+def test_views_of_concepts_are_drawn_apart(tmp_path, data_set):
+    """Each view has a padding colour of its own, which the corner of a removed background shows."""
+    cache = plan_cache(data_set, FakeBase(), configure(tmp_path, remove_background=1.0, views=8))
+    corners = prepare_views(cache, 2).references[:, -1, -1].reshape(3, 8, 3)
+    figures, faces, clothes = ({tuple(c) for c in one.tolist()} - {(50,) * 3} for one in corners)
+    assert min(len(figures), len(faces), len(clothes)) >= 6
+    assert not figures & faces and not faces & clothes and not figures & clothes
+
+
 def test_views_depend_on_the_seed_only(tmp_path, data_set):
     first = prepare_views(plan_cache(data_set, FakeBase(), configure(tmp_path)), 2)
     again = prepare_views(plan_cache(data_set, FakeBase(), configure(tmp_path, views=3)), 2)

@@ -102,14 +102,15 @@ def test_dropped_text_is_the_empty_prompt_and_dropped_references_are_zero(make_i
 def test_backgrounds_are_removed_with_the_probability_asked_for(make_items):
     """Rows 0 and 2 have masks of their left halves; views are as they are, so that masks tell."""
     items = make_items(task="same character", remove_background=0.3, views=1, reference_drop=0.0)
-    removed, shown = [], []
+    removed, shown, mixed = [], [], 0
     for item in read_epochs(items, 60):
-        for row, mask in zip(number_rows(item)[1:], item["reference_masks"]):
-            if ROWS[row][4]:
-                removed.append(not mask.all())
-            else:
-                shown.append(bool(mask.all()))
+        masks = list(zip(number_rows(item)[1:], item["reference_masks"]))
+        masked = [not mask.all() for row, mask in masks if ROWS[row][4]]
+        mixed += len(set(masked)) == 2
+        removed += masked
+        shown += [bool(mask.all()) for row, mask in masks if not ROWS[row][4]]
     assert abs(np.mean(removed) - 0.3) < 0.07 and all(shown)
+    assert mixed  # drawn for each reference
 
 
 @pytest.mark.parametrize("task, share", [("both", 0.25), ("composition", 0.25)])
@@ -200,13 +201,26 @@ def test_only_floating_point_tensors_change_their_type(make_items):
     assert batch.y is None and len(batch.names[0]) == 5
 
 
-def test_reading_keeps_up_with_a_batch_in_memory(make_items):
-    """Batches of 8 at SD 1.5's sizes from two workers, and one in memory, for steps of 0.1 s.
+LARGE = {"steps": 60, "workers": 2, "batch_size": 8, "size": 512, "views": 1}
 
-    An H100 takes longer for such a step. The best of three, because other programs run beside.
-    """
-    changes = {"steps": 60, "workers": 2, "batch_size": 8, "size": 512, "views": 1}
-    items = make_items(LargeBase(), **changes)
+
+def test_a_batch_costs_a_worker_little_processor_time(make_items):
+    """Processor time, which other programs do not change much, of 8 items at SD 1.5's sizes."""
+    items = make_items(LargeBase(), **LARGE)
+    taken = []
+    for _ in range(20):
+        start = time.process_time()
+        batch = collate_items([items[i] for i in range(8)])
+        taken.append(time.process_time() - start)
+    assert batch.context.shape == (8, 77, 768)
+    print(f"{min(taken) * 1e3:.2f} ms of processor time to read a batch")
+    assert min(taken) < 0.012
+
+
+@pytest.mark.slow
+def test_reading_keeps_up_with_a_batch_in_memory(make_items):
+    """Wall clock of steps of 0.1 s, with two workers; for a machine with nothing else to do."""
+    items = make_items(LargeBase(), **LARGE)
     loader = iter(make_loader(items.cache, items.config))
     held = next(loader)
     assert held.latents.shape == (8, 4, 64, 64) and held.context.shape == (8, 77, 768)
@@ -218,12 +232,10 @@ def test_reading_keeps_up_with_a_batch_in_memory(make_items):
             time.sleep(0.1)  # a step on an accelerator, which leaves the CPU idle
         return time.perf_counter() - start
 
-    count, ratios = 15, []
-    while len(ratios) < 3 and max(ratios, default=0) < 0.9:
-        in_memory = measure(held for _ in range(count))
-        ratios.append(in_memory / measure(next(loader) for _ in range(count)))
-    print(", ".join(f"{ratio:.3f}" for ratio in ratios), "of the throughput of a batch in memory")
-    assert max(ratios) >= 0.9
+    in_memory = measure(held for _ in range(25))
+    ratio = in_memory / measure(next(loader) for _ in range(25))
+    print(f"{ratio:.3f} of the throughput of a batch in memory")
+    assert ratio > 0.9
 
 
 class LargeBase(FakeBase):
