@@ -150,6 +150,7 @@ def make_accelerator(config: RunConfig) -> Any:
     accelerate = import_library("accelerate")
     import_library("tensorboard")
     accelerator = accelerate.Accelerator(
+        cpu=not torch.cuda.is_available(),  # without it, processes on CPUs train apart
         mixed_precision="no" if config.precision == "float32" else config.precision,
         gradient_accumulation_steps=config.accumulate,
         log_with="tensorboard",
