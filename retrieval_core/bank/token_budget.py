@@ -68,22 +68,24 @@ def choose_budgets(
     return {site: max(LEAST_AUTOMATIC, math.prod(edge)) for site, edge in edges.items()}
 
 
-@torch.no_grad()
 def limit_tokens(
     site: SiteTokens, budget: int, measure: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> SiteTokens:
     """Merges the tokens of a site into at most `budget`; `owner` is that of the selected token.
 
+    Gradients reach the tokens through their means; which tokens merge has none.
+
     Args:
         measure: from features [G, N, F] and their basis [D, F] (`project_tokens`, P = 1) to the
             importance [G, N] of all tokens; None: importance is the tokens' weight.
     """
-    features, bases = project_tokens(site)
-    importance = weights = site.weights
-    if measure is not None:
-        floor = _LEAST_SHARE / weights.shape[1]
-        importance = measure(features, bases[0]).clamp_min(floor) * (weights > 0)
-    selected, labels = choose_tokens(features, importance, budget)
+    with torch.no_grad():
+        features, bases = project_tokens(site)
+        importance = weights = site.weights
+        if measure is not None:
+            floor = _LEAST_SHARE / weights.shape[1]
+            importance = measure(features, bases[0]).clamp_min(floor) * (weights > 0)
+        selected, labels = choose_tokens(features, importance, budget)
     return _merge(site, selected, labels, importance)
 
 

@@ -78,18 +78,30 @@ def draw_item(
     References share the target's character, artist and outfit; faces may wear another outfit.
     Raises RetrievalError if there is none (see `DataSet.find_targets`).
     """
-    alike = data_set.outfits.find_members(target_index)
+    pools = find_pools(data_set, target_index, task)
     if task == "same character":
-        return draw_same_character(data_set, target_index, rng, options, indices=alike)
-    faces = data_set.identities.find_members(target_index)
+        return draw_same_character(data_set, target_index, rng, options, indices=pools["figure"])
     return draw_composition(
         data_set,
         target_index,
         rng,
         options,
-        face_indices=faces[data_set.has_head_box[faces]],
-        body_indices=alike[data_set.has_head_box[alike]],
+        face_indices=pools["face"],
+        body_indices=pools["clothes"],
     )
+
+
+def find_pools(data_set: DataSet, target_index: int, task: Task) -> dict[Concept, np.ndarray]:
+    """Concept -> the rows that a target's references are drawn from; the target may be among them.
+
+    Figures and clothes: of the target's character, artist and outfit. Faces: in any outfit.
+    """
+    alike = data_set.outfits.find_members(target_index)
+    if task == "same character":
+        return {"figure": alike}
+    faces = data_set.identities.find_members(target_index)
+    has_head_box = data_set.has_head_box
+    return {"face": faces[has_head_box[faces]], "clothes": alike[has_head_box[alike]]}
 
 
 def draw_same_character(
@@ -155,17 +167,20 @@ def _draw_item(
         return TrainingItem(image, content, face, tags, references)
     opened: dict[int, Sample] = {}
     for concept, count, pool in wanted:
-        for index in _draw_indices(target_index, pool, count, concept, rng):
+        for index in draw_indices(target_index, pool, count, concept, rng):
             if index not in opened:
                 opened[index] = samples[index]
             references.append(_cut_source(opened[index], concept, rng, options))
     return TrainingItem(image, content, face, tags, references)
 
 
-def _draw_indices(
+def draw_indices(
     target_index: int, pool: Indices, count: int, concept: Concept, rng: np.random.Generator
 ) -> list[int]:
-    """Indices of the references, all different if there are enough."""
+    """Indices of `count` references, never the target's, all different if there are enough.
+
+    Raises RetrievalError if the pool has no other than the target.
+    """
     if count < 1:
         return []
     others = [int(index) for index in pool if index != target_index]

@@ -3,8 +3,8 @@
 File format (DESIGN, "File format"): one safetensors file, keys `encoder.*`, `retrieval.<site>.*`
 and optionally `decoder.*` in the base model's own names; metadata `format`, `format_version`,
 `base`, `config`, `recommended`, `training`, and `query_pooling` where queries are pooled. The
-decoder is the trained decoder minus that of the base that it was trained on; in version 1 it was
-the trained decoder itself.
+decoder is the trained decoder minus that of the base that it was trained on; in version 3 as
+low-rank products (`decoder_factors`), in version 1 it was the trained decoder itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrievalError
 from ..files import check_format, parse_json, read_safetensors, save_safetensors
+from .decoder_factors import expand_decoder, factorise_decoder
 from .retrieval_site import RetrievalSite, choose_query_pools
 from .unet import (
     AttentionFunction,
@@ -34,7 +35,7 @@ from .unet import (
 )
 
 FORMAT = "retrieval_controlnet"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DECODER_PARTS = ("output_blocks.", "out.")
 # Factor by base; a paper doll's full-resolution sites have only 16 x 16 positions.
 QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
@@ -102,7 +103,7 @@ class RetrievalControlNet(nn.Module):
 
     Attributes:
         decoder: trained decoder weights under the base model's own names (`output_blocks.*`,
-            `out.*`), or empty (§5.4).
+            `out.*`), or empty (§5.4). Of a difference, weights that are zero may be left out.
         decoder_is_difference: whether `decoder` is the difference to the base that it was trained
             on; in files of version 1 it is the trained weights.
     """
@@ -191,15 +192,27 @@ class RetrievalControlNet(nn.Module):
         patched.load_state_dict({**own, **decoder}, assign=True)
         return patched.eval()
 
-    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Writes the network's file atomically, weights as `dtype` (default: unchanged)."""
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        decoder_rank: int | None = None,
+    ) -> None:
+        """Writes the network's file atomically, weights as `dtype` (default: unchanged).
+
+        Args:
+            decoder_rank: of the products that the decoder's difference is stored as; None: whole.
+        """
+        decoder, version = self.decoder, 2 if self.decoder_is_difference else 1
+        if decoder and decoder_rank is not None:
+            decoder, version = factorise_decoder(decoder, decoder_rank), 3
         tensors = dict(self.state_dict())
-        tensors |= {f"decoder.{k}": v for k, v in self.decoder.items()}
+        tensors |= {f"decoder.{k}": v for k, v in decoder.items()}
         if dtype is not None:
             tensors = {k: v.to(dtype) for k, v in tensors.items()}
         metadata = {
             "format": FORMAT,
-            "format_version": str(FORMAT_VERSION if self.decoder_is_difference else 1),
+            "format_version": str(version),
             "base": self.card.base,
             "config": json.dumps(asdict(self.config)),
             "recommended": json.dumps(self.card.recommended),
@@ -256,11 +269,17 @@ def build_network(
     card = Card(found, _check_recommended(recommended, path), training)
     decoder = {k[len("decoder.") :]: v for k, v in tensors.items() if k.startswith("decoder.")}
     rest = {k: v for k, v in tensors.items() if not k.startswith("decoder.")}
+    factored = metadata["format_version"] == "3"
+    if factored:
+        decoder = expand_decoder(decoder)
     # Compared on the meta device: a host's layers may have no weights before they are loaded.
     with torch.device("meta"):
         check_weights(RetrievalControlNet(config, card).state_dict(), rest, f"network '{path}'")
         if decoder:
-            check_weights(select_decoder(UNet(config)), decoder, f"decoder of '{path}'")
+            expected = select_decoder(UNet(config))
+            if factored:  # without what is zero
+                expected = {k: v for k, v in expected.items() if k in decoder}
+            check_weights(expected, decoder, f"decoder of '{path}'")
     network = RetrievalControlNet(config, card, query_pooling=pooling, **kw)
     load_weights(network, rest)
     # Copies: safetensors maps the file, which may be overwritten.

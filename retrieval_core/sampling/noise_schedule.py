@@ -19,20 +19,34 @@ def _per_row(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
+# abar at the last timestep with zero terminal SNR: ComfyUI's value, which keeps sigma finite.
+_TERMINAL = 4.8973451890853435e-08
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Scaled-linear betas over `steps` training timesteps (SD 1.x, 2.x and SDXL's values)."""
+    """Scaled-linear betas over `steps` training timesteps (SD 1.x, 2.x and SDXL's values).
+
+    zero_terminal_snr: sqrt(abar) is shifted and scaled so that the last timestep is noise alone
+        (arXiv 2305.08891, algorithm 1); for "v", as noise says nothing of eps.
+    """
 
     steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction: Prediction = "eps"
+    zero_terminal_snr: bool = False
 
     def alphas_cumprod(self) -> Tensor:
         """abar_t, float64 [steps]."""
         edges = self.beta_start**0.5, self.beta_end**0.5
         betas = torch.linspace(*edges, self.steps, dtype=torch.float64) ** 2
-        return torch.cumprod(1.0 - betas, 0)
+        abar = torch.cumprod(1.0 - betas, 0)
+        if self.zero_terminal_snr:
+            signal = abar.sqrt()
+            signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+            abar = signal.square().clamp_min(_TERMINAL)
+        return abar
 
     def sigmas(self) -> Tensor:
         """sigma_t, float64 [steps], rising."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -12,12 +13,13 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Context manager around the steps first .. end - 1."""
+    """Context manager around the steps first .. end - 1; `shown`: not if False."""
 
-    def __init__(self, label: str, first: int, end: int) -> None:
-        self.label, self.first, self.end = label, first, end
-        self._bar = tqdm(total=end, initial=first, desc=label, unit="step", disable=None)
-        self._smooth: float | None = None
+    def __init__(self, label: str, first: int, end: int, shown: bool = True) -> None:
+        self.label, self.first, self.end, self.shown = label, first, end, shown
+        disable = None if shown else True  # None: off without a terminal
+        self._bar = tqdm(total=end, initial=first, desc=label, unit="step", disable=disable)
+        self._smooth: dict[str, float] = {}
         self._started = self._said = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -28,10 +30,12 @@ class Progress:
 
     def update(self, step: int, losses: Mapping[str, float], skipped: int) -> None:
         """Shows that `step` steps are done; losses: of the last one."""
-        loss = losses["loss"]
-        if loss == loss:  # a NaN would stay in the average
-            self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
-        text = "loss -" if self._smooth is None else f"loss {self._smooth:.4f}"
+        if not self.shown:
+            return
+        for name, loss in losses.items():
+            if math.isfinite(loss):  # a NaN would stay in the average
+                self._smooth[name] = 0.98 * self._smooth.get(name, loss) + 0.02 * loss
+        text = ", ".join(f"{name} {loss:.4f}" for name, loss in self._smooth.items())
         if skipped:
             text += f", {skipped} skipped"
         if not self._bar.disable:

@@ -14,6 +14,14 @@ Lock = Literal["train_both", "lock_decoder", "lock_both"]
 LOCKS: tuple[str, ...] = get_args(Lock)
 
 
+def scale_learning_rate(step: int, steps: int, warmup_steps: int) -> float:
+    """Factor of the learning rate at step `step` (0 is the first): linear warm-up, then a cosine
+    that ends at 0 after `steps`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """Settings of the optimisation, fixed for a run.
@@ -54,11 +62,8 @@ class TrainingSettings:
                 )
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of step `step` (0 is the first): linear warm-up, then a cosine."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        """Learning rate of step `step`; see `scale_learning_rate`."""
+        return self.learning_rate * scale_learning_rate(step, self.steps, self.warmup_steps)
 
     def as_json(self) -> dict[str, Any]:
         """All settings as plain JSON values."""

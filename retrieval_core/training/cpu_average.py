@@ -1,0 +1,41 @@
+"""Exponential moving average of the trained parameters in main memory, off the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+EVERY = 10  # steps between updates: each copies all trained parameters from the device
+
+
+class CpuAverage:
+    """average <- d * average + (1 - d) * parameter, every `EVERY` steps.
+
+    d = min(decay ** EVERY, (1 + n) / (10 + n)) after n updates, so that the first weights fade
+    quickly.
+
+    Args:
+        parameters: those to average, by name; empty on processes that need no average.
+        decay: of one step.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.averages = {name: copy_to_cpu(p).float() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the averages after `step` steps if it is their turn."""
+        if step % EVERY:
+            return
+        decay = min(self.decay**EVERY, (1 + self.updates) / (10 + self.updates))
+        for name, average in self.averages.items():
+            average.lerp_(self.parameters[name].to("cpu", torch.float32), 1 - decay)
+        self.updates += 1
+
+
+def copy_to_cpu(value: Tensor) -> Tensor:
+    """A copy in main memory, which nothing else changes."""
+    return value.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,339 @@
+"""Trains a Retrieval ControlNet on a base model: from a data set to the network's file.
+
+`train` tells the whole story. accelerate runs it on one device or many, in mixed precision, with
+gradients accumulated over passes. What an item is and which noise it gets depend on the seed and
+its number in the run alone (`TaskItems`, `draw_noise`), so that resumption and the number of
+processes do not change the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data.data_set import open_data_set
+from ..errors import RetrievalError
+from ..network.controlnet import RetrievalControlNet
+from .base_checkpoint import Base, import_library
+from .cpu_average import CpuAverage
+from .interruption import Interruption
+from .latent_cache import (
+    LatentCache,
+    describe_targets,
+    fill_cache,
+    fingerprint_index,
+    plan_cache,
+    refuse_changed_data,
+)
+from .memory_estimate import check_memory
+from .paper_objective import PaperObjective, draw_noise
+from .progress import Progress
+from .progress_sheet import ProgressSheet
+from .run_config import RunConfig
+from .run_folder import RunFolder
+from .run_state import RunState
+from .settings import scale_learning_rate
+from .task_batches import make_loader
+
+# Settings that may change between two starts of a run: they do not change its result.
+_FREE = {
+    "base", "data", "out", "vae", "text_encoder", "tokenizer", "preset", "batch_size", "accumulate",
+    "checkpoint_activations", "checkpoint_every", "keep_checkpoints", "sheet_every", "workers",
+    "cache",
+}  # fmt: skip
+_NAMED = 8  # pictures named in a message
+_TIMEOUT = timedelta(days=1)  # of waiting for another process, which may be filling its cache
+
+
+def train(config: RunConfig, base: Base) -> Path | None:
+    """Trains a network, or goes on with a run that was stopped.
+
+    Ctrl-C and SIGTERM finish the current step and save it.
+
+    Returns:
+        The network's file; None if the run was interrupted.
+
+    Raises:
+        RetrievalError: the device has too little memory, the folder holds another run, the data
+            set was changed or has no targets, the disk is full, or a loss is not finite.
+    """
+    accelerator = make_accelerator(config)
+    device, schedule = accelerator.device, base.schedule
+    rank, world = accelerator.process_index, accelerator.num_processes
+    is_main = accelerator.is_main_process
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        accelerator.print(check_memory(config, base.unet.config, base.name, free))
+    folder = RunFolder(config.out, config.keep_checkpoints)
+    cache = prepare_cache(config, base, accelerator)
+    describe_run(folder, config, base, cache, world, is_main)
+
+    objective = make_objective(config, base).to(device)
+    parameters = order_parameters(objective)
+    optimizer = make_optimizer(parameters, config, world)
+    model, optimizer = accelerator.prepare(objective, optimizer, device_placement=[False, False])
+    averaged = parameters if is_main and config.ema_decay is not None else {}
+    average = CpuAverage(averaged, config.ema_decay or 0.0)
+    state = RunState(parameters, optimizer.optimizer, average, accelerator.scaler, world > 1)
+    step = resume(folder, state)
+    sheet = ProgressSheet(config, base, cache) if is_main and config.sheet_every else None
+
+    passes: list[tuple[dict[str, Tensor], list[list[str]]]] = []  # of the current step
+    interrupted = False
+    with (
+        Interruption() as interruption,
+        Progress(config.out.name, step, config.steps, is_main) as progress,
+    ):
+        for batch in make_loader(cache, config, rank, world, step):
+            shape = batch.latents.shape[1:]
+            noise = draw_noise(
+                config.seed, batch.numbers, shape, schedule.steps, config.noise_offset
+            )
+            with accelerator.accumulate(model):
+                batch = batch.to(device, torch.float32)
+                losses = model(batch, *(t.to(device) for t in noise))
+                accelerator.backward(losses["loss"])
+                passes.append((losses, batch.names))
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(parameters.values(), config.clip_norm)
+                    norm = float(norm)
+                    measured, interrupted = measure_step(
+                        accelerator, passes, norm, interruption.requested, step
+                    )
+                    rate = set_learning_rate(optimizer, config, step)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            passes.clear()
+            step += 1
+            average.update(step)
+            accelerator.log({**measured, "grad_norm": norm, "learning_rate": rate}, step)
+            progress.update(step, measured, 0)
+            folder.raise_failure()
+            if step % config.checkpoint_every == 0 or step == config.steps or interrupted:
+                save(folder, state, step, is_main)
+            if sheet is not None and (step % config.sheet_every == 0 or step == config.steps):
+                with accelerator.autocast():
+                    sheet.draw(objective, step)
+            if interrupted:
+                break
+    folder.wait()
+    accelerator.end_training()
+    if step < config.steps:
+        if is_main:
+            print(
+                f"Training was interrupted after step {step} of {config.steps}; run the same "
+                f"command again to go on from '{config.out}'.",
+                flush=True,
+            )
+        return None
+    path = config.out / f"{config.out.resolve().name}.safetensors"
+    if is_main:
+        write_network(path, objective, average.averages or parameters, config, base, cache)
+    return path
+
+
+def make_accelerator(config: RunConfig) -> Any:
+    """accelerate's entry point, of the processes that its launcher started."""
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise RetrievalError(
+            "The precision fp16 needs a GPU, and there is none; choose bf16 or float32."
+        )
+    accelerate = import_library("accelerate")
+    import_library("tensorboard")
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.cuda.is_available(),  # without it, processes on CPUs train apart
+        mixed_precision="no" if config.precision == "float32" else config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        log_with="tensorboard",
+        project_dir=config.out,
+        kwargs_handlers=[
+            accelerate.InitProcessGroupKwargs(timeout=_TIMEOUT),
+            # Older torch takes a weight cast without gradient, while tokens are merged, for the
+            # pass that needs its gradient.
+            accelerate.utils.AutocastKwargs(cache_enabled=False),
+        ],
+    )
+    accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def prepare_cache(config: RunConfig, base: Base, accelerator: Any) -> LatentCache:
+    """The cache of the data set's latents and prompts, filled by all processes together."""
+    cache = plan_cache(open_data_set(config.data), base, config)
+    accelerator.print(describe_targets(cache))
+    if any(cache.find_missing()):
+        base.vae.to(accelerator.device)
+        base.prompts.to(accelerator.device)
+        disable = None if accelerator.is_main_process else True  # None: off without a terminal
+        with tqdm(desc="latents and prompts", unit="shard", disable=disable) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            fill_cache(cache, base, accelerator.process_index, accelerator.num_processes, show)
+    accelerator.wait_for_everyone()
+    base.vae.to("cpu")
+    base.prompts.to("cpu")
+    return cache
+
+
+def describe_run(
+    folder: RunFolder, config: RunConfig, base: Base, cache: LatentCache, world: int, writes: bool
+) -> None:
+    """Records what the run is in its folder, or refuses to go on with another one."""
+    recorded = folder.read_description()
+    if recorded:
+        refuse_changed_data(cache.data_set, recorded["data_set"])
+    settings = {k: v for k, v in config.as_json().items() if k not in _FREE}
+    folder.describe_run(
+        {
+            **settings,
+            "samples_per_step": config.batch_size * config.accumulate * world,
+            "base": base.fingerprint,
+            "data_set": fingerprint_index(cache.data_set),
+        },
+        writes,
+    )
+
+
+def make_objective(config: RunConfig, base: Base) -> PaperObjective:
+    """A fresh network on the base, and the losses that train it."""
+    unet = base.unet
+    network = RetrievalControlNet.from_base(
+        unet.state_dict(),
+        base.name,
+        config.seed,
+        config=unet.config,
+        query_pooling=config.query_pooling,
+    )
+    blank = None
+    if unet.config.in_channels > unet.config.out_channels:  # an inpainting base
+        blank = base.vae.encode(torch.zeros(1, 3, config.size, config.size)).float()
+    return PaperObjective(network, unet, base.schedule, config, blank)
+
+
+def order_parameters(objective: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, matrices first: the optimiser's order."""
+    trained = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    return dict(sorted(trained, key=lambda item: item[1].ndim < 2))
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: RunConfig, world: int
+) -> torch.optim.Optimizer:
+    """AdamW; norms and biases do not decay, as 0 is not a neutral value for them.
+
+    Of several processes each has a share of the state (ZeRO, stage 1).
+    """
+    groups = [
+        {
+            "params": [p for p in parameters.values() if (p.ndim >= 2) == decays],
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    kind, options = torch.optim.AdamW, {"lr": config.learning_rate}
+    if config.optimizer == "adamw-8bit":
+        kind = import_library("bitsandbytes").optim.AdamW8bit
+    elif config.optimizer == "adamw-fused":
+        options["fused"] = True
+    if world > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # it compiles much
+
+        return ZeroRedundancyOptimizer(groups, kind, **options)
+    return kind(groups, **options)
+
+
+def resume(folder: RunFolder, state: RunState) -> int:
+    """Goes on from the newest checkpoint, if there is one; returns the number of steps done."""
+    found = folder.load_newest()
+    if found is None:
+        return 0
+    tensors, values = found
+    state.restore(tensors, values)
+    return values["step"]
+
+
+def measure_step(
+    accelerator: Any,
+    passes: list[tuple[dict[str, Tensor], list[list[str]]]],
+    norm: float,
+    interrupted: bool,
+    step: int,
+) -> tuple[dict[str, float], bool]:
+    """The losses of a step, averaged over its passes and all processes, and whether to stop.
+
+    Raises:
+        RetrievalError: a loss or the gradient is not finite. It names the pictures of the passes
+            with such a loss, or of all passes. (With fp16, the scaler deals with the gradient.)
+    """
+    table = torch.stack(
+        [torch.stack([v.detach() for v in losses.values()]) for losses, _ in passes]
+    )
+    flag = table.new_tensor([float(interrupted)])
+    *values, stop = accelerator.reduce(torch.cat([table.mean(0), flag]), "mean").tolist()
+    finite = all(map(math.isfinite, values))
+    if not finite or (accelerator.scaler is None and not math.isfinite(norm)):
+        bad = [
+            item[0]
+            for row, (_, names) in zip(table, passes)
+            for item in names
+            if finite or not bool(row.isfinite().all())
+        ]
+        named = import_library("accelerate").utils.gather_object(bad)
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        raise RetrievalError(
+            f"Training stopped at step {step + 1}: its {'gradient' if finite else 'loss'} is not "
+            f"finite, with the targets {', '.join(named[:_NAMED])}{more}; look at these pictures, "
+            "or lower the learning rate and go on from the last checkpoint."
+        )
+    return dict(zip(passes[0][0], values)), stop > 0
+
+
+def set_learning_rate(optimizer: Any, config: RunConfig, step: int) -> float:
+    rate = config.learning_rate * scale_learning_rate(step, config.steps, config.warmup_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def save(folder: RunFolder, state: RunState, step: int, writes: bool) -> None:
+    """Saves a checkpoint; all processes call it, one `writes`."""
+    state.gather_optimizer()
+    if writes:
+        tensors, values = state.collect()
+        folder.save(step, tensors, {**values, "step": step})
+
+
+def write_network(
+    path: Path,
+    objective: PaperObjective,
+    trained: Mapping[str, Tensor],
+    config: RunConfig,
+    base: Base,
+    cache: LatentCache,
+) -> None:
+    """Writes the network's file, in float16 and with its provenance.
+
+    Args:
+        trained: weights by their names in the objective.
+    """
+    network = objective.finish(trained)
+    network.card.training.update(
+        {k: v for k, v in config.as_json().items() if k not in _FREE - {"preset"}},
+        base=base.fingerprint,
+        data_set=fingerprint_index(cache.data_set),
+        prediction=base.schedule.prediction,
+    )
+    network.save(path, torch.float16, config.rank)
+    print(f"The network is trained and saved in '{path}'.", flush=True)

@@ -1,0 +1,307 @@
+"""The loop of real bases on a tiny run: what it learns, resumes, refuses and leaves on the disk."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from base_files import make_checkpoint, write_checkpoint, write_tokenizer
+from cached_data_set import write_pictures
+from refusal import sentence
+from tiny_run import TinyBase, read_checkpoint, set_up, train
+
+from retrieval_core import files
+from retrieval_core.network.controlnet import load
+from retrieval_core.training import training_run
+from retrieval_core.training.__main__ import main
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+SCRIPT = HELPERS / "tiny_run.py"
+
+
+def command(folder, delay=0.0, processes=1, **changes):
+    set_up(folder)
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        start += ["--master-port", str(random.randint(20000, 40000))]
+    root = HELPERS.parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(HELPERS)])
+    return subprocess.Popen(
+        [*start, str(SCRIPT), str(folder), str(delay), json.dumps(changes)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(b[name], value), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The last checkpoint of an uninterrupted run in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, _, err = finish(command(folder))
+    assert code == 0, err
+    return read_checkpoint(set_up(folder))
+
+
+def test_the_loss_falls_when_a_few_pictures_are_learned(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training_run.Progress, "update", lambda self, step, losses, skipped: seen.append(losses)
+    )
+    # One timestep and one noise, so that the loss is comparable between steps.
+    fixed = training_run.draw_noise
+    monkeypatch.setattr(
+        training_run,
+        "draw_noise",
+        lambda seed, numbers, *rest: fixed(seed, torch.zeros_like(numbers), *rest),
+    )
+    train(set_up(tmp_path, steps=40, learning_rate=3e-3, views=1, batch_size=6))
+    first, last = (sum(losses["loss"] for losses in part) / 4 for part in (seen[:4], seen[-4:]))
+    assert last < 0.6 * first, (first, last)
+    assert set(seen[0]) == {"loss", "content", "face"}
+
+
+def test_a_run_leaves_its_network_with_provenance_and_the_newest_checkpoints(tmp_path):
+    config = set_up(tmp_path, keep_checkpoints=2, sheet_every=6, preset=("recon-9k",))
+    training_run.train(config, TinyBase())
+    names = sorted(str(p.relative_to(config.out)) for p in config.out.rglob("*") if p.is_file())
+    assert [n for n in names if "tfevents" not in n] == [
+        "run.json", "run.safetensors", "sheets/step-00000006.png", "sheets/step-00000012.png",
+        "step-00000009.safetensors", "step-00000012.safetensors",
+    ]  # fmt: skip
+    assert any("tfevents" in name for name in names)
+    network = load(config.out / "run.safetensors", "sd15")
+    told = network.card.training
+    assert told["base"] == TinyBase.fingerprint and told["steps"] == 12
+    assert told["preset"] == ["recon-9k"] and len(told["data_set"]) == 64
+    assert network.decoder and network.decoder_is_difference and network.query_pooling == 2
+    assert any(bool(site.zero_conv.weight.any()) for site in network.retrieval.values())
+
+
+def test_the_file_holds_the_averaged_weights(tmp_path):
+    config = set_up(tmp_path, steps=20, ema_decay=0.5)
+    tensors, _ = train(config)
+    network = load(config.out / "run.safetensors")
+    for name, value in network.state_dict().items():
+        averaged = tensors.get(f"average.network.{name}")
+        if averaged is not None:
+            assert torch.equal(value, averaged.half()), name
+    assert not torch.equal(
+        tensors["average.network.retrieval.middle.to_q.weight"],
+        tensors["weights.network.retrieval.middle.to_q.weight"],
+    )
+
+
+def kill_and_resume(folder, whole, kills, **changes):
+    rng = random.Random(kills)
+    for _ in range(kills):
+        process = command(folder, 0.15, **changes)
+        wanted = rng.randrange(3, 8)  # lines; all but the first two are steps
+        for _ in range(wanted):
+            if not process.stdout.readline():
+                break
+        try:
+            process.wait(rng.random() * 0.3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+    code, _, err = finish(command(folder, **changes))
+    assert code == 0, err
+    tensors, state = read_checkpoint(set_up(folder))
+    same(whole[0], tensors)
+    assert state == whole[1]
+
+
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, whole):
+    kill_and_resume(tmp_path, whole, 2, checkpoint_every=2)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(tmp_path, whole):
+    kill_and_resume(tmp_path, whole, 20, checkpoint_every=1)
+
+
+def test_an_interrupted_run_saves_its_last_step_and_goes_on(tmp_path, whole):
+    process = command(tmp_path, 0.2, checkpoint_every=100)
+    for _ in range(6):
+        process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 130 and "run the same command again" in out, err
+    step = read_checkpoint(set_up(tmp_path))[1]["step"]
+    assert 4 <= step <= 6
+    code, _, err = finish(command(tmp_path, checkpoint_every=100))
+    assert code == 0, err
+    same(whole[0], read_checkpoint(set_up(tmp_path))[0])
+
+
+def test_two_processes_give_what_one_gives_with_accumulation(tmp_path):
+    """Bit for bit: each process has in one pass what one process has in two."""
+    code, _, err = finish(command(tmp_path / "one", accumulate=2))
+    assert code == 0, err
+    code, _, err = finish(command(tmp_path / "two", processes=2))
+    assert code == 0, err
+    one, two = (read_checkpoint(set_up(tmp_path / name)) for name in ("one", "two"))
+    same(one[0], two[0])
+    assert one[1] == two[1]
+    run = json.loads((tmp_path / "two" / "run" / "run.json").read_text())
+    assert run["samples_per_step"] == 4
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_after_one_was_killed(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, err = finish(command(whole, checkpoint_every=2, processes=2))
+    assert code == 0, err
+    process = command(killed, 0.2, checkpoint_every=2, processes=2)
+    lines = [process.stdout.readline() for _ in range(14)]
+    victim = [int(line.split()[1]) for line in lines if line.startswith("process")][-1]
+    os.kill(victim, signal.SIGKILL)
+    assert finish(process)[0] != 0
+    code, _, err = finish(command(killed, checkpoint_every=2, processes=2))
+    assert code == 0, err
+    same(*(read_checkpoint(set_up(folder))[0] for folder in (whole, killed)))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_pictures(tmp_path, monkeypatch):
+    fixed, calls = training_run.draw_noise, []
+
+    def broken(seed, numbers, *rest):
+        calls.append(numbers)
+        steps, noise = fixed(seed, numbers, *rest)
+        if len(calls) == 10:  # the second pass of step 5
+            noise[1] = torch.nan
+        return steps, noise
+
+    monkeypatch.setattr(training_run, "draw_noise", broken)
+    config = set_up(tmp_path, accumulate=2, checkpoint_every=2)
+    message = sentence(training_run.train, config, TinyBase())
+    items = training_run.make_loader(training_run.plan_cache(
+        training_run.open_data_set(config.data), TinyBase(), config), config)  # fmt: skip
+    targets = [names[0] for names in list(items)[9].names]
+    assert "step 5" in message and f"targets {', '.join(targets)};" in message
+    tensors, state = read_checkpoint(config)
+    assert state["step"] == 4 and all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    config = set_up(tmp_path)
+    written, save = [], files.safetensors.torch.save_file
+
+    def full(tensors, path, metadata=None):
+        if "step-" in str(path):
+            written.append(path)
+            if len(written) == 2:
+                Path(path).write_bytes(b"half a file")
+                raise OSError(28, "No space left on device")
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(files.safetensors.torch, "save_file", full)
+    assert "No space left" in sentence(training_run.train, config, TinyBase())
+    assert [p.name for p in config.out.glob("*step-*")] == ["step-00000003.safetensors"]
+    assert read_checkpoint(config)[1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"learning_rate": 2e-3}, "learning_rate = 0.001, not 0.002"),
+        ({"lock": "lock_decoder"}, "lock = train_both, not lock_decoder"),
+        ({"batch_size": 3}, "samples_per_step = 2, not 3"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(tmp_path, changes, told):
+    folder = training_run.RunFolder(tmp_path, 2)
+    describe(folder, set_up(tmp_path))
+    assert told in sentence(describe, folder, set_up(tmp_path, **changes))
+
+
+def describe(folder, config):
+    base = TinyBase()
+    cache = training_run.plan_cache(training_run.open_data_set(config.data), base, config)
+    training_run.describe_run(folder, config, base, cache, 1, True)
+
+
+def test_settings_that_do_not_change_the_result_may_change(tmp_path):
+    folder = training_run.RunFolder(tmp_path, 2)
+    describe(folder, set_up(tmp_path))
+    describe(folder, set_up(tmp_path, workers=1, checkpoint_every=7, batch_size=1, accumulate=2))
+
+
+def test_a_changed_data_set_is_refused(tmp_path):
+    folder = training_run.RunFolder(tmp_path, 2)
+    describe(folder, set_up(tmp_path))
+    shutil.rmtree(tmp_path / "set")
+    write_pictures(tmp_path, rows=[("ann", "bob", 0, True, True)] * 3)
+    message = sentence(describe, folder, set_up(tmp_path))
+    assert "data set" in message and "changed" in message
+
+
+def test_damaged_checkpoints_are_passed_over_and_told_if_none_is_left(tmp_path):
+    folder = training_run.RunFolder(tmp_path, 2)
+    for step in (1, 2, 3):
+        folder.save(step, {"t": torch.full((3,), float(step))}, {"step": step})
+    folder.wait()
+    paths = folder.list_checkpoints()
+    assert [p.name for p in paths] == ["step-00000002.safetensors", "step-00000003.safetensors"]
+    paths[1].write_bytes(paths[1].read_bytes()[:-4])
+    tensors, state = folder.load_newest()
+    assert state == {"step": 2} and torch.equal(tensors["t"], torch.full((3,), 2.0))
+    paths[0].write_bytes(b"")
+    assert "No checkpoint" in sentence(folder.load_newest)
+
+
+def test_half_precision_on_a_cpu_is_refused_in_fp16(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "needs a GPU" in sentence(training_run.train, set_up(tmp_path, precision="fp16"), None)
+
+
+def test_bf16_low_rank_and_recomputed_activations_run_together(tmp_path):
+    changes = {"precision": "bf16", "rank": 2, "checkpoint_activations": True}
+    code, _, err = finish(command(tmp_path, **changes))
+    assert code == 0, err
+    tensors, _ = read_checkpoint(set_up(tmp_path))
+    assert all(bool(t.isfinite().all()) for t in tensors.values())
+    with open(tmp_path / "run" / "run.json") as file:
+        assert json.load(file)["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_command_trains_on_a_checkpoint_and_goes_on(tmp_path, name, capsys):
+    write_pictures(tmp_path)
+    words = write_tokenizer(tmp_path / "tokenizer")
+    base = write_checkpoint(tmp_path / "base.safetensors", make_checkpoint(name, words))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"base = '{base}'\ndata = '{tmp_path / 'set'}'\nout = '{tmp_path / 'out'}'\n"
+        f"cache = '{tmp_path / 'cache'}'\ntokenizer = '{tmp_path / 'tokenizer'}'\n"
+        "preset = ['compose-9k', 'lock-decoder']\nsteps = 2\nwarmup_steps = 1\nsize = 64\n"
+        "batch_size = 1\nviews = 1\nprecision = 'float32'\nworkers = 1\nreferences = 2\n"
+    )
+    assert main([str(file)]) == 0
+    network = load(tmp_path / "out" / "out.safetensors", name)
+    assert network.card.training["task"] == "composition" and not network.decoder
+    assert "Training on" in capsys.readouterr().out
+    assert main([str(file)]) == 0  # all steps are done
+    assert main([str(file), "--steps", "3"]) == 2
+    assert "steps = 2, not 3" in capsys.readouterr().err
