@@ -109,7 +109,8 @@ def read_stamp() -> str:
 
 def set_up(python: Path) -> None:
     """Makes .venv and installs into it; STAMP says UNFINISHED meanwhile."""
-    if VENV.exists() and not STAMP.is_file() and any(VENV.iterdir()):
+    made_elsewhere = VENV.exists() and not STAMP.is_file() and any(VENV.iterdir())
+    if made_elsewhere or VENV.is_symlink():
         sys.exit(
             f"The folder {VENV} was not made by this script; rename it, or set RETRIEVAL_PYTHON to "
             "the Python in it."

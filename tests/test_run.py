@@ -121,3 +121,13 @@ def test_comfyui_manager_installs_what_the_project_names():
     lines = (PACK / "requirements.txt").read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == project["dependencies"]
     assert not any(line.startswith("torch") for line in project["dependencies"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_environment_behind_a_link_is_left_alone(pack, tmp_path):
+    shared = tmp_path / "shared"
+    (shared / "bin").mkdir(parents=True)
+    (shared / "retrieval-setup").write_text("of other requirements")
+    (pack / ".venv").symlink_to(shared)
+    assert "was not made by this script" in refused(run(pack, "setup"))
+    assert (shared / "bin").is_dir()
