@@ -1,4 +1,4 @@
-"""The value of REFERENCES, and encoding of references on the host's device."""
+"""The value of RETRIEVAL_REFERENCES, and encoding of references on the host's device."""
 
 from __future__ import annotations
 

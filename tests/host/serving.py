@@ -24,7 +24,7 @@ from making import paperdoll_bundle
 from PIL import Image
 
 PACK = Path(__file__).resolve().parents[2]
-NAME = "comfyui-retrieval-controlnet"
+NAME = "retrieval-controlnet"
 # What an archive of the registry holds that the host needs.
 INSTALLED = ("__init__.py", "pyproject.toml", "nodes", "retrieval_core", "web", "example_workflows")
 WEIGHTS = Path("retrieval_core", "paperdoll", "weights")
