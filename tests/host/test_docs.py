@@ -37,7 +37,17 @@ def test_the_page_names_every_input_and_output(node):
         field.id for given in schema.inputs for field in list_fields(given)
     ]
     assert named(page, "Outputs") == [made.display_name or made.id for made in schema.outputs]
-    assert "\n## Tip" in page
+    assert "\n## When to use which setting\n" in page and "\n## If something goes wrong\n" in page
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_page_shows_a_picture_that_is_there_and_small(node):
+    """The frontend looks for a picture in web/docs, also from a page in another language."""
+    page = (DOCS / f"{node}.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+    assert shown
+    for path in shown:
+        assert (DOCS / path).stat().st_size < 60_000
 
 
 def test_there_is_no_page_without_a_node():
