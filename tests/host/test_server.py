@@ -76,7 +76,6 @@ def broken_prompts(prompt: dict):
     nothing = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}}
     empty = with_inputs(prompt, apply, region=["mask", 0])
     yield {**empty, "mask": nothing}, "region"
-    yield with_inputs(prompt, apply, start_percent=0.9, end_percent=0.1), "0.9"
     positive = prompt[the_node(prompt, "KSampler", model=[apply, 0])]["inputs"]["positive"][0]
     yield with_inputs(prompt, positive, text="waving, flying"), "flying"
     encode = the_node(prompt, "RetrievalEncodeReferences")
