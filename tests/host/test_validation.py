@@ -17,7 +17,7 @@ APPLY, CONTROLS = "RetrievalApplyReferences", "RetrievalControls"
 
 @pytest.fixture(scope="module")
 def prompt(node_info):
-    """Two characters, with one output: what does not depend on a bad value is queued all the same."""
+    """With one output: the host queues every output that does not depend on a bad value."""
     made = api_form(example("Demo - Two characters"), node_info)
     return {key: node for key, node in made.items() if node["class_type"] != "PreviewImage"}
 
