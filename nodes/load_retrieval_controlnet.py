@@ -12,7 +12,7 @@ from ..retrieval_core.training_free.training_free_network import LAYERS, LEVELS,
 from .host import folders
 from .host.base_model import detect_base
 from .host.loading import make_progress
-from .socket_types import CATEGORY, RetrievalControlNetType, make_name_input, make_schema
+from .socket_types import ADVANCED, CATEGORY, RetrievalControlNetType, make_schema
 
 TRAINING_FREE = "training-free (no file)"
 FILE = "file"
@@ -155,10 +155,13 @@ def list_hub_inputs() -> list[io.Input]:
             default="",
             tooltip="Name of the .safetensors file in the repository.",
         ),
-        make_name_input(
+        io.String.Input(
             "revision",
-            "Branch, tag or commit of the repository; empty for the newest. A commit always gives "
-            "the same file.",
+            default="",
+            optional=True,
+            tooltip="Branch, tag or commit of the repository; empty for the newest. A commit "
+            "always gives the same file.",
+            extra_dict=ADVANCED,
         ),
     ]
 

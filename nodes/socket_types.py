@@ -28,9 +28,9 @@ def make_schema(**described: Any) -> io.Schema:
     return io.Schema(**{name: value for name, value in described.items() if name in known})
 
 
-def make_factor_input(name: str, tooltip: str) -> io.Float.Input:
-    """An input of 0 to 10, by default 1."""
-    return io.Float.Input(name, default=1.0, min=0.0, max=10.0, step=0.05, tooltip=tooltip)
+def make_factor_input(name: str, tooltip: str, **more: Any) -> io.Float.Input:
+    """An input of 0 to 10, by default 1, with `more` arguments of the host's."""
+    return io.Float.Input(name, default=1.0, min=0.0, max=10.0, step=0.05, tooltip=tooltip, **more)
 
 
 def make_name_input(name: str, tooltip: str) -> io.String.Input:

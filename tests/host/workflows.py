@@ -1,4 +1,4 @@
-"""The example workflows, and their API form: what the frontend posts to /prompt."""
+"""The example workflows and blueprints, and their API form: what the frontend posts to /prompt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 PACK = Path(__file__).resolve().parents[2]
 FOLDER = PACK / "example_workflows"
+BLUEPRINTS = PACK / "subgraphs"
 FRONTEND_ONLY = {"MarkdownNote", "Note"}
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
@@ -72,6 +73,41 @@ def api_form(workflow: dict[str, Any], node_info: dict[str, Any]) -> dict[str, A
         }
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": {**values, **linked}}
     return prompt
+
+
+def expand_blueprint(
+    blueprint: dict[str, Any], node_info: dict[str, Any], sources: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The prompt of a blueprint's inner nodes, and where each of its outputs comes from.
+
+    Args:
+        sources: input of the blueprint -> the node and output that are connected to it.
+    """
+    (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    values = {
+        name: value
+        for (node, name), value in zip(outer["properties"]["proxyWidgets"], outer["widgets_values"])
+        if node == "-1"
+    }
+    given = {**values, **sources}
+    links = {link["id"]: link for link in inner["links"]}
+    prompt = {}
+    for node in inner["nodes"]:
+        inputs = read_widgets(node_info[node["type"]], node["widgets_values"])
+        for slot in node["inputs"]:
+            if slot["link"] is None:
+                continue
+            link = links[slot["link"]]
+            if link["origin_id"] != inner["inputNode"]["id"]:
+                inputs[slot["name"]] = [f"inner {link['origin_id']}", link["origin_slot"]]
+            elif inner["inputs"][link["origin_slot"]]["name"] in given:
+                inputs[slot["name"]] = given[inner["inputs"][link["origin_slot"]]["name"]]
+        prompt[f"inner {node['id']}"] = {"class_type": node["type"], "inputs": inputs}
+    outputs = {}
+    for output in inner["outputs"]:
+        link = links[output["linkIds"][0]]
+        outputs[output["name"]] = [f"inner {link['origin_id']}", link["origin_slot"]]
+    return prompt, outputs
 
 
 def the_node(prompt: dict[str, Any], kind: str, **inputs: Any) -> str:
