@@ -6,11 +6,14 @@ import asyncio
 import sys
 import time
 import types
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest import io
 from making import (
     TINY_SD15,
     FakeCLIP,
@@ -28,6 +31,7 @@ from retrieval_pack.nodes.encode_references import SUBJECT, RetrievalEncodeRefer
 from retrieval_pack.nodes.host import folders
 from retrieval_pack.nodes.host.folders import NETWORKS
 from retrieval_pack.nodes.load_retrieval_controlnet import FILE, HUB, RetrievalControlNetLoader
+from retrieval_pack.nodes.retrieval_controls import RetrievalControls
 
 PACK = Path(__file__).resolve().parents[2]
 
@@ -59,6 +63,28 @@ def test_every_node_has_its_words():
         assert schema.category.split("/")[0] == "retrieval"
         for given in schema.inputs:
             assert given.tooltip and given.tooltip.endswith("."), (schema.node_id, given.id)
+
+
+def test_nodes_are_found_by_other_words_where_the_host_searches_them():
+    knows = "search_aliases" in {field.name for field in fields(io.Schema)}  # not in 0.8.0
+    found = Counter()
+    for node in asyncio.run(RetrievalExtension().get_node_list()):
+        words = getattr(node.GET_SCHEMA(), "search_aliases", [])
+        assert bool(words) is knows, node.GET_SCHEMA().node_id
+        found.update(words)
+    for word in ("ipadapter", "reference only", "consistent character", "faceid"):
+        assert (found[word] > 0) is knows
+
+
+def test_inputs_that_few_need_are_folded_in_every_host():
+    for node, name in (
+        (RetrievalControls, "token_budget"),
+        (RetrievalApplyReferences, "guidance"),
+        (RetrievalEncodeReferences, "size"),
+    ):
+        given = node.INPUT_TYPES()
+        _, options = {**given["required"], **given.get("optional", {})}[name]
+        assert options["advanced"] is True
 
 
 def test_the_folder_keeps_extra_paths(monkeypatch, tmp_path):
