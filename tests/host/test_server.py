@@ -8,7 +8,6 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from released import describe_nodes
 from serving import NAME, has_weights, messages, with_inputs
 from workflows import api_form, example, the_node
@@ -68,8 +67,8 @@ def test_only_what_changed_runs_again(server, prompt, first):
     off = pictures(server, prompt, entry)
     assert not np.array_equal(off, first)
     # The lower row is the same seed without references: the base model, bit for bit.
-    plain = next((server.log.parent / "output" / "retrieval").glob("*_without_00001_.png"))
-    assert np.array_equal(off[0], np.asarray(Image.open(plain)))
+    plain = the_node(prompt, "SaveImage", filename_prefix=f"{SAVE}_without")
+    assert np.array_equal(off, server.images(entry, plain))
 
 
 def broken_prompts(prompt: dict):

@@ -40,7 +40,7 @@ def run(server, node_info: dict, demo: str, shift: int) -> tuple[list[Image.Imag
         if node["class_type"] == "RetrievalPaperdollReference":
             prompt = with_inputs(prompt, key, character=node["inputs"]["character"] + shift)
         if node["class_type"] == "RetrievalPaperdollModel":
-            count = 3 if node["inputs"]["figures"] > 1 else 6
+            count = 2 if node["inputs"]["figures"] > 1 else 6
             prompt = with_inputs(prompt, key, batch_size=count)
     # What an earlier workflow showed is cached, and would be missing from this one's results.
     server.post("/free", {"free_memory": True})
@@ -93,7 +93,8 @@ def compose(references: list[Image.Image], results: list[Image.Image], label: st
     inside = EDGE - 2 * MARGIN
     plots = [picture for picture in results if min(picture.size) > PLOT]
     drawn = [picture for picture in results if min(picture.size) <= PLOT]
-    above = arrange(references, inside, 128)
+    # Of many references every other one, so that each can be seen.
+    above = arrange(references[:: 1 if len(references) <= 4 else 2], inside, 128)
     room = inside - above.height - 2 * GAP - LINE
     below = arrange(drawn[:6] if plots else drawn, inside - (290 if plots else 0), room)
     y = MARGIN
