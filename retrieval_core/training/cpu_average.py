@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,6 +35,21 @@ class CpuAverage:
         for name, average in self.averages.items():
             average.lerp_(self.parameters[name].to("cpu", torch.float32), 1 - decay)
         self.updates += 1
+
+    @contextmanager
+    def put_in_place(self) -> Iterator[None]:
+        """The parameters hold the averages inside the `with` block, and are restored after it."""
+        trained = {name: copy_to_cpu(p) for name, p in self.parameters.items()}
+        try:
+            self._fill(self.averages)
+            yield
+        finally:
+            self._fill(trained)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
 
 def copy_to_cpu(value: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def whole(tmp_path_factory):
 def test_the_loss_falls_when_a_few_pictures_are_learned(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        training_run.Progress, "update", lambda self, step, losses, skipped: seen.append(losses)
+        training_run.Terminal, "update", lambda self, step, losses: seen.append(losses)
     )
     # One timestep and one noise, so that the loss is comparable between steps.
     fixed = training_run.draw_noise
@@ -147,9 +147,10 @@ def test_an_interrupted_run_saves_its_last_step_and_goes_on(tmp_path, whole):
         process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
-    assert code == 130 and "run the same command again" in out, err
+    assert code == 130 and "the same command again" in out, err
     step = read_checkpoint(set_up(tmp_path))[1]["step"]
     assert 4 <= step <= 6
+    assert load(tmp_path / "run" / "run.safetensors").card.training["steps_done"] == step
     code, _, err = finish(command(tmp_path, checkpoint_every=100))
     assert code == 0, err
     same(whole[0], read_checkpoint(set_up(tmp_path))[0])
@@ -274,6 +275,19 @@ def test_damaged_checkpoints_are_passed_over_and_told_if_none_is_left(tmp_path):
 def test_half_precision_on_a_cpu_is_refused_in_fp16(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a GPU" in sentence(training_run.train, set_up(tmp_path, precision="fp16"), None)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_would_wrap_the_network_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    assert kind in sentence(training_run.train, set_up(tmp_path), None)
+
+
+def test_the_network_is_written_where_the_settings_say(tmp_path):
+    config = set_up(tmp_path, steps=1, network=tmp_path / "elsewhere" / "net.safetensors")
+    assert training_run.train(config, TinyBase()) == config.network
+    assert load(config.network, "sd15").card.training["steps_done"] == 1
+    assert not list(config.out.glob("run.safetensors"))
 
 
 def test_bf16_low_rank_and_recomputed_activations_run_together(tmp_path):
