@@ -31,6 +31,7 @@ class RetrievalExtension(ComfyExtension):
         from .retrieval_map import RetrievalMap
         from .save_references import RetrievalSaveReferences
         from .text_similarity import RetrievalTextSimilarity
+        from .train_retrieval_controlnet import RetrievalTrainControlNet
         from .vqa_diversity_score import RetrievalVQADiversityScore
 
         return [
@@ -44,6 +45,7 @@ class RetrievalExtension(ComfyExtension):
             RetrievalMap,
             RetrievalBuildDataset,
             RetrievalPreviewDataset,
+            RetrievalTrainControlNet,
             RetrievalPaperdollModel,
             RetrievalPaperdollReference,
             RetrievalVQADiversityScore,
