@@ -126,8 +126,11 @@ def main(given: Sequence[str] | None = None) -> int:
         train(replace(config, steps=1, out=folder / "first"), Base())  # fills the cache
         pairs = []
         for turn in range(options.rounds):
-            plain = measure_plain(config)
+            if turn % 2:
+                plain = measure_plain(config)
             whole = measure_loop(replace(config, out=folder / f"run-{turn}"))
+            if not turn % 2:
+                plain = measure_plain(config)
             pairs.append((plain, whole))
             print(f"plain {plain:.4f} s/step, whole loop {whole:.4f} s/step", flush=True)
     ratios = [plain / whole for plain, whole in pairs]

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import comfy.model_management as management
+import comfy.sample
+import comfy.samplers
 import comfy.utils
 import folder_paths
 import pytest
@@ -27,11 +29,18 @@ from making import (
 )
 from retrieval_pack.nodes.apply_reference_retrieval import RetrievalApplyReferences
 from retrieval_pack.nodes.host import graph_base, network_training
+from retrieval_pack.nodes.host.apply import apply_references
+from retrieval_pack.nodes.host.encoded_references import References
 from retrieval_pack.nodes.host.folders import NETWORKS
 from retrieval_pack.nodes.load_retrieval_controlnet import RetrievalLoadControlNet
-from retrieval_pack.nodes.train_retrieval_controlnet import RetrievalTrainControlNet
+from retrieval_pack.nodes.train_retrieval_controlnet import CONNECTED, RetrievalTrainControlNet
+from retrieval_pack.retrieval_core.bank.encoding import split_features
 from retrieval_pack.retrieval_core.network.controlnet import load
-from retrieval_pack.retrieval_core.training import training_run
+from retrieval_pack.retrieval_core.sampling.noise_schedule import NoiseSchedule
+from retrieval_pack.retrieval_core.training import progress_sheet, training_run
+from retrieval_pack.retrieval_core.training.trainer import seed_generator
+from serving import messages
+from test_datasets import draw_pictures
 
 pytestmark = pytest.mark.skipif(bool(LACKING), reason="see the line at the end of the tests")
 ROWS = [("ann", "bob", 0, True, True)] * 4 + [("cid", "bob", 0, True, False)] * 4
@@ -130,6 +139,58 @@ def test_the_loss_falls_and_the_network_is_the_one_in_the_file(place, monkeypatc
     assert torch.equal(*pictures)
     assert not torch.equal(pictures[0], sample(model))
     assert not list((place / "datasets" / ".cache" / "runs").iterdir())
+
+
+def test_the_file_gives_the_trainers_own_samplers_pictures(place, monkeypatch):
+    """The trainer samples in float32 and the file is float16, decoder included."""
+    seen = {}
+
+    def draw(self, objective, step):
+        batch = self.batch.to("cpu", torch.float32)
+        latents = progress_sheet.sample_batch(objective, batch, self.empty, self.config.seed)
+        seen.update(batch=batch, empty=self.empty[0].float(), latents=latents)
+        return place / "sheet.png", {}
+
+    monkeypatch.setattr(progress_sheet.ProgressSheet, "draw", draw)
+    monkeypatch.setattr(network_training.HostWatcher, "show_sheet", lambda self, path: None)
+    model = model_from(checkpoint(TINY_SD15))
+    net, *_ = train(model, steps=20, learning_rate=3e-3, sheet_every=20).args
+    batch, latents = seen["batch"], seen["latents"]
+
+    def apply(reference_latents):
+        references = []
+        for latent, context, mask in zip(
+            reference_latents, batch.reference_context[0], batch.reference_masks[0]
+        ):
+            features = net.encode(latent[None], context[None], None, 64)
+            references += split_features(features, latent.shape[1:], [mask])
+        return apply_references(model, References(net, tuple(references)), 1.0)
+
+    patched, others = (apply(t) for t in (batch.reference_latents[0], -batch.reference_latents[0]))
+    schedule = NoiseSchedule()
+    sigmas = torch.cat([schedule.sigmas()[schedule.timesteps(20)], torch.zeros(1)]).float()
+    drawn = torch.randn(latents.shape[1:], generator=seed_generator(0, 0))[None]
+    found, plain, other = (
+        comfy.sample.sample_custom(
+            one,
+            drawn,
+            5.0,
+            comfy.samplers.sampler_object("dpmpp_2m"),
+            sigmas,
+            [[batch.context[:1], {}]],
+            [[seen["empty"][None], {}]],
+            torch.zeros_like(drawn),
+            disable_pbar=True,
+        )
+        for one in (patched, model, others)
+    )
+    # The host samples unscaled latents: `sample_custom` takes and gives the VAE's.
+    wanted = latents[:1] / 0.18215
+    effect, error, swapped = (
+        float((t - wanted).square().mean().sqrt()) for t in (plain, found, other)
+    )
+    print(f"error {error:.2e}; no references {effect:.2e}, others {swapped:.2e}")
+    assert error < 0.02 * min(effect, swapped)
 
 
 def test_a_second_training_does_not_overwrite_the_first(place):
@@ -269,3 +330,46 @@ def test_the_losses_of_a_stopped_run_are_kept(tmp_path):
         again.update(3, {"loss": 7.0})
     assert again.losses == [1.0, 2.0, 7.0]
     assert json.loads((tmp_path / "losses.json").read_text()) == again.losses
+
+
+def make_prompt(steps: int) -> dict:
+    """Builds a data set of paper dolls, trains on it for the demo model, and plots the losses."""
+    made = {"source": "dolls", "name": "dolls", "outfits": "garments", "copy_pictures": False}
+    given = {
+        "model": ["demo", 0], "clip": ["demo", 1], "vae": ["demo", 2], "dataset": ["build", 0],
+        "dataset_name": CONNECTED, "name": "dolls", "task": "composition", "trained": "encoder",
+        "steps": steps, "learning_rate": 1e-3, "rank": 0, "resolution": 64, "batch_size": 2,
+        "seed": 0, "references": 2, "sheet_every": 2,
+    }  # fmt: skip
+    plot = {"loss": ["train", 1], "filename_prefix": "losses"}
+    return {
+        "build": {"class_type": "RetrievalBuildDataset", "inputs": made},
+        "demo": {"class_type": "RetrievalPaperdollModel", "inputs": {"batch_size": 1}},
+        "train": {"class_type": "RetrievalTrainControlNet", "inputs": given},
+        "plot": {"class_type": "LossGraphNode", "inputs": plot},
+    }
+
+
+def test_on_a_running_server(server):
+    base = server.log.parent
+    draw_pictures(base / "input" / "dolls", 3)
+    entry = server.run(make_prompt(3))
+    assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
+    home = base / "models" / NETWORKS
+    first = load(home / "dolls_00001_.safetensors", "paperdoll")
+    assert first.card.training["steps_done"] == 3
+    assert server.images(entry, "train").shape[-1] == 3
+    assert server.images(entry, "plot").shape[-1] == 3
+
+    stopped = server.queue(make_prompt(100_000))
+    server.wait(lambda: list((base / "datasets" / ".cache" / "runs").glob("*/run.json")))
+
+    def interrupt():
+        server.post("/interrupt", {})
+        return server.finished(stopped)
+
+    entry = server.wait(interrupt)
+    assert messages(entry, "execution_interrupted"), json.dumps(entry["status"])
+    part = load(home / "dolls_00002_.safetensors", "paperdoll")
+    assert 1 <= part.card.training["steps_done"] < 100_000
+    assert list((base / "datasets" / ".cache" / "runs").glob("*/step-*.safetensors"))

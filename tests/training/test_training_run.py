@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tiny_run import TinyBase, read_checkpoint, set_up, train
 
 from retrieval_core import files
 from retrieval_core.network.controlnet import load
+from retrieval_core.network.unet import SD15
 from retrieval_core.training import training_run
 from retrieval_core.training.__main__ import main
 
@@ -112,20 +114,21 @@ def test_the_file_holds_the_averaged_weights(tmp_path):
     )
 
 
-def kill_and_resume(folder, whole, kills, **changes):
+def kill_and_resume(folder, whole, kills, processes=1, **changes):
+    """Kills a process at a random moment `kills` times, and compares the end with `whole`'s."""
     rng = random.Random(kills)
     for _ in range(kills):
-        process = command(folder, 0.15, **changes)
-        wanted = rng.randrange(3, 8)  # lines; all but the first two are steps
-        for _ in range(wanted):
-            if not process.stdout.readline():
-                break
-        try:
-            process.wait(rng.random() * 0.3)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.communicate()
-    code, _, err = finish(command(folder, **changes))
+        started = command(folder, 0.1, processes, **changes)
+        victims, left = [], processes * rng.randrange(1, 5)  # lines of steps
+        while left:
+            word, _, number = started.stdout.readline().partition(" ")
+            if word == "process":
+                victims.append(int(number))
+            left -= word == "step"
+        time.sleep(rng.random() * 0.15)
+        os.kill(rng.choice(victims), signal.SIGKILL)
+        assert finish(started)[0] != 0
+    code, _, err = finish(command(folder, processes=processes, **changes))
     assert code == 0, err
     tensors, state = read_checkpoint(set_up(folder))
     same(whole[0], tensors)
@@ -137,8 +140,13 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_with_the_same_weights(tmp_path, whole):
-    kill_and_resume(tmp_path, whole, 20, checkpoint_every=1)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(tmp_path, processes):
+    changes = {"steps": 120, "checkpoint_every": 1}
+    code, _, err = finish(command(tmp_path / "whole", processes=processes, **changes))
+    assert code == 0, err
+    whole = read_checkpoint(set_up(tmp_path / "whole"))
+    kill_and_resume(tmp_path / "killed", whole, 20, processes, **changes)
 
 
 def test_an_interrupted_run_saves_its_last_step_and_goes_on(tmp_path, whole):
@@ -167,21 +175,6 @@ def test_two_processes_give_what_one_gives_with_accumulation(tmp_path):
     assert one[1] == two[1]
     run = json.loads((tmp_path / "two" / "run" / "run.json").read_text())
     assert run["samples_per_step"] == 4
-
-
-@pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_after_one_was_killed(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, err = finish(command(whole, checkpoint_every=2, processes=2))
-    assert code == 0, err
-    process = command(killed, 0.2, checkpoint_every=2, processes=2)
-    lines = [process.stdout.readline() for _ in range(14)]
-    victim = [int(line.split()[1]) for line in lines if line.startswith("process")][-1]
-    os.kill(victim, signal.SIGKILL)
-    assert finish(process)[0] != 0
-    code, _, err = finish(command(killed, checkpoint_every=2, processes=2))
-    assert code == 0, err
-    same(*(read_checkpoint(set_up(folder))[0] for folder in (whole, killed)))
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_pictures(tmp_path, monkeypatch):
@@ -298,6 +291,52 @@ def test_bf16_low_rank_and_recomputed_activations_run_together(tmp_path):
     assert all(bool(t.isfinite().all()) for t in tensors.values())
     with open(tmp_path / "run" / "run.json") as file:
         assert json.load(file)["precision"] == "bf16"
+
+
+def run_command(folder, shape, **settings):
+    """Trains on eight pictures and a checkpoint of random weights; the losses of the steps."""
+    write_pictures(folder, [("ann", "bob", 0, True, True)] * 8)
+    words = write_tokenizer(folder / "tokenizer")
+    weights = make_checkpoint("sd15", words, shape)
+    base = write_checkpoint(folder / "base.safetensors", weights)
+    del weights
+    values = {
+        "base": base, "data": folder / "set", "out": folder / "out", "cache": folder / "cache",
+        "tokenizer": folder / "tokenizer", "views": 1, "references": 2, "warmup-steps": 0,
+        "precision": "float32", "workers": 0, "sheet-every": "none", **settings,
+    }  # fmt: skip
+    flags = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+    losses, fixed = [], training_run.draw_noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run.Terminal, "update", lambda _, step, new: losses.append(new))
+        # One timestep and one noise, so that the loss is comparable between steps.
+        patch.setattr(
+            training_run,
+            "draw_noise",
+            lambda seed, numbers, *rest: fixed(seed, torch.zeros_like(numbers), *rest),
+        )
+        assert main(flags) == 0
+    return [one["loss"] for one in losses]
+
+
+def test_a_shrunken_checkpoint_learns_eight_pictures(tmp_path):
+    losses = run_command(
+        tmp_path, None, **{"size": 64, "steps": 24, "batch-size": 8, "learning-rate": 3e-3}
+    )
+    assert len(losses) == 24 and sum(losses[-4:]) < 0.7 * sum(losses[:4]), losses
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_sd15s_true_shape_is_trained_end_to_end(tmp_path):
+    """The U-Net's shape is the true one; the VAE has two levels and the text encoder two layers."""
+    losses = run_command(
+        tmp_path,
+        SD15,
+        **{"size": 64, "steps": 8, "batch-size": 1, "learning-rate": 3e-4, "rank": 4},
+    )
+    assert len(losses) == 8 and losses[-1] < losses[0], losses
+    network = load(tmp_path / "out" / "out.safetensors", "sd15")
+    assert network.config == SD15 and network.decoder
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
