@@ -231,7 +231,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
         data_set = dataset_folder.choose(
             None if dataset_name == CONNECTED else dataset_name, dataset
         )
-        made, loss_map, file, sheet = train_network(
+        made = train_network(
             model,
             vae,
             clip,
@@ -250,5 +250,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
             sheet_every=sheet_every or None,
             **advanced,
         )
-        shown = ui.PreviewText(file) if sheet is None else ui.PreviewImage(sheet, cls=cls)
-        return io.NodeOutput(made, loss_map, steps, file, ui=shown)
+        shown = ui.PreviewText(made.report).as_dict()
+        if made.sheet is not None:
+            shown |= ui.PreviewImage(made.sheet, cls=cls).as_dict()
+        return io.NodeOutput(made.network, {"loss": made.losses}, steps, made.file, ui=shown)

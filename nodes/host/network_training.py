@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management as management
 import comfy.utils
@@ -96,17 +96,28 @@ def choose_precision(device: torch.device) -> str:
     return "fp16" if device.type == "cuda" else "float32"
 
 
+class Training(NamedTuple):
+    """A finished training.
+
+    losses: of each step. file: its name in models/retrieval_controlnet. report: what the run told,
+    a line each. sheet: the last one, an IMAGE [1, H, W, 3], or None.
+    """
+
+    network: TrainedNetwork
+    losses: list[float]
+    file: str
+    report: str
+    sheet: Tensor | None
+
+
 def train_network(
     model: Any, vae: Any, clip: Any, data_set: DataSet, name: str, **settings: Any
-) -> tuple[TrainedNetwork, dict[str, list[float]], str, Tensor | None]:
+) -> Training:
     """Trains a network on the graph's models, or goes on with the same run that was interrupted.
 
     Args:
         name: of the file in models/retrieval_controlnet; a number is added.
         settings: of `RunConfig`; size 0 is the base's own.
-
-    Returns:
-        The network, the host's LOSS_MAP, the file's name in its folder, and the last sheet.
 
     Raises:
         InterruptProcessingException: as the host's nodes do, after the work is saved.
@@ -134,7 +145,8 @@ def train_network(
         config = replace(config, out=home / "runs" / f"{data_set.folder.name}-{key}")
         watcher = HostWatcher(config.out)
         management.unload_all_models()  # training's own copies know nothing of the host's
-        done = train(config, base, SingleDevice(device, config), watcher)
+        single = SingleDevice(device, config)
+        done = train(config, base, single, watcher)
         del base
         management.soft_empty_cache()
     if done is None:
@@ -142,4 +154,5 @@ def train_network(
         raise management.InterruptProcessingException
     shutil.rmtree(config.out)
     name = path.relative_to(Path(first_path(NETWORKS)).absolute()).as_posix()
-    return load_network(path, model), {"loss": watcher.losses}, name, watcher.sheet
+    report = "\n".join([*single.told, f"Saved as {name}."])
+    return Training(load_network(path, model), watcher.losses, name, report, watcher.sheet)

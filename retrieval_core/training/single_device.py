@@ -22,6 +22,7 @@ class SingleDevice:
 
     Attributes:
         sync_gradients: whether the current pass is the last one of its optimiser step.
+        told: the lines that were printed.
     """
 
     process_index, num_processes, is_main_process = 0, 1, True
@@ -31,6 +32,7 @@ class SingleDevice:
         self.dtype = HALF.get(config.precision)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
         self.sync_gradients = False
+        self.told: list[str] = []
         self._done = 0
 
     def prepare(
@@ -69,6 +71,7 @@ class SingleDevice:
         return values
 
     def print(self, text: str) -> None:
+        self.told.append(text)
         print(text, flush=True)
 
     def wait_for_everyone(self) -> None:

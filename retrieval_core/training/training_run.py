@@ -111,7 +111,7 @@ def train(
                 continue
             passes.clear()
             step += 1
-            average.update(step)
+            average.update(step, step == config.steps)
             accelerator.log({**measured, "grad_norm": norm, "learning_rate": rate}, step)
             watcher.update(step, measured)
             folder.raise_failure()
@@ -128,7 +128,7 @@ def train(
     accelerator.end_training()
     path = config.network or config.out / f"{config.out.resolve().name}.safetensors"
     if is_main:
-        trained = average.averages or parameters
+        trained = average.choose() if config.ema_decay is not None else parameters
         write_network(path, objective, trained, step, config, base, cache)
         if step < config.steps:
             print(
@@ -148,9 +148,9 @@ def make_accelerator(config: RunConfig) -> Any:
     for kind in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
             raise RetrievalError(
-                f"accelerate is configured for {kind}, which cannot wrap this network's training; "
-                "choose plain multi-GPU in 'accelerate config', with which the processes share "
-                "the optimiser's state all the same (ZeRO, stage 1)."
+                f"accelerate is configured for {kind}, which this trainer does not support; choose "
+                "plain multi-GPU in 'accelerate config', with which the processes share the "
+                "optimiser's state all the same (ZeRO, stage 1)."
             )
     accelerate = import_library("accelerate")
     import_library("tensorboard")

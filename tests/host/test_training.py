@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management as management
@@ -17,6 +18,7 @@ from cached_data_set import write_pictures
 from conftest import LACKING
 from making import (
     TINY_SD15,
+    TINY_SD21,
     FakeCLIP,
     FakeVAE,
     checkpoint,
@@ -40,6 +42,7 @@ from retrieval_pack.retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_pack.retrieval_core.training import progress_sheet, training_run
 from retrieval_pack.retrieval_core.training.trainer import seed_generator
 from serving import messages
+from test_architectures import NARROW_SDXL
 from test_datasets import draw_pictures
 
 pytestmark = pytest.mark.skipif(bool(LACKING), reason="see the line at the end of the tests")
@@ -124,7 +127,9 @@ def test_the_loss_falls_and_the_network_is_the_one_in_the_file(place, monkeypatc
     assert steps == len(losses) == 16 and all(type(loss) is float for loss in losses)
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4]), losses
     assert same_weights(model, before)
-    assert file == "mine_00001_.safetensors" and len(made.ui.as_dict()["images"]) == 1
+    assert file == "mine_00001_.safetensors" and len(made.ui["images"]) == 1
+    (report,) = made.ui["text"]
+    assert report.startswith("Training on 8 pictures of 2 characters") and file in report
     (loaded,) = RetrievalLoadControlNet.execute(model, file).args
     other = load(place / NETWORKS / file)
     assert loaded.maker.fingerprint == net.maker.fingerprint
@@ -193,6 +198,22 @@ def test_the_file_gives_the_trainers_own_samplers_pictures(place, monkeypatch):
     assert error < 0.02 * min(effect, swapped)
 
 
+@pytest.mark.parametrize(
+    ("base", "config", "clip"),
+    [
+        ("sd15", replace(TINY_SD15, in_channels=9), Clip()),
+        ("sd21", TINY_SD21, Clip(1024)),
+        ("sdxl", replace(NARROW_SDXL, middle_depth=1), Clip(2048, pooled=1280)),
+    ],
+)
+def test_inpainting_sd2_and_sdxl_are_trained(place, base, config, clip):
+    model = model_from(checkpoint(config))
+    net, loss_map, *_ = train(model, clip=clip, trained="nothing else", steps=2).args
+    assert net.base == base and net.config == config and not net.network.decoder
+    assert any(bool(site.zero_conv.weight.any()) for site in net.network.retrieval.values())
+    assert loss_map["loss"][0] > 0
+
+
 def test_a_second_training_does_not_overwrite_the_first(place):
     model = model_from(checkpoint(TINY_SD15))
     first = train(model, trained="nothing else", name="group/mine").args[3]
@@ -224,6 +245,7 @@ def test_an_interruption_saves_the_work_and_the_next_run_goes_on(
     assert not management.processing_interrupted()
     part = load(place / NETWORKS / "mine_00001_.safetensors")
     assert part.card.training["steps_done"] == 4
+    assert any(bool(site.zero_conv.weight.any()) for site in part.retrieval.values())
     moved.clear()
     net, loss_map, steps, file = train(model, **settings).args
     assert moved[-2:] == [5, 6] and file == "mine_00002_.safetensors" and steps == 6

@@ -15,6 +15,7 @@ import torch
 from base_files import make_checkpoint, write_checkpoint, write_tokenizer
 from cached_data_set import write_pictures
 from refusal import sentence
+from safetensors.torch import load_file
 from tiny_run import TinyBase, read_checkpoint, set_up, train
 
 from retrieval_core import files
@@ -112,6 +113,15 @@ def test_the_file_holds_the_averaged_weights(tmp_path):
         tensors["average.network.retrieval.middle.to_q.weight"],
         tensors["weights.network.retrieval.middle.to_q.weight"],
     )
+
+
+@pytest.mark.parametrize("steps", [3, 13])
+def test_the_average_has_seen_the_last_step(tmp_path, steps):
+    tensors, state = train(set_up(tmp_path, steps=steps, ema_decay=0.0))
+    assert state["average_updates"] == 1 + steps // 10
+    for name, value in tensors.items():
+        if name.startswith("average."):
+            assert torch.equal(value, tensors[f"weights.{name.removeprefix('average.')}"]), name
 
 
 def kill_and_resume(folder, whole, kills, processes=1, **changes):
@@ -293,23 +303,25 @@ def test_bf16_low_rank_and_recomputed_activations_run_together(tmp_path):
         assert json.load(file)["precision"] == "bf16"
 
 
-def run_command(folder, shape, **settings):
-    """Trains on eight pictures and a checkpoint of random weights; the losses of the steps."""
+def write_run(folder, shape=None, **settings):
+    """Eight pictures and a checkpoint of random weights; the command's flags to train on them."""
     write_pictures(folder, [("ann", "bob", 0, True, True)] * 8)
     words = write_tokenizer(folder / "tokenizer")
     weights = make_checkpoint("sd15", words, shape)
     base = write_checkpoint(folder / "base.safetensors", weights)
-    del weights
     values = {
         "base": base, "data": folder / "set", "out": folder / "out", "cache": folder / "cache",
         "tokenizer": folder / "tokenizer", "views": 1, "references": 2, "warmup-steps": 0,
-        "precision": "float32", "workers": 0, "sheet-every": "none", **settings,
+        "precision": "float32", "workers": 0, "sheet-every": "none", "size": 64, **settings,
     }  # fmt: skip
-    flags = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def run_command(flags):
+    """The losses of the steps, all of one timestep and one noise, so that they are comparable."""
     losses, fixed = [], training_run.draw_noise
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_run.Terminal, "update", lambda _, step, new: losses.append(new))
-        # One timestep and one noise, so that the loss is comparable between steps.
         patch.setattr(
             training_run,
             "draw_noise",
@@ -320,23 +332,36 @@ def run_command(folder, shape, **settings):
 
 
 def test_a_shrunken_checkpoint_learns_eight_pictures(tmp_path):
-    losses = run_command(
-        tmp_path, None, **{"size": 64, "steps": 24, "batch-size": 8, "learning-rate": 3e-3}
-    )
+    flags = write_run(tmp_path, **{"steps": 24, "batch-size": 4, "learning-rate": 1e-2})
+    losses = run_command(flags)
     assert len(losses) == 24 and sum(losses[-4:]) < 0.7 * sum(losses[:4]), losses
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_sd15s_true_shape_is_trained_end_to_end(tmp_path):
     """The U-Net's shape is the true one; the VAE has two levels and the text encoder two layers."""
-    losses = run_command(
-        tmp_path,
-        SD15,
-        **{"size": 64, "steps": 8, "batch-size": 1, "learning-rate": 3e-4, "rank": 4},
-    )
+    settings = {"steps": 8, "batch-size": 1, "learning-rate": 3e-4, "rank": 4}
+    losses = run_command(write_run(tmp_path, SD15, **settings))
     assert len(losses) == 8 and losses[-1] < losses[0], losses
     network = load(tmp_path / "out" / "out.safetensors", "sd15")
     assert network.config == SD15 and network.decoder
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_two_processes_gives_the_file_of_one_with_accumulation(tmp_path):
+    flags = write_run(tmp_path, **{"steps": 3, "batch-size": 1, "learning-rate": 1e-3})
+    assert main([*flags, "--accumulate", "2"]) == 0
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", str(random.randint(20000, 40000))]
+    two = [*launch, "-m", "retrieval_core.training", *flags, "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *two], cwd=HELPERS.parents[1], env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    made, found = (load_file(tmp_path / name / f"{name}.safetensors") for name in ("out", "two"))
+    same(made, found)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
