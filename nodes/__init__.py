@@ -37,6 +37,7 @@ class RetrievalExtension(ComfyExtension):
         from .retrieval_map import RetrievalMap
         from .save_references import RetrievalSaveReferences
         from .text_similarity import RetrievalTextSimilarity
+        from .train_retrieval_controlnet import RetrievalTrainControlNet
         from .vqa_diversity_score import RetrievalVQADiversityScore
 
         return [
@@ -50,6 +51,7 @@ class RetrievalExtension(ComfyExtension):
             RetrievalMap,
             RetrievalBuildDataset,
             RetrievalPreviewDataset,
+            RetrievalTrainControlNet,
             RetrievalPaperdollModel,
             RetrievalPaperdollReference,
             RetrievalVQADiversityScore,

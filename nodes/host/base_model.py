@@ -7,7 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor
 
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.network.fingerprint import fingerprint_weights
@@ -85,15 +87,22 @@ def fingerprint_base(model: Any) -> str:
     the model computes in.
     """
     if model.model not in _fingerprints:
-        network, weights = model.get_model_object("diffusion_model"), {}
-        types = {}
-        for prefix, module in network.named_modules():
-            for name, value in module.named_parameters(prefix, recurse=False):
-                original = model.backup.get(f"diffusion_model.{name}")
-                weights[name] = value if original is None else original.weight
-                types[name] = getattr(module, f"{name.rpartition('.')[2]}_comfy_model_dtype", None)
-        _fingerprints[model.model] = fingerprint_weights(weights, types)
+        _fingerprints[model.model] = fingerprint_weights(*list_own_weights(model))
     return _fingerprints[model.model]
+
+
+def list_own_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, torch.dtype | None]]:
+    """The weights of a MODEL's U-Net by name, without what was patched onto them, and the types
+    that they are computed in where those differ from the stored ones."""
+    network = model.get_model_object("diffusion_model")
+    weights: dict[str, Tensor] = {}
+    types: dict[str, torch.dtype | None] = {}
+    for prefix, module in network.named_modules():
+        for name, value in module.named_parameters(prefix, recurse=False):
+            original = model.backup.get(f"diffusion_model.{name}")
+            weights[name] = value if original is None else original.weight
+            types[name] = getattr(module, f"{name.rpartition('.')[2]}_comfy_model_dtype", None)
+    return weights, types
 
 
 def identify_model(patched: Any) -> tuple[Any, Any]:

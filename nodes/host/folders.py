@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 import folder_paths
@@ -80,3 +81,29 @@ def check_inside(home: str | os.PathLike[str], path: Path, name: str) -> None:
             f"{name!r} would be written outside '{home}'; remove the link there, or choose "
             "another name."
         )
+
+
+def choose_path(folder: str, prefix: str) -> Path:
+    """A path for a new file of models/<folder>: the prefix, a number not yet used, a suffix.
+
+    Args:
+        prefix: a name, with "/" for subfolders; the host's %year% and the like are filled in.
+
+    Raises:
+        RetrievalError: a name that is empty, or leaves the folder.
+    """
+    home = os.path.abspath(first_path(folder))
+    parts = split_name(prefix)
+    check_inside(home, Path(home, *parts[:-1]), prefix)
+    try:
+        os.makedirs(home, exist_ok=True)
+        place, name, number, _, _ = folder_paths.get_save_image_path("/".join(parts), home)
+    except OSError as error:
+        raise RetrievalError(
+            f"Could not write in '{home}' ({error.strerror or error}); choose a folder that can "
+            "be written."
+        ) from error
+    check_inside(home, Path(place), prefix)  # with %year% and the like filled in
+    paths = (Path(place) / f"{name}_{n:05}_.safetensors" for n in count(number))
+    # A name that the host's counting passes over is not overwritten either.
+    return next(path for path in paths if not path.exists())

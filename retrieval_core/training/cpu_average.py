@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ EVERY = 10  # steps between updates: each copies all trained parameters from the
 
 
 class CpuAverage:
-    """average <- d * average + (1 - d) * parameter, every `EVERY` steps.
+    """average <- d * average + (1 - d) * parameter, every `EVERY` steps and after the last one.
 
     d = min(decay ** EVERY, (1 + n) / (10 + n)) after n updates, so that the first weights fade
     quickly.
@@ -26,14 +27,33 @@ class CpuAverage:
         self.averages = {name: copy_to_cpu(p).float() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, step: int, is_last: bool = False) -> None:
         """Moves the averages after `step` steps if it is their turn."""
-        if step % EVERY:
+        if step % EVERY and not is_last:
             return
         decay = min(self.decay**EVERY, (1 + self.updates) / (10 + self.updates))
         for name, average in self.averages.items():
             average.lerp_(self.parameters[name].to("cpu", torch.float32), 1 - decay)
         self.updates += 1
+
+    def choose(self) -> Mapping[str, Tensor]:
+        """The averages; the parameters before the first update."""
+        return self.averages if self.updates else self.parameters
+
+    @contextmanager
+    def put_in_place(self) -> Iterator[None]:
+        """The parameters hold what `choose` gives inside the `with` block, and are restored."""
+        trained = {name: copy_to_cpu(p) for name, p in self.parameters.items()}
+        try:
+            self._fill(self.choose())
+            yield
+        finally:
+            self._fill(trained)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
 
 def copy_to_cpu(value: Tensor) -> Tensor:

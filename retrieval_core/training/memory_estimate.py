@@ -78,10 +78,15 @@ class MemoryEstimate:
         )
 
 
-def estimate_memory(config: RunConfig, unet_config: UNetConfig, name: str) -> MemoryEstimate:
+def estimate_memory(
+    config: RunConfig, unet_config: UNetConfig, name: str, world: int = 1
+) -> MemoryEstimate:
     """The memory of a run on a base of a given shape and name (`controlnet.BASES`).
 
-    It takes seconds. Sharding over several devices is not accounted for.
+    It takes seconds.
+
+    Args:
+        world: number of processes, which share the optimiser's state (ZeRO, stage 1).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -114,23 +119,25 @@ def estimate_memory(config: RunConfig, unet_config: UNetConfig, name: str) -> Me
         return MemoryEstimate(
             weights=sum(p.numel() * p.element_size() for p in parameters),
             gradients=gradients,
-            optimizer=_STATE[config.optimizer] * trained,
+            optimizer=_STATE[config.optimizer] * trained // world,
             activations=max(peak, stepping) - gradients,
             average=0 if config.ema_decay is None else 4 * trained,
         )
 
 
-def check_memory(config: RunConfig, unet_config: UNetConfig, name: str, free: int) -> str:
-    """One line on the memory that a run needs on a device with `free` bytes left.
+def check_memory(
+    config: RunConfig, unet_config: UNetConfig, name: str, free: int, world: int = 1
+) -> str:
+    """One line on the memory that each of `world` processes needs on a device with `free` bytes.
 
     Raises:
         RetrievalError: it does not fit; names the setting that would save most.
     """
-    needed = estimate_memory(config, unet_config, name)
+    needed = estimate_memory(config, unet_config, name, world)
     if needed.device <= free:
         return needed.describe()
     totals = {
-        words: estimate_memory(replace(config, **changes), unet_config, name).device
+        words: estimate_memory(replace(config, **changes), unet_config, name, world).device
         for words, changes in _list_savings(config).items()
     }
     problem = (

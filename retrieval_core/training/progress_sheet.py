@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..metrics.encoders import load_clip, load_dino
+from ..metrics.model_folder import find_model
+from ..metrics.protocols import ImageEmbedder
+from ..metrics.similarity import embed_references, similarity
 from ..sampling.sampler import Denoise, sample
 from ..sheets import Row, Tile, write_sheet
 from .base_checkpoint import Base
@@ -26,7 +31,8 @@ class ProgressSheet:
 
     A row shows a target's references, the target and what the network makes of the references and
     the target's prompt, from the same noise on every sheet. The items are the first of the run,
-    with prompts and references.
+    with prompts and references. Where the settings name a CLIP or DINO model, each picture has its
+    CLIP-I or DINO-I: the mean cosine similarity to its references, in percent.
     """
 
     def __init__(self, config: RunConfig, base: Base, cache: LatentCache) -> None:
@@ -34,9 +40,18 @@ class ProgressSheet:
         self.batch = collate_items([shown[i] for i in range(min(_PICTURES, len(shown)))])
         self.empty = cache.read_prompt(0)
         self.config, self.vae = config, base.vae
+        self.encoders: dict[str, ImageEmbedder] = {}
+        if config.clip is not None:
+            self.encoders["CLIP-I"] = load_clip(find_model(config.clip))
+        if config.dino is not None:
+            self.encoders["DINO-I"] = load_dino(find_model(config.dino))
 
-    def draw(self, objective: PaperObjective, step: int) -> None:
-        """Samples with the weights as they are, and writes the sheet."""
+    def draw(self, objective: PaperObjective, step: int) -> tuple[Path, dict[str, float]]:
+        """Samples with the weights as they are, and writes the sheet.
+
+        Returns:
+            The sheet's file, and the mean of each score over the pictures.
+        """
         device = next(objective.parameters()).device
         batch = self.batch.to(device, torch.float32)
         latents = sample_batch(objective, batch, self.empty, self.config.seed)
@@ -45,17 +60,23 @@ class ProgressSheet:
             for t in (latents, batch.latents, batch.reference_latents.flatten(0, 1))
         )
         self.vae.to("cpu")
-        count = batch.used.shape[1]
-        rows = [
-            Row(
-                f"{names[0]}",
-                [Tile(one) for one in references[i * count : (i + 1) * count]],
-                [Tile(targets[i], "target"), Tile(pictures[i], f"step {step}")],
-            )
-            for i, names in enumerate(batch.names)
-        ]
+        groups = references.split(batch.used.shape[1])
+        scores = {
+            name: [
+                similarity(encoder.embed_images(one[None]), embed_references(shown, encoder)).item()
+                for one, shown in zip(pictures, groups)
+            ]
+            for name, encoder in self.encoders.items()
+        }
+        rows = []
+        for i, (names, shown) in enumerate(zip(batch.names, groups)):
+            told = [f"{name} {values[i]:.1f}" for name, values in scores.items()]
+            made = Tile(pictures[i], ", ".join(told) or f"step {step}")
+            rows.append(Row(names[0], [Tile(r) for r in shown], [Tile(targets[i], "target"), made]))
         path = self.config.out / "sheets" / f"step-{step:08d}.png"
-        write_sheet(path, self.config.out.resolve().name, f"step {step}", rows)
+        weights = "" if self.config.ema_decay is None else ", averaged weights"
+        write_sheet(path, self.config.out.resolve().name, f"step {step}{weights}", rows)
+        return path, {name: sum(values) / len(values) for name, values in scores.items()}
 
     def _decode(self, latents: Tensor, device: torch.device) -> Tensor:
         """Pictures [N, 3, H, W] in 0..1, one latent at a time."""

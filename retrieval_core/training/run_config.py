@@ -20,6 +20,12 @@ from ..errors import RetrievalError, explain
 from ..sampling.noise_schedule import Prediction
 from .settings import Lock
 
+# Settings that may change between two starts of a run: they do not change its result.
+_FREE = {
+    "base", "data", "out", "network", "vae", "text_encoder", "tokenizer", "preset", "batch_size",
+    "accumulate", "checkpoint_activations", "checkpoint_every", "keep_checkpoints", "sheet_every",
+    "clip", "dino", "workers", "cache",
+}  # fmt: skip
 CACHE = Path.home() / ".cache" / "retrieval_controlnet"
 
 # §5.1, §5.4. A run may name several: ("compose-9k", "lock-decoder").
@@ -56,6 +62,7 @@ class RunConfig:
     base: Path = _option("checkpoint of SD 1.5, SD 2.x or SDXL, a safetensors file")
     data: Path = _option("data set made by 'python -m retrieval_core.data build'")
     out: Path = _option("folder of the run: checkpoints, logs and the network")
+    network: Path | None = _option("file of the trained network (in the run's folder)", None)
     vae: Path | None = _option("VAE: a safetensors file or diffusers' folder (the base's)", None)
     text_encoder: Path | None = _option(
         "text encoder: a folder of transformers or diffusers (the base's)", None
@@ -108,6 +115,10 @@ class RunConfig:
     checkpoint_every: int = _option("steps between checkpoints", 1000)
     keep_checkpoints: int = _option("newest checkpoints that are kept", 2)
     sheet_every: int | None = _option("steps between sample sheets, 'none' for no sheets", 1000)
+    clip: str | None = _option(
+        "CLIP that scores the sheets: a folder, or a name on the hub (no score)", None
+    )
+    dino: str | None = _option("DINO, likewise", None)
     workers: int = _option("processes that read batches", 2)
     cache: Path = _option("folder of cached latents and prompts", CACHE / "latents")
 
@@ -157,6 +168,10 @@ class RunConfig:
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(self).items()
         } | {"preset": list(self.preset)}
+
+    def list_fixed(self) -> dict[str, Any]:
+        """The settings that decide what a run's result is, as plain JSON values."""
+        return {name: value for name, value in self.as_json().items() if name not in _FREE}
 
 
 _KINDS = get_type_hints(RunConfig)

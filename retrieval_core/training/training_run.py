@@ -9,6 +9,7 @@ processes do not change the weights.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -16,14 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.data_set import open_data_set
 from ..errors import RetrievalError
 from ..network.controlnet import RetrievalControlNet
 from .base_checkpoint import Base, import_library
 from .cpu_average import CpuAverage
-from .interruption import Interruption
 from .latent_cache import (
     LatentCache,
     describe_targets,
@@ -34,28 +33,28 @@ from .latent_cache import (
 )
 from .memory_estimate import check_memory
 from .paper_objective import PaperObjective, draw_noise
-from .progress import Progress
 from .progress_sheet import ProgressSheet
 from .run_config import RunConfig
 from .run_folder import RunFolder
 from .run_state import RunState
 from .settings import scale_learning_rate
 from .task_batches import make_loader
+from .terminal import Terminal, Watcher
 
-# Settings that may change between two starts of a run: they do not change its result.
-_FREE = {
-    "base", "data", "out", "vae", "text_encoder", "tokenizer", "preset", "batch_size", "accumulate",
-    "checkpoint_activations", "checkpoint_every", "keep_checkpoints", "sheet_every", "workers",
-    "cache",
-}  # fmt: skip
 _NAMED = 8  # pictures named in a message
 _TIMEOUT = timedelta(days=1)  # of waiting for another process, which may be filling its cache
 
 
-def train(config: RunConfig, base: Base) -> Path | None:
+def train(
+    config: RunConfig, base: Base, accelerator: Any = None, watcher: Watcher | None = None
+) -> Path | None:
     """Trains a network, or goes on with a run that was stopped.
 
-    Ctrl-C and SIGTERM finish the current step and save it.
+    A stop (Ctrl-C, SIGTERM) finishes the current step and saves it, and the network as it is.
+
+    Args:
+        accelerator: accelerate's by default, or a `SingleDevice`.
+        watcher: a `Terminal` by default.
 
     Returns:
         The network's file; None if the run was interrupted.
@@ -64,15 +63,16 @@ def train(config: RunConfig, base: Base) -> Path | None:
         RetrievalError: the device has too little memory, the folder holds another run, the data
             set was changed or has no targets, the disk is full, or a loss is not finite.
     """
-    accelerator = make_accelerator(config)
+    accelerator = accelerator or make_accelerator(config)
     device, schedule = accelerator.device, base.schedule
     rank, world = accelerator.process_index, accelerator.num_processes
     is_main = accelerator.is_main_process
+    watcher = watcher or Terminal(config.out.name, is_main)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        accelerator.print(check_memory(config, base.unet.config, base.name, free))
+        accelerator.print(check_memory(config, base.unet.config, base.name, free, world))
     folder = RunFolder(config.out, config.keep_checkpoints)
-    cache = prepare_cache(config, base, accelerator)
+    cache = prepare_cache(config, base, accelerator, watcher)
     describe_run(folder, config, base, cache, world, is_main)
 
     objective = make_objective(config, base).to(device)
@@ -87,10 +87,7 @@ def train(config: RunConfig, base: Base) -> Path | None:
 
     passes: list[tuple[dict[str, Tensor], list[list[str]]]] = []  # of the current step
     interrupted = False
-    with (
-        Interruption() as interruption,
-        Progress(config.out.name, step, config.steps, is_main) as progress,
-    ):
+    with watcher.follow(step, config.steps):
         for batch in make_loader(cache, config, rank, world, step):
             shape = batch.latents.shape[1:]
             noise = draw_noise(
@@ -105,7 +102,7 @@ def train(config: RunConfig, base: Base) -> Path | None:
                     norm = accelerator.clip_grad_norm_(parameters.values(), config.clip_norm)
                     norm = float(norm)
                     measured, interrupted = measure_step(
-                        accelerator, passes, norm, interruption.requested, step
+                        accelerator, passes, norm, watcher.wants_stop, step
                     )
                     rate = set_learning_rate(optimizer, config, step)
                 optimizer.step()
@@ -114,31 +111,32 @@ def train(config: RunConfig, base: Base) -> Path | None:
                 continue
             passes.clear()
             step += 1
-            average.update(step)
+            average.update(step, step == config.steps)
             accelerator.log({**measured, "grad_norm": norm, "learning_rate": rate}, step)
-            progress.update(step, measured, 0)
+            watcher.update(step, measured)
             folder.raise_failure()
             if step % config.checkpoint_every == 0 or step == config.steps or interrupted:
                 save(folder, state, step, is_main)
             if sheet is not None and (step % config.sheet_every == 0 or step == config.steps):
-                with accelerator.autocast():
-                    sheet.draw(objective, step)
+                with accelerator.autocast(), average.put_in_place():
+                    path, scores = sheet.draw(objective, step)
+                accelerator.log(scores, step)
+                watcher.show_sheet(path)
             if interrupted:
                 break
     folder.wait()
     accelerator.end_training()
-    if step < config.steps:
-        if is_main:
+    path = config.network or config.out / f"{config.out.resolve().name}.safetensors"
+    if is_main:
+        trained = average.choose() if config.ema_decay is not None else parameters
+        write_network(path, objective, trained, step, config, base, cache)
+        if step < config.steps:
             print(
-                f"Training was interrupted after step {step} of {config.steps}; run the same "
-                f"command again to go on from '{config.out}'.",
+                f"Training was interrupted after step {step} of {config.steps}; the same command "
+                f"again goes on from '{config.out}'.",
                 flush=True,
             )
-        return None
-    path = config.out / f"{config.out.resolve().name}.safetensors"
-    if is_main:
-        write_network(path, objective, average.averages or parameters, config, base, cache)
-    return path
+    return path if step == config.steps else None
 
 
 def make_accelerator(config: RunConfig) -> Any:
@@ -147,6 +145,13 @@ def make_accelerator(config: RunConfig) -> Any:
         raise RetrievalError(
             "The precision fp16 needs a GPU, and there is none; choose bf16 or float32."
         )
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
+            raise RetrievalError(
+                f"accelerate is configured for {kind}, which this trainer does not support; choose "
+                "plain multi-GPU in 'accelerate config', with which the processes share the "
+                "optimiser's state all the same (ZeRO, stage 1)."
+            )
     accelerate = import_library("accelerate")
     import_library("tensorboard")
     accelerator = accelerate.Accelerator(
@@ -166,21 +171,15 @@ def make_accelerator(config: RunConfig) -> Any:
     return accelerator
 
 
-def prepare_cache(config: RunConfig, base: Base, accelerator: Any) -> LatentCache:
+def prepare_cache(config: RunConfig, base: Base, accelerator: Any, watcher: Watcher) -> LatentCache:
     """The cache of the data set's latents and prompts, filled by all processes together."""
     cache = plan_cache(open_data_set(config.data), base, config)
     accelerator.print(describe_targets(cache))
     if any(cache.find_missing()):
         base.vae.to(accelerator.device)
         base.prompts.to(accelerator.device)
-        disable = None if accelerator.is_main_process else True  # None: off without a terminal
-        with tqdm(desc="latents and prompts", unit="shard", disable=disable) as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            fill_cache(cache, base, accelerator.process_index, accelerator.num_processes, show)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        fill_cache(cache, base, rank, world, watcher.show_caching)
     accelerator.wait_for_everyone()
     base.vae.to("cpu")
     base.prompts.to("cpu")
@@ -194,10 +193,9 @@ def describe_run(
     recorded = folder.read_description()
     if recorded:
         refuse_changed_data(cache.data_set, recorded["data_set"])
-    settings = {k: v for k, v in config.as_json().items() if k not in _FREE}
     folder.describe_run(
         {
-            **settings,
+            **config.list_fixed(),
             "samples_per_step": config.batch_size * config.accumulate * world,
             "base": base.fingerprint,
             "data_set": fingerprint_index(cache.data_set),
@@ -290,7 +288,9 @@ def measure_step(
             for item in names
             if finite or not bool(row.isfinite().all())
         ]
-        named = import_library("accelerate").utils.gather_object(bad)
+        named = bad
+        if accelerator.num_processes > 1:
+            named = import_library("accelerate").utils.gather_object(bad)
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         raise RetrievalError(
             f"Training stopped at step {step + 1}: its {'gradient' if finite else 'loss'} is not "
@@ -319,6 +319,7 @@ def write_network(
     path: Path,
     objective: PaperObjective,
     trained: Mapping[str, Tensor],
+    step: int,
     config: RunConfig,
     base: Base,
     cache: LatentCache,
@@ -326,14 +327,16 @@ def write_network(
     """Writes the network's file, in float16 and with its provenance.
 
     Args:
-        trained: weights by their names in the objective.
+        trained: weights by their names in the objective, after `step` steps.
     """
     network = objective.finish(trained)
     network.card.training.update(
-        {k: v for k, v in config.as_json().items() if k not in _FREE - {"preset"}},
+        config.list_fixed(),
+        preset=list(config.preset),
+        steps_done=step,
         base=base.fingerprint,
         data_set=fingerprint_index(cache.data_set),
         prediction=base.schedule.prediction,
     )
     network.save(path, torch.float16, config.rank)
-    print(f"The network is trained and saved in '{path}'.", flush=True)
+    print(f"The network is saved in '{path}'.", flush=True)

@@ -84,10 +84,10 @@ if __name__ == "__main__":
         print("process", os.getpid(), flush=True)
         update = training_run.CpuAverage.update
 
-        def slow(self, step):
+        def slow(self, step, is_last):
             time.sleep(delay)
             print("step", step, flush=True)
-            update(self, step)
+            update(self, step, is_last)
 
         training_run.CpuAverage.update = slow
     try:

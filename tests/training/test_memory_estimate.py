@@ -149,6 +149,12 @@ def test_what_cannot_fit_names_the_setting_that_saves_most():
     assert "use a larger device" in words
 
 
+def test_processes_share_the_optimisers_state():
+    alone, four = (estimate_memory(configure(), SMALL, "sd15", world) for world in (1, 4))
+    assert four.optimizer == alone.optimizer // 4
+    assert alone.device - four.device == alone.optimizer - four.optimizer
+
+
 CARDS = {
     "lock_decoder, 12 GB": (SD15, "sd15", 12, {"lock": "lock_decoder", "size": 512}),
     "train_both, 24 GB": (SD15, "sd15", 24, {"lock": "train_both", "size": 512}),

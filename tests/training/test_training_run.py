@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tiny_run import TinyBase, read_checkpoint, set_up, train
 
 from retrieval_core import files
 from retrieval_core.network.controlnet import load
+from retrieval_core.network.unet import SD15
 from retrieval_core.training import training_run
 from retrieval_core.training.__main__ import main
 
@@ -66,7 +68,7 @@ def whole(tmp_path_factory):
 def test_the_loss_falls_when_a_few_pictures_are_learned(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        training_run.Progress, "update", lambda self, step, losses, skipped: seen.append(losses)
+        training_run.Terminal, "update", lambda self, step, losses: seen.append(losses)
     )
     # One timestep and one noise, so that the loss is comparable between steps.
     fixed = training_run.draw_noise
@@ -112,19 +114,29 @@ def test_the_file_holds_the_averaged_weights(tmp_path):
     )
 
 
+@pytest.mark.parametrize("steps", [3, 13])
+def test_the_average_has_seen_the_last_step(tmp_path, steps):
+    tensors, state = train(set_up(tmp_path, steps=steps, ema_decay=0.0))
+    assert state["average_updates"] == 1 + steps // 10
+    for name, value in tensors.items():
+        if name.startswith("average."):
+            assert torch.equal(value, tensors[f"weights.{name.removeprefix('average.')}"]), name
+
+
 def kill_and_resume(folder, whole, kills, **changes):
+    """Kills a process at a random moment `kills` times, and compares the end with `whole`'s."""
     rng = random.Random(kills)
     for _ in range(kills):
-        process = command(folder, 0.15, **changes)
-        wanted = rng.randrange(3, 8)  # lines; all but the first two are steps
-        for _ in range(wanted):
-            if not process.stdout.readline():
-                break
-        try:
-            process.wait(rng.random() * 0.3)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.communicate()
+        started = command(folder, 0.1, **changes)
+        victims, left = [], rng.randrange(1, 5)  # lines of steps
+        while left:
+            word, _, number = started.stdout.readline().partition(" ")
+            if word == "process":
+                victims.append(int(number))
+            left -= word == "step"
+        time.sleep(rng.random() * 0.15)
+        os.kill(rng.choice(victims), signal.SIGKILL)
+        assert finish(started)[0] != 0
     code, _, err = finish(command(folder, **changes))
     assert code == 0, err
     tensors, state = read_checkpoint(set_up(folder))
@@ -137,8 +149,12 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, whole):
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_with_the_same_weights(tmp_path, whole):
-    kill_and_resume(tmp_path, whole, 20, checkpoint_every=1)
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(tmp_path):
+    changes = {"steps": 120, "checkpoint_every": 1}
+    code, _, err = finish(command(tmp_path / "whole", **changes))
+    assert code == 0, err
+    whole = read_checkpoint(set_up(tmp_path / "whole"))
+    kill_and_resume(tmp_path / "killed", whole, 20, **changes)
 
 
 def test_an_interrupted_run_saves_its_last_step_and_goes_on(tmp_path, whole):
@@ -147,9 +163,10 @@ def test_an_interrupted_run_saves_its_last_step_and_goes_on(tmp_path, whole):
         process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
-    assert code == 130 and "run the same command again" in out, err
+    assert code == 130 and "the same command again" in out, err
     step = read_checkpoint(set_up(tmp_path))[1]["step"]
     assert 4 <= step <= 6
+    assert load(tmp_path / "run" / "run.safetensors").card.training["steps_done"] == step
     code, _, err = finish(command(tmp_path, checkpoint_every=100))
     assert code == 0, err
     same(whole[0], read_checkpoint(set_up(tmp_path))[0])
@@ -276,6 +293,19 @@ def test_half_precision_on_a_cpu_is_refused_in_fp16(tmp_path, monkeypatch):
     assert "needs a GPU" in sentence(training_run.train, set_up(tmp_path, precision="fp16"), None)
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_would_wrap_the_network_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    assert kind in sentence(training_run.train, set_up(tmp_path), None)
+
+
+def test_the_network_is_written_where_the_settings_say(tmp_path):
+    config = set_up(tmp_path, steps=1, network=tmp_path / "elsewhere" / "net.safetensors")
+    assert training_run.train(config, TinyBase()) == config.network
+    assert load(config.network, "sd15").card.training["steps_done"] == 1
+    assert not list(config.out.glob("run.safetensors"))
+
+
 def test_bf16_low_rank_and_recomputed_activations_run_together(tmp_path):
     changes = {"precision": "bf16", "rank": 2, "checkpoint_activations": True}
     code, _, err = finish(command(tmp_path, **changes))
@@ -284,6 +314,50 @@ def test_bf16_low_rank_and_recomputed_activations_run_together(tmp_path):
     assert all(bool(t.isfinite().all()) for t in tensors.values())
     with open(tmp_path / "run" / "run.json") as file:
         assert json.load(file)["precision"] == "bf16"
+
+
+def write_run(folder, shape=None, **settings):
+    """Eight pictures and a checkpoint of random weights; the command's flags to train on them."""
+    write_pictures(folder, [("ann", "bob", 0, True, True)] * 8)
+    words = write_tokenizer(folder / "tokenizer")
+    weights = make_checkpoint("sd15", words, shape)
+    base = write_checkpoint(folder / "base.safetensors", weights)
+    values = {
+        "base": base, "data": folder / "set", "out": folder / "out", "cache": folder / "cache",
+        "tokenizer": folder / "tokenizer", "views": 1, "references": 2, "warmup-steps": 0,
+        "precision": "float32", "workers": 0, "sheet-every": "none", "size": 64, **settings,
+    }  # fmt: skip
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def run_command(flags):
+    """The losses of the steps, all of one timestep and one noise, so that they are comparable."""
+    losses, fixed = [], training_run.draw_noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run.Terminal, "update", lambda _, step, new: losses.append(new))
+        patch.setattr(
+            training_run,
+            "draw_noise",
+            lambda seed, numbers, *rest: fixed(seed, torch.zeros_like(numbers), *rest),
+        )
+        assert main(flags) == 0
+    return [one["loss"] for one in losses]
+
+
+def test_a_shrunken_checkpoint_learns_eight_pictures(tmp_path):
+    flags = write_run(tmp_path, **{"steps": 24, "batch-size": 8, "learning-rate": 3e-3})
+    losses = run_command(flags)
+    assert len(losses) == 24 and sum(losses[-4:]) < 0.9 * sum(losses[:4]), losses
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_sd15s_true_shape_is_trained_end_to_end(tmp_path):
+    """The U-Net's shape is the true one; the VAE has two levels and the text encoder two layers."""
+    settings = {"steps": 8, "batch-size": 1, "learning-rate": 3e-4, "rank": 4}
+    losses = run_command(write_run(tmp_path, SD15, **settings))
+    assert len(losses) == 8 and losses[-1] < losses[0], losses
+    network = load(tmp_path / "out" / "out.safetensors", "sd15")
+    assert network.config == SD15 and network.decoder
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
