@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from making import paperdoll_bundle
 from PIL import Image
 
 PACK = Path(__file__).resolve().parents[2]
@@ -136,6 +135,8 @@ def install(base: Path) -> Path:
         elif source.is_file():
             shutil.copy(source, place / name)
     if not has_weights():
+        from making import paperdoll_bundle  # imports the host
+
         paperdoll_bundle(place / WEIGHTS)
     return place
 
