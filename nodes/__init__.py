@@ -15,6 +15,12 @@ dataset_folder.register()
 class RetrievalExtension(ComfyExtension):
     """All nodes of the pack."""
 
+    async def on_load(self) -> None:
+        """Called by hosts that can replace nodes; 0.8.0 cannot, and never calls it."""
+        from .replaced_nodes import register_replacements
+
+        await register_replacements()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .apply_reference_retrieval import RetrievalApplyReferences
         from .build_retrieval_dataset import RetrievalBuildDataset
@@ -22,7 +28,7 @@ class RetrievalExtension(ComfyExtension):
         from .image_similarity import RetrievalImageSimilarity
         from .load_paperdoll_demo import RetrievalPaperdollModel
         from .load_references import RetrievalLoadReferences
-        from .load_retrieval_controlnet import RetrievalLoadControlNet
+        from .load_retrieval_controlnet import RetrievalControlNetLoader
         from .paperdoll_match import RetrievalPaperdollMatch
         from .paperdoll_reference import RetrievalPaperdollReference
         from .preview_retrieval_dataset import RetrievalPreviewDataset
@@ -34,7 +40,7 @@ class RetrievalExtension(ComfyExtension):
         from .vqa_diversity_score import RetrievalVQADiversityScore
 
         return [
-            RetrievalLoadControlNet,
+            RetrievalControlNetLoader,
             RetrievalEncodeReferences,
             RetrievalApplyReferences,
             RetrievalControls,

@@ -6,7 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .socket_types import CATEGORY, ReferencesType, RetrievalControlsType, make_factor_input
+from ..retrieval_core.errors import RetrievalError
+from .socket_types import (
+    ADVANCED,
+    CATEGORY,
+    ReferencesType,
+    RetrievalControlsType,
+    make_factor_input,
+    make_schema,
+)
 
 RECOMMENDED = "recommended"
 
@@ -14,7 +22,7 @@ RECOMMENDED = "recommended"
 class RetrievalApplyReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalApplyReferences",
             display_name="Apply Reference Retrieval",
             category=CATEGORY,
@@ -22,9 +30,22 @@ class RetrievalApplyReferences(io.ComfyNode):
                 "Lets the model retrieve from the references while it draws. Strength 0 is the "
                 "model unchanged. Apply twice, with two regions, for two characters."
             ),
+            search_aliases=[
+                "apply ipadapter",
+                "ip-adapter plus",
+                "reference only",
+                "consistent character",
+                "faceid",
+                "instantid",
+                "retribooru",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The base model; it is not changed."),
-                ReferencesType.Input("references", tooltip="From Encode References."),
+                ReferencesType.Input(
+                    "references",
+                    lazy=True,
+                    tooltip="From Encode References; not read at strength 0.",
+                ),
                 make_factor_input(
                     "strength",
                     "How strongly the references act: 1 is what the network's file "
@@ -53,6 +74,7 @@ class RetrievalApplyReferences(io.ComfyNode):
                     tooltip="Which prompts retrieve: cond is the positive prompt only, so that "
                     "CFG strengthens the references; both is gentler. The network's file "
                     "recommends one.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Mask.Input(
                     "region",
@@ -70,6 +92,25 @@ class RetrievalApplyReferences(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, start_percent: float | None, end_percent: float | None) -> bool | str:
+        """Refuses before queueing a start behind the end; a linked value is None."""
+        from ..retrieval_core.bank.site_bank import Bank
+        from ..retrieval_core.sampling.applications import Application
+
+        if start_percent is None or end_percent is None:
+            return True
+        try:
+            Application(Bank(), start=start_percent, end=end_percent)
+        except RetrievalError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def check_lazy_status(cls, strength: float, references: Any = None, **_: Any) -> list[str]:
+        """References that will not act are not encoded."""
+        return ["references"] if references is None and strength != 0 else []
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -83,6 +124,8 @@ class RetrievalApplyReferences(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.apply import apply_references
 
+        if references is None:  # see check_lazy_status
+            return io.NodeOutput(model)
         rows = None if guidance == RECOMMENDED else guidance
         patched = apply_references(
             model, references, strength, start_percent, end_percent, rows, region, controls

@@ -7,13 +7,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import dataset_folder
-from .socket_types import CATEGORY, RetrievalDatasetType, make_name_input
+from .socket_types import CATEGORY, RetrievalDatasetType, make_name_input, make_schema
 
 
 class RetrievalBuildDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalBuildDataset",
             display_name="Build Retrieval Dataset",
             category=CATEGORY,
@@ -23,6 +23,7 @@ class RetrievalBuildDataset(io.ComfyNode):
                 "near-duplicates and damaged files left out, and every one is counted. Nothing of "
                 "the source is modified. A build that was stopped goes on from there."
             ),
+            search_aliases=["training data", "danbooru", "gallery-dl", "kohya", "tagging"],
             is_output_node=True,
             inputs=[
                 io.String.Input(

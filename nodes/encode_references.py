@@ -6,15 +6,23 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType, make_factor_input
+from .socket_types import (
+    ADVANCED,
+    CATEGORY,
+    ReferencesType,
+    RetrievalControlNetType,
+    make_factor_input,
+    make_schema,
+)
 
+CONCEPTS, TAGS = ("figure", "face", "clothes"), "tags"
 SUBJECT, BACKGROUND = "subject", "background"
 
 
 class RetrievalEncodeReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalEncodeReferences",
             display_name="Encode References",
             category=CATEGORY,
@@ -22,6 +30,16 @@ class RetrievalEncodeReferences(io.ComfyNode):
                 "Encodes reference images for retrieval. Chain several of these to combine, say, "
                 "a face and an outfit."
             ),
+            search_aliases=[
+                "ipadapter",
+                "reference only",
+                "reference image",
+                "consistent character",
+                "faceid",
+                "face reference",
+                "clothes reference",
+                "outfit",
+            ],
             inputs=[
                 RetrievalControlNetType.Input(
                     "retrieval_controlnet", tooltip="The network that is to read the images."
@@ -33,10 +51,14 @@ class RetrievalEncodeReferences(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", tooltip="The base model's VAE."),
                 io.Clip.Input("clip", tooltip="The base model's CLIP."),
-                io.String.Input(
+                io.DynamicCombo.Input(
                     "concept",
-                    default="figure",
-                    tooltip="What to take from the images: face, clothes, figure, or tags.",
+                    options=[
+                        *(io.DynamicCombo.Option(name, []) for name in CONCEPTS),
+                        io.DynamicCombo.Option(TAGS, [make_tags_input()]),
+                    ],
+                    tooltip="What to take from the images: the whole figure, the face, the "
+                    "clothes, or what tags of your own say.",
                 ),
                 make_factor_input(
                     "weight",
@@ -51,6 +73,7 @@ class RetrievalEncodeReferences(io.ComfyNode):
                     optional=True,
                     tooltip="Edge in pixels that references are scaled to: smaller is faster, "
                     "larger keeps detail. 0 is the base model's own size.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Combo.Input(
                     "mask_marks",
@@ -79,13 +102,24 @@ class RetrievalEncodeReferences(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, images: Any, concept: dict[str, Any] | None = None) -> bool | str:
+        """Refuses before queueing a concept that the host does not know (`images` is linked)."""
+        if concept is not None:
+            return True
+        names = ", ".join(f"'{name}'" for name in CONCEPTS)
+        return (
+            f"The concept is none of {names} and '{TAGS}'; choose one of them, for words of your "
+            f"own '{TAGS}'."
+        )
+
+    @classmethod
     def execute(
         cls,
         retrieval_controlnet: Any,
         images: Any,
         vae: Any,
         clip: Any,
-        concept: str,
+        concept: dict[str, Any],
         weight: float,
         size: int = 0,
         mask_marks: str = SUBJECT,
@@ -94,10 +128,21 @@ class RetrievalEncodeReferences(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host import encoded_references as host
 
-        network = retrieval_controlnet
+        network, words = retrieval_controlnet, concept["concept"]
+        if words == TAGS:
+            words = concept["tags"]
         earlier = host.list_earlier(references, network)
         encoded = host.encode_references(
-            network, images, vae, clip, concept, weight, mask, size, mask_marks
+            network, images, vae, clip, words, weight, mask, size, mask_marks
         )
         shown = ui.PreviewImage(host.draw_references(encoded), cls=cls)
         return io.NodeOutput(host.References(network, (*earlier, *encoded)), ui=shown)
+
+
+def make_tags_input() -> io.Input:
+    return io.String.Input(
+        "tags",
+        default="",
+        tooltip="What to take from the images, as the base model's prompts say it, for example "
+        "long red hair.",
+    )

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .host import model_folders
 from .host.similarity_scores import CONNECTED, give_score, score_images
-from .socket_types import CATEGORY, list_score_outputs, make_name_input
+from .socket_types import CATEGORY, list_score_outputs, make_name_input, make_schema
 
 CLIP_I, DINO_I = "CLIP-I", "DINO-I"
 
@@ -16,7 +16,7 @@ CLIP_I, DINO_I = "CLIP-I", "DINO-I"
 class RetrievalImageSimilarity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalImageSimilarity",
             display_name="Image Similarity (CLIP-I, DINO-I)",
             category=CATEGORY,
@@ -24,6 +24,7 @@ class RetrievalImageSimilarity(io.ComfyNode):
                 "How much each image looks like the references: the mean cosine similarity of "
                 "CLIP's or DINO's features, in percent."
             ),
+            search_aliases=["clip-i", "dino-i", "clip score", "evaluate", "metric", "likeness"],
             is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="The images to score."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .socket_types import DEMO_CATEGORY
+from .socket_types import DEMO_CATEGORY, make_schema
 
 LARGEST_BATCH = 64
 MOST_FIGURES = 4
@@ -13,7 +13,7 @@ MOST_FIGURES = 4
 class RetrievalPaperdollModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalPaperdollModel",
             display_name="Load Paper-Doll Demo Model",
             category=DEMO_CATEGORY,
@@ -22,6 +22,7 @@ class RetrievalPaperdollModel(io.ComfyNode):
                 "retrieval can be tried with no download. Prompts are tags: a pose, an "
                 "expression and a background."
             ),
+            search_aliases=["demo", "example model", "no download"],
             inputs=[
                 io.Int.Input(
                     "batch_size",

@@ -7,13 +7,19 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .host import folders
-from .socket_types import CATEGORY, ReferencesType, RetrievalControlNetType, make_factor_input
+from .socket_types import (
+    CATEGORY,
+    ReferencesType,
+    RetrievalControlNetType,
+    make_factor_input,
+    make_schema,
+)
 
 
 class RetrievalLoadReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalLoadReferences",
             display_name="Load References",
             category=CATEGORY,
@@ -21,6 +27,12 @@ class RetrievalLoadReferences(io.ComfyNode):
                 "Loads references that Save References wrote. They sample exactly as the saved "
                 "ones did, and need neither the images nor VAE and CLIP."
             ),
+            search_aliases=[
+                "load character",
+                "load ipadapter embeds",
+                "embeds",
+                "consistent character",
+            ],
             inputs=[
                 RetrievalControlNetType.Input(
                     "retrieval_controlnet",

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .socket_types import DEMO_CATEGORY, list_score_outputs
+from .socket_types import DEMO_CATEGORY, list_score_outputs, make_schema
 
 EVERYTHING, FACE, CLOTHES = "face and clothes", "face", "clothes"
 
@@ -14,7 +14,7 @@ EVERYTHING, FACE, CLOTHES = "face and clothes", "face", "clothes"
 class RetrievalPaperdollMatch(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalPaperdollMatch",
             display_name="Paper-Doll Match",
             category=DEMO_CATEGORY,
@@ -22,6 +22,7 @@ class RetrievalPaperdollMatch(io.ComfyNode):
                 "Which share of a paper-doll character's attributes came over from the references "
                 "to each picture, in percent, as the bundled judge reads them."
             ),
+            search_aliases=["demo", "evaluate", "metric"],
             is_output_node=True,
             inputs=[
                 io.Image.Input(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .socket_types import DEMO_CATEGORY
+from .socket_types import DEMO_CATEGORY, make_schema
 
 CONCEPTS = ("figure", "face", "clothes")
 MOST_PICTURES = 16
@@ -13,7 +13,7 @@ MOST_PICTURES = 16
 class RetrievalPaperdollReference(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalPaperdollReference",
             display_name="Paper-Doll Reference",
             category=DEMO_CATEGORY,
@@ -21,6 +21,7 @@ class RetrievalPaperdollReference(io.ComfyNode):
                 "Draws a character that the demo's networks never saw in training, in varied "
                 "poses and places, as references for the demo."
             ),
+            search_aliases=["demo", "example images"],
             inputs=[
                 io.Int.Input(
                     "character",

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import dataset_folder
-from .socket_types import CATEGORY, RetrievalDatasetType
+from .socket_types import CATEGORY, RetrievalDatasetType, make_schema
 
 CONNECTED = "connected dataset"
 
@@ -15,7 +15,7 @@ CONNECTED = "connected dataset"
 class RetrievalPreviewDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalPreviewDataset",
             display_name="Preview Retrieval Dataset",
             category=CATEGORY,
@@ -23,6 +23,7 @@ class RetrievalPreviewDataset(io.ComfyNode):
                 "Shows a data set to check by eye, a row of pictures for each outfit with head "
                 "boxes and masks drawn in, and counts its characters, artists and outfits."
             ),
+            search_aliases=["training data", "contact sheet"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(

@@ -6,13 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .socket_types import CATEGORY, RetrievalMapType
+from .socket_types import CATEGORY, RetrievalMapType, make_schema
 
 
 class RetrievalRecordMap(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalRecordMap",
             display_name="Record Retrieval Map",
             category=CATEGORY,
@@ -20,6 +20,7 @@ class RetrievalRecordMap(io.ComfyNode):
                 "Put this between Apply Reference Retrieval and the sampler, and Retrieval Map "
                 "behind the sampler. The picture stays exactly the same."
             ),
+            search_aliases=["attention map", "heatmap"],
             inputs=[
                 io.Model.Input("model", tooltip="From the last Apply Reference Retrieval."),
             ],

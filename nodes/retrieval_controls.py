@@ -5,8 +5,15 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..retrieval_core.bank.token_budget import AUTOMATIC, LEAST_AUTOMATIC
-from ..retrieval_core.sampling.controls import CURVES, GROUP_PRESETS, GROUPS
-from .socket_types import CATEGORY, RetrievalControlsType, make_factor_input
+from ..retrieval_core.errors import RetrievalError
+from ..retrieval_core.sampling.controls import (
+    CURVES,
+    GROUP_PRESETS,
+    GROUPS,
+    StrengthCurve,
+    parse_curve,
+)
+from .socket_types import ADVANCED, CATEGORY, RetrievalControlsType, make_factor_input, make_schema
 
 NUMBERS, CUSTOM = "numbers", "custom"
 LIMITED, ALL_TOKENS = "up to the budget", "all"
@@ -15,7 +22,7 @@ LIMITED, ALL_TOKENS = "up to the budget", "all"
 class RetrievalControls(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalControls",
             display_name="Retrieval Controls",
             category=CATEGORY,
@@ -24,6 +31,13 @@ class RetrievalControls(io.ComfyNode):
                 "softly a region ends, and how many tokens are looked at. For Apply Reference "
                 "Retrieval."
             ),
+            search_aliases=[
+                "ipadapter weight type",
+                "weight schedule",
+                "strength curve",
+                "style and composition",
+                "regional prompting",
+            ],
             inputs=[
                 io.Combo.Input(
                     "strength_curve",
@@ -48,7 +62,9 @@ class RetrievalControls(io.ComfyNode):
                 ),
                 *(
                     make_factor_input(
-                        group, f"For 'custom': the factor of the strength at the sites of {group}."
+                        group,
+                        f"For 'custom': the factor of the strength at the sites of {group}.",
+                        extra_dict=ADVANCED,
                     )
                     for group in GROUPS
                 ),
@@ -69,6 +85,7 @@ class RetrievalControls(io.ComfyNode):
                     "alike are merged, to about as many as one reference has, so that a step costs "
                     "the same for any number of references. Up to the budget: to the number below. "
                     "All: nothing is merged, and every reference costs.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "token_budget",
@@ -77,6 +94,7 @@ class RetrievalControls(io.ComfyNode):
                     max=1 << 20,
                     tooltip="For 'up to the budget': the most tokens at a site, of all references "
                     "together: less is faster, more keeps finer differences.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
                     "keep_apart",
@@ -95,6 +113,15 @@ class RetrievalControls(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, strength_curve: str | None, curve_numbers: str | None) -> bool | str:
+        """Refuses before queueing a curve that is none; a linked value is None."""
+        try:
+            read_curve(strength_curve, curve_numbers)
+        except RetrievalError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
         cls,
         strength_curve: str,
@@ -108,10 +135,16 @@ class RetrievalControls(io.ComfyNode):
         token_budget: int,
         keep_apart: float = 0.0,
     ) -> io.NodeOutput:
-        from ..retrieval_core.sampling.controls import Controls, parse_curve
+        from ..retrieval_core.sampling.controls import Controls
 
         custom = (composition, middle, detail)
         budget = {AUTOMATIC: AUTOMATIC, LIMITED: token_budget, ALL_TOKENS: None}[tokens]
-        curve = parse_curve(curve_numbers if strength_curve == NUMBERS else strength_curve)
+        curve = read_curve(strength_curve, curve_numbers)
         groups = custom if act_on == CUSTOM else GROUP_PRESETS[act_on]
         return io.NodeOutput(Controls(curve, groups, region_blur, budget, keep_apart))
+
+
+def read_curve(strength_curve: str | None, curve_numbers: str | None) -> StrengthCurve | None:
+    """The curve that the two inputs say; None if the one that counts is linked."""
+    text = curve_numbers if strength_curve == NUMBERS else strength_curve
+    return None if text is None else parse_curve(text)

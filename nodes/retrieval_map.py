@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .socket_types import CATEGORY, RetrievalMapType
+from .socket_types import CATEGORY, RetrievalMapType, make_schema
 
 STRONGEST, SHARES = "strongest reference", "shares"
 
@@ -14,7 +14,7 @@ STRONGEST, SHARES = "strongest reference", "shares"
 class RetrievalMap(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalMap",
             display_name="Retrieval Map",
             category=CATEGORY,
@@ -23,6 +23,7 @@ class RetrievalMap(io.ComfyNode):
                 "colour a reference (red, blue, amber, green, violet, teal, pink, brown, and again "
                 "from red) and masks."
             ),
+            search_aliases=["attention map", "heatmap", "attention masks", "which reference"],
             inputs=[
                 RetrievalMapType.Input("retrieval_map", tooltip="From Record Retrieval Map."),
                 io.Image.Input(

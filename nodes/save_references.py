@@ -7,13 +7,13 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .host import folders
-from .socket_types import CATEGORY, ReferencesType
+from .socket_types import CATEGORY, ReferencesType, make_schema
 
 
 class RetrievalSaveReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalSaveReferences",
             display_name="Save References",
             category=CATEGORY,
@@ -21,6 +21,7 @@ class RetrievalSaveReferences(io.ComfyNode):
                 f"Saves encoded references as one file in models/{folders.REFERENCES}, with "
                 "their pictures, weights and concepts, for Load References. It never overwrites."
             ),
+            search_aliases=["save character", "save ipadapter embeds", "embeds"],
             inputs=[
                 ReferencesType.Input("references", tooltip="From Encode References."),
                 io.String.Input(

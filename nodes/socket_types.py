@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 from comfy_api.latest import io
 
 CATEGORY, DEMO_CATEGORY = "retrieval", "retrieval/demo"
 
 RetrievalControlNetType = io.Custom("RETRIEVAL_CONTROLNET")
-ReferencesType = io.Custom("REFERENCES")
+ReferencesType = io.Custom("RETRIEVAL_REFERENCES")
 RetrievalControlsType = io.Custom("RETRIEVAL_CONTROLS")
 RetrievalMapType = io.Custom("RETRIEVAL_MAP")
 RetrievalDatasetType = io.Custom("RETRIEVAL_DATASET")
 # Of `retrieval_core.metrics.ImageScore`: a value for each image, in percent.
-ImageScoresType = io.Custom("IMAGE_SCORES")
+ImageScoresType = io.Custom("RETRIEVAL_IMAGE_SCORES")
+
+# For `extra_dict` of inputs that few need, which the frontend folds away. The argument `advanced`
+# does the same, but 0.8.0 lacks it.
+ADVANCED = {"advanced": True}
 
 
-def make_factor_input(name: str, tooltip: str) -> io.Float.Input:
-    """An input of 0 to 10, by default 1."""
-    return io.Float.Input(name, default=1.0, min=0.0, max=10.0, step=0.05, tooltip=tooltip)
+def make_schema(**described: Any) -> io.Schema:
+    """A node's schema; fields that the host's version does not know are left out."""
+    known = {field.name for field in fields(io.Schema)}
+    return io.Schema(**{name: value for name, value in described.items() if name in known})
+
+
+def make_factor_input(name: str, tooltip: str, **more: Any) -> io.Float.Input:
+    """An input of 0 to 10, by default 1, with `more` arguments of the host's."""
+    return io.Float.Input(name, default=1.0, min=0.0, max=10.0, step=0.05, tooltip=tooltip, **more)
 
 
 def make_name_input(name: str, tooltip: str) -> io.String.Input:

@@ -8,13 +8,13 @@ from comfy_api.latest import io
 
 from .host import model_folders
 from .host.similarity_scores import NAMED, give_score, score_texts
-from .socket_types import CATEGORY, list_score_outputs, make_name_input
+from .socket_types import CATEGORY, list_score_outputs, make_name_input, make_schema
 
 
 class RetrievalTextSimilarity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalTextSimilarity",
             display_name="Text Similarity (CLIP-T)",
             category=CATEGORY,
@@ -22,6 +22,7 @@ class RetrievalTextSimilarity(io.ComfyNode):
                 "How well each image follows the prompt: the cosine similarity of CLIP's features "
                 "of the image and of the text, in percent."
             ),
+            search_aliases=["clip-t", "clip score", "evaluate", "metric", "prompt following"],
             is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="The images to score."),

@@ -10,13 +10,13 @@ from ..retrieval_core.metrics.vqa import DEFAULT_QUESTIONS
 from ..retrieval_core.metrics.vqa_models import BATCH, MAX_NEW_TOKENS
 from .host import model_folders
 from .host.vqa_asking import AUTOMATIC, JUDGE, WORDS, score_diversity
-from .socket_types import CATEGORY, ImageScoresType, make_name_input
+from .socket_types import ADVANCED, CATEGORY, ImageScoresType, make_name_input, make_schema
 
 
 class RetrievalVQADiversityScore(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalVQADiversityScore",
             display_name="VQA Diversity Score",
             category=CATEGORY,
@@ -24,6 +24,7 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                 "Asks a visual question answering model about each image of a batch that was made "
                 "from one conditioning, and averages how different the answers are, in percent."
             ),
+            search_aliases=["diversity", "evaluate", "metric"],
             is_output_node=True,
             inputs=[
                 io.Image.Input(
@@ -77,6 +78,7 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                     max=1024,
                     optional=True,
                     tooltip="The longest answer, in tokens; CLIP reads 77 of them.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -85,6 +87,7 @@ class RetrievalVQADiversityScore(io.ComfyNode):
                     max=256,
                     optional=True,
                     tooltip="How many images the VQA model sees at a time; less takes less memory.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Clip.Input(
                     "clip",

@@ -1,4 +1,4 @@
-"""The value of REFERENCES, and encoding of references on the host's device."""
+"""The value of RETRIEVAL_REFERENCES, and encoding of references on the host's device."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ def encode_references(
         with torch.inference_mode():
             context, pooled, latents = _encode_inputs(network, chosen, vae, clip, concept)
             for done, (i, latent) in enumerate(zip(missing, latents.split(1), strict=True)):
-                progress(done, len(missing))
+                thumbnail = make_thumbnail(prepared[i].image)
+                progress(done, len(missing), thumbnail)
                 features, mask = network.encode(latent, context, pooled, size), prepared[i].mask
                 (one,) = split_features(features, latent.shape[2:], [mask], concepts=[concept])
-                thumbnail = make_thumbnail(prepared[i].image)
                 results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)
             progress(len(missing), len(missing))
     for key, reference in results.items():

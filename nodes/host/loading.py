@@ -10,6 +10,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ...retrieval_core.bank.site_bank import Bank
@@ -100,12 +101,18 @@ def make_bank_on_device(make: Callable[..., Bank]) -> Bank:
         return make(device="cpu", on_site=progress)
 
 
-def make_progress() -> Callable[[int, int], None]:
-    """A callback (done, in all) that moves the node's bar and heeds interruptions."""
+def make_progress() -> Callable[..., None]:
+    """A callback (done, in all) that moves the node's bar and heeds interruptions.
+
+    A third argument, uint8 [h, w, 3], is shown on the node.
+    """
     bar = comfy.utils.ProgressBar(1)
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, picture: Tensor | None = None) -> None:
         management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
+        shown = None
+        if picture is not None:
+            shown = ("JPEG", Image.fromarray(picture.numpy()), max(picture.shape))
+        bar.update_absolute(done, total, shown)
 
     return progress

@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from published import list_published
 
 PACK = Path(__file__).resolve().parents[2]
-NAME = "comfyui-retrieval-controlnet"
-# What an archive of the registry holds that the host needs.
-INSTALLED = ("__init__.py", "pyproject.toml", "nodes", "retrieval_core", "web", "example_workflows")
+NAME = "retrieval-controlnet"
 WEIGHTS = Path("retrieval_core", "paperdoll", "weights")
 # Runs main.py, and ends when the pipe to the tests breaks, even if those were killed.
 RUN = """
@@ -125,15 +124,11 @@ def with_inputs(prompt: dict, node: str, **inputs: Any) -> dict:
 
 
 def install(base: Path) -> Path:
-    """The pack in base/custom_nodes, with weights of noise where it has none yet."""
+    """The pack as it is published in base/custom_nodes, with weights of noise where it has none."""
     place = base / "custom_nodes" / NAME
-    place.mkdir(parents=True)
-    for name in INSTALLED:
-        source = PACK / name
-        if source.is_dir():
-            shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.is_file():
-            shutil.copy(source, place / name)
+    for name in list_published():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PACK / name, place / name)
     if not has_weights():
         from making import paperdoll_bundle  # imports the host
 

@@ -26,7 +26,10 @@ from retrieval_pack.nodes.encode_references import (
 from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.host.base_model import detect_base
 from retrieval_pack.nodes.host.trained_network import load_network
-from retrieval_pack.nodes.load_retrieval_controlnet import RetrievalLoadControlNet
+from retrieval_pack.nodes.load_retrieval_controlnet import (
+    FILE,
+    RetrievalControlNetLoader,
+)
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.files import save_safetensors
 
@@ -58,7 +61,7 @@ def encode(
         batch,
         vae or FakeVAE(),
         clip or FakeCLIP(net.network.config.context_dim),
-        "figure",
+        {"concept": "figure"},
         weight,
         size,
         marks,
@@ -104,7 +107,8 @@ def test_wrong_files(model, tmp_path):
     broken.write_bytes(broken.read_bytes()[:1000])
     refused(lambda: load_network(broken, model), "broken.safetensors")
     refused(lambda: load_network(tmp_path / "gone.safetensors", model), "no file")
-    refused(lambda: RetrievalLoadControlNet.execute(model, "gone.safetensors"), "gone")
+    gone = {"network": FILE, "file": "gone.safetensors"}
+    refused(lambda: RetrievalControlNetLoader.execute(model, gone), "gone")
 
 
 def test_references_of_another_network(model, net, tmp_path):
@@ -156,7 +160,7 @@ def test_vae_and_clip_of_another_base(net):
 
 def test_missing_vae_and_clip(net):
     def without(vae, clip):
-        RetrievalEncodeReferences.execute(net, images(1), vae, clip, "figure", 1.0, 64)
+        RetrievalEncodeReferences.execute(net, images(1), vae, clip, {"concept": "figure"}, 1.0, 64)
 
     refused(lambda: without(None, FakeCLIP()), "VAE input is empty")
     refused(lambda: without(FakeVAE(), None), "CLIP input is empty")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from comfy_api.latest import io
 from retrieval_pack.nodes import RetrievalExtension
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
@@ -22,12 +23,19 @@ def named(page: str, heading: str) -> list[str]:
     return re.findall(r"^\| `([^`]+)` \| \S", section[1], re.MULTILINE) if section else []
 
 
+def list_fields(given: io.Input) -> list[io.Input]:
+    """An input, and the fields of all choices of a DynamicCombo."""
+    return given.get_all() if isinstance(given, io.DynamicCombo.Input) else [given]
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_the_page_names_every_input_and_output(node):
     schema = NODES[node]
     page = (DOCS / f"{node}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {schema.display_name}\n")
-    assert named(page, "Inputs") == [given.id for given in schema.inputs]
+    assert named(page, "Inputs") == [
+        field.id for given in schema.inputs for field in list_fields(given)
+    ]
     assert named(page, "Outputs") == [made.display_name or made.id for made in schema.outputs]
     assert "\n## Tip" in page
 

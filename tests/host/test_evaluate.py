@@ -23,8 +23,7 @@ def graph() -> dict:
     return {
         "model": node("RetrievalPaperdollModel", "{samples:batch_size}", batch_size=1),
         "net": node(
-            "RetrievalLoadControlNet", model=["model", 0], file="paper-doll demo (bundled)",
-            repository="", repository_file="", revision="",
+            "RetrievalControlNetLoader", model=["model", 0], network="paper-doll demo (bundled)",
         ),
         "one": node("LoadImage", "{reference1}", image="x.png"),
         "two": node("LoadImage", "{reference2}", image="x.png"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+import types
 from pathlib import Path
 
 import folder_paths
@@ -20,19 +21,21 @@ from making import (
     model_from,
     sample,
 )
+from released import stand_in_for_server
 from retrieval_pack.nodes import RetrievalExtension
 from retrieval_pack.nodes.apply_reference_retrieval import RetrievalApplyReferences
 from retrieval_pack.nodes.encode_references import SUBJECT, RetrievalEncodeReferences
 from retrieval_pack.nodes.host import folders
 from retrieval_pack.nodes.host.folders import NETWORKS
-from retrieval_pack.nodes.load_retrieval_controlnet import DEMO, RetrievalLoadControlNet
+from retrieval_pack.nodes.load_retrieval_controlnet import FILE, HUB, RetrievalControlNetLoader
 
 PACK = Path(__file__).resolve().parents[2]
 
 
-def test_the_host_loads_the_pack_and_its_nodes(tmp_path):
+def test_the_host_loads_the_pack_and_its_nodes(tmp_path, monkeypatch):
     import nodes
 
+    stand_in_for_server(monkeypatch, types.SimpleNamespace(register=lambda replacement: None))
     place = tmp_path / "any folder.name"
     place.symlink_to(PACK, target_is_directory=True)
     started = time.process_time()  # not of the clock, which others' work on the machine moves
@@ -42,7 +45,7 @@ def test_the_host_loads_the_pack_and_its_nodes(tmp_path):
     print(f"\nimport of the pack: {elapsed:.3f} s")
     assert elapsed < 0.5
     assert not heavy & set(sys.modules)
-    for name in ("LoadControlNet", "EncodeReferences", "ApplyReferences"):
+    for name in ("ControlNetLoader", "EncodeReferences", "ApplyReferences"):
         assert f"Retrieval{name}" in nodes.NODE_CLASS_MAPPINGS
     assert (
         nodes.NODE_DISPLAY_NAME_MAPPINGS["RetrievalApplyReferences"] == "Apply Reference Retrieval"
@@ -69,7 +72,10 @@ def test_the_folder_keeps_extra_paths(monkeypatch, tmp_path):
         (tmp_path / name).write_bytes(b"")
     folder_paths.filename_list_cache.pop(NETWORKS, None)
     assert folders.list_files(NETWORKS) == ["a.safetensors"]
-    assert RetrievalLoadControlNet.GET_SCHEMA().inputs[1].options[0] == DEMO
+    options = {
+        option.key: option for option in RetrievalControlNetLoader.GET_SCHEMA().inputs[1].options
+    }
+    assert options[FILE].inputs[0].options == ["a.safetensors"]
 
 
 @pytest.fixture
@@ -86,19 +92,23 @@ def test_load_encode_apply(in_folder):
     path = in_folder / "mine.safetensors"
     core_network(TINY_SD15, "sd15").save(path)
     model = model_from(checkpoint(TINY_SD15))
-    before = RetrievalLoadControlNet.fingerprint_inputs(file="mine.safetensors")
-    (net,) = RetrievalLoadControlNet.execute(model, "mine.safetensors").args
-    (again,) = RetrievalLoadControlNet.execute(model.clone(), "mine.safetensors").args
+    mine = {"network": FILE, "file": "mine.safetensors"}
+    before = RetrievalControlNetLoader.fingerprint_inputs(network=mine)
+    (net,) = RetrievalControlNetLoader.execute(model, mine).args
+    (again,) = RetrievalControlNetLoader.execute(model.clone(), mine).args
     assert again is net  # a LoRA before the loader changes the model, not the network
     vae, clip = FakeVAE(), FakeCLIP()
-    (face,) = RetrievalEncodeReferences.execute(net, images(1), vae, clip, "face", 1.2, 64).args
-    (both,) = RetrievalEncodeReferences.execute(
-        net, images(2, seed=8), vae, clip, "clothes", 1.0, 64, SUBJECT, torch.ones(1, 20, 20), face
+    (face,) = RetrievalEncodeReferences.execute(
+        net, images(1), vae, clip, {"concept": "face"}, 1.2, 64
     ).args
+    (both,) = RetrievalEncodeReferences.execute(
+        net, images(2, seed=8), vae, clip, {"concept": "tags", "tags": "red coat"}, 1.0, 64,
+        SUBJECT, torch.ones(1, 20, 20), face,
+    ).args  # fmt: skip
     assert [(r.concept, r.weight) for r in both.encoded] == [
         ("face", 1.2),
-        ("clothes", 1.0),
-        ("clothes", 1.0),
+        ("red coat", 1.0),
+        ("red coat", 1.0),
     ]
     assert len(face.encoded) == 1
     (patched,) = RetrievalApplyReferences.execute(model, both, 1.5, 0.0, 1.0, "recommended").args
@@ -106,8 +116,8 @@ def test_load_encode_apply(in_folder):
     (off,) = RetrievalApplyReferences.execute(model, both, 0.0, 0.0, 1.0, "both").args
     assert torch.equal(sample(off), sample(model))
     core_network(TINY_SD15, "sd15", seed=4).save(path)
-    assert RetrievalLoadControlNet.fingerprint_inputs(file="mine.safetensors") != before
-    (replaced,) = RetrievalLoadControlNet.execute(model, "mine.safetensors").args
+    assert RetrievalControlNetLoader.fingerprint_inputs(network=mine) != before
+    (replaced,) = RetrievalControlNetLoader.execute(model, mine).args
     assert replaced.maker.fingerprint != net.maker.fingerprint
 
 
@@ -125,6 +135,7 @@ def test_a_file_from_the_hub_goes_through_the_folder(in_folder, monkeypatch):
 
     monkeypatch.setattr(hub, "download", download)
     model = model_from(checkpoint(TINY_SD15))
-    out = RetrievalLoadControlNet.execute(model, DEMO, " owner/name ", "net.safetensors", "")
+    repository = {"repository": " owner/name ", "repository_file": "net.safetensors"}
+    out = RetrievalControlNetLoader.execute(model, {"network": HUB, **repository, "revision": ""})
     assert out.args[0].name == "fetched.safetensors"
     assert asked == [("owner/name", "net.safetensors", None, in_folder)]

@@ -190,7 +190,7 @@ def test_the_cover_is_an_image_that_comfyui_shows(dolls, folder):
 
     (refs,) = RetrievalEncodeReferences.execute(
         dolls.network, torch.ones(1, 40, 64, 3) * torch.tensor([1.0, 0.0, 0.0]), dolls.vae,
-        dolls.clip, "face", 1.0,
+        dolls.clip, {"concept": "face"}, 1.0,
     ).args  # fmt: skip
     RetrievalSaveReferences.execute(refs, "red")
     path = folder / "red_00001_.safetensors"

@@ -281,7 +281,7 @@ def test_bad_input():
 
 @weights
 def test_the_workflow_scores_on_the_server(server, node_info):
-    prompt = api_form(example("paperdoll_score_diversity"), node_info)
+    prompt = api_form(example("Demo - How different the pictures are"), node_info)
     prompt = with_inputs(prompt, the_node(prompt, "RetrievalPaperdollModel"), batch_size=3)
     prompt = with_inputs(prompt, the_node(prompt, "KSampler"), steps=3)
     entry = server.run(prompt)

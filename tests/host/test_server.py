@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ BATCH, STEPS = 2, 3
 @pytest.fixture(scope="module")
 def whole(node_info):
     """The workflow as it was saved."""
-    return api_form(example("paperdoll_same_character"), node_info)
+    return api_form(example("Demo - Same character"), node_info)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,6 @@ def broken_prompts(prompt: dict):
     nothing = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}}
     empty = with_inputs(prompt, apply, region=["mask", 0])
     yield {**empty, "mask": nothing}, "region"
-    yield with_inputs(prompt, apply, start_percent=0.9, end_percent=0.1), "0.9"
     positive = prompt[the_node(prompt, "KSampler", model=[apply, 0])]["inputs"]["positive"][0]
     yield with_inputs(prompt, positive, text="waving, flying"), "flying"
     encode = the_node(prompt, "RetrievalEncodeReferences")
@@ -112,9 +112,9 @@ def test_after_an_interruption_the_next_one_is_right(server, prompt, first):
 
 def test_the_pack_is_found_with_its_templates_and_pages(server, node_info):
     names = server.json("/workflow_templates")[NAME]
-    assert "paperdoll_same_character" in names
+    assert "Demo - Same character" in names
     for name in names:
-        assert json.loads(server.get(f"/api/workflow_templates/{NAME}/{name}.json"))["nodes"]
+        assert json.loads(server.get(f"/api/workflow_templates/{NAME}/{quote(name)}.json"))["nodes"]
     for node in (n for n in node_info if n.startswith("Retrieval")):
         assert server.get(f"/extensions/{NAME}/docs/{node}.md").startswith(b"# ")
 

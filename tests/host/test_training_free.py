@@ -36,7 +36,10 @@ from retrieval_pack.nodes.host.loading import find_patcher_class
 from retrieval_pack.nodes.host.paperdoll_host import HostVAE, convert_config, make_clip, make_model
 from retrieval_pack.nodes.host.self_attention import JointAttention
 from retrieval_pack.nodes.host.training_free_model import use_training_free
-from retrieval_pack.nodes.load_retrieval_controlnet import TRAINING_FREE, RetrievalLoadControlNet
+from retrieval_pack.nodes.load_retrieval_controlnet import (
+    TRAINING_FREE,
+    RetrievalControlNetLoader,
+)
 from retrieval_pack.retrieval_core import training_free as core
 from retrieval_pack.retrieval_core.bank.bank_file import load_references, save_references
 from retrieval_pack.retrieval_core.bank.encoding import split_features
@@ -97,8 +100,10 @@ def left_half(size: int = 64) -> torch.Tensor:
 
 
 def test_the_node_loads_it_and_refuses_bad_choices(model):
-    def load(**kw):
-        return RetrievalLoadControlNet.execute(model, TRAINING_FREE, **kw)
+    def load(**chosen):
+        standard = {"layers": "all", "noise_levels": 1, "match_statistics": False}
+        network = {"network": TRAINING_FREE, **standard, **chosen}
+        return RetrievalControlNetLoader.execute(model, network)
 
     net = load(layers="decoder", noise_levels=3, match_statistics=True).args[0]
     assert net.network.names == ("output_0.0", "output_1.0") and net.base == "sd15"

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import pytest
 from PIL import Image
-from workflows import FOLDER, FRONTEND_ONLY, api_form, example, inputs_of
+from workflows import DYNAMIC, FOLDER, FRONTEND_ONLY, api_form, example, inputs_of, read_widgets
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 # Files that the user has to bring, named in the workflow's note.
@@ -20,17 +20,23 @@ def workflow(request):
 
 
 def test_there_are_the_promised_workflows():
-    assert {
-        "paperdoll_same_character",
-        "paperdoll_face_plus_clothes",
-        "paperdoll_score_diversity",
-        "paperdoll_two_characters_by_region",
-        "sd15_same_character",
-        "sd15_face_plus_clothes",
-        "sd15_two_characters_by_region",
-        "sdxl_same_character",
-    } <= set(NAMES)
-    assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in NAMES)
+    assert set(NAMES) == {
+        "Demo - Same character",
+        "Demo - Face of one, clothes of another",
+        "Demo - Two characters",
+        "Demo - How different the pictures are",
+        "Same character (SD 1.5)",
+        "Face of one, clothes of another (SD 1.5)",
+        "Two characters (SD 1.5)",
+        "Same character (SDXL)",
+    }
+    # The template browser shows the file's name; any file system can hold it.
+    assert all(re.fullmatch(r"[A-Za-z0-9 .,()-]+", name) for name in NAMES)
+
+
+def test_each_begins_with_a_note(workflow):
+    (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    assert note["widgets_values"][0].startswith("## ") and note["pos"][0] == 0
 
 
 def test_every_node_is_known(workflow, node_info):
@@ -53,7 +59,7 @@ def test_links_join_outputs_and_inputs_of_their_type(workflow, node_info):
 
 def test_values_fit_the_inputs(workflow, node_info):
     for node in api_form(workflow, node_info).values():
-        inputs = inputs_of(node_info[node["class_type"]])
+        inputs = inputs_of(node_info[node["class_type"]], node["inputs"])
         required = node_info[node["class_type"]]["input"].get("required", {})
         assert required.keys() <= node["inputs"].keys() <= inputs.keys()
         for name, value in node["inputs"].items():
@@ -62,6 +68,8 @@ def test_values_fit_the_inputs(workflow, node_info):
                 continue
             if isinstance(kind, list) or kind == "COMBO":
                 assert value in (kind if isinstance(kind, list) else options["options"]), name
+            elif kind == DYNAMIC:
+                assert value in [option["key"] for option in options["options"]], name
             elif kind in ("INT", "FLOAT"):
                 low, high = options.get("min", value), options.get("max", value)
                 assert isinstance(value, int | float) and low <= value <= high, name
@@ -73,7 +81,8 @@ def test_the_slots_shown_are_the_nodes_own(workflow, node_info):
     for node in workflow["nodes"]:
         if node["type"] not in FRONTEND_ONLY:
             info = node_info[node["type"]]
-            assert {slot["name"] for slot in node["inputs"]} <= inputs_of(info).keys()
+            values = read_widgets(info, node["widgets_values"])
+            assert {slot["name"] for slot in node["inputs"]} <= inputs_of(info, values).keys()
             shown = [slot["type"] for slot in node["outputs"]]
             if node["type"].startswith("Retrieval"):
                 assert shown == info["output"]

@@ -33,7 +33,7 @@ WIRES = {
     "MASK": "#81c784",
     "LATENT": "#ff9cf9",
     "CONDITIONING": "#ffa931",
-    "REFERENCES": "#4dd0c0",
+    "RETRIEVAL_REFERENCES": "#4dd0c0",
     "RETRIEVAL_CONTROLNET": "#4dd0c0",
 }
 

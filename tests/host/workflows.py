@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PACK = Path(__file__).resolve().parents[2]
 FOLDER = PACK / "example_workflows"
 FRONTEND_ONLY = {"MarkdownNote", "Note"}
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC}
 
 
-def example(name: str) -> dict[str, Any]:
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+def example(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def inputs_of(info: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Input name -> (type, options), in order, of one entry of /object_info."""
-    found = {}
+def inputs_of(
+    info: dict[str, Any], values: dict[str, Any] | None = None
+) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Input name -> (type, options), in order, of one entry of /object_info.
+
+    Args:
+        values: of the node's widgets: a DynamicCombo also has the fields of the choice made.
+    """
+    return dict(_expand(info["input"], values or {}))
+
+
+def _expand(
+    given: dict[str, Any], values: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, dict[str, Any]]]]:
     for part in ("required", "optional"):
-        for name, (kind, *options) in info["input"].get(part, {}).items():
-            found[name] = (kind, options[0] if options else {})
-    return found
+        for name, (kind, *more) in given.get(part, {}).items():
+            options = more[0] if more else {}
+            yield prefix + name, (kind, options)
+            if kind == DYNAMIC:
+                for option in options["options"]:
+                    if option["key"] == values.get(prefix + name):
+                        yield from _expand(option["inputs"], values, f"{prefix}{name}.")
 
 
-def widget_names(info: dict[str, Any]) -> list[str | None]:
-    """What each of a node's `widgets_values` is for; None is a control that is never posted."""
-    names: list[str | None] = []
-    for name, (kind, options) in inputs_of(info).items():
+def read_widgets(info: dict[str, Any], saved: list[Any]) -> dict[str, Any]:
+    """Input name -> value of a node's `widgets_values`, which must hold exactly these."""
+    values: dict[str, Any] = {}
+    left = list(saved)
+    for name, (kind, options) in _expand(info["input"], values):
         if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
             continue
-        names.append(name)
+        values[name] = left.pop(0)
         # Beside a seed stands what is done with it after a run, beside an upload its button.
         if options.get("control_after_generate") or options.get("image_upload"):
-            names.append(None)
-    return names
+            left.pop(0)
+    assert not left, left
+    return values
 
 
 def api_form(workflow: dict[str, Any], node_info: dict[str, Any]) -> dict[str, Any]:
@@ -45,9 +64,7 @@ def api_form(workflow: dict[str, Any], node_info: dict[str, Any]) -> dict[str, A
     for node in workflow["nodes"]:
         if node["type"] in FRONTEND_ONLY:
             continue
-        names = widget_names(node_info[node["type"]])
-        values = dict(zip(names, node.get("widgets_values", []), strict=True))
-        values.pop(None, None)
+        values = read_widgets(node_info[node["type"]], node.get("widgets_values", []))
         linked = {
             given["name"]: sources[given["link"]]
             for given in node["inputs"]
