@@ -60,7 +60,15 @@ class Page:
             if message.get("id") == sent["id"]:
                 assert "error" not in message, (sent["method"], message["error"])
                 return message["result"]
+            if message.get("method") == "Page.javascriptDialogOpening":
+                await self._answer_dialog()
             self._record(message)
+
+    async def _answer_dialog(self) -> None:
+        """Leaves a page with unsaved changes, which asks before it goes."""
+        self._last += 1
+        command = {"method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+        await self.socket.send_json({"id": self._last, **command})
 
     def _record(self, event: dict) -> None:
         given = event.get("params", {})
@@ -102,9 +110,7 @@ class Page:
     def click(self, x: float, y: float) -> None:
         self.move(x, y)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path: Path) -> None:
         data = self.call("Page.captureScreenshot", format="png")["data"]
