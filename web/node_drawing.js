@@ -39,7 +39,7 @@ export function make(tag, properties = {}, ...children) {
 const heightOf = (element, height) => (element.hasChildNodes() ? height : 0);
 
 // Adds an element below a node's widgets, `minHeight` pixels high unless it is empty. It has no value,
-// in workflows and in prompts.
+// in workflows and in prompts. No input may have its name, by which Nodes 2.0 tells widgets apart.
 export function addDrawing(node, name, minHeight) {
   addStyle();
   const element = make("div", { className: "retrieval" });

@@ -25,7 +25,7 @@ function showPreview(element, preview) {
 
 // Returns the function that shows a run's references, or the one being encoded.
 export function addThumbnails(node) {
-  const element = addDrawing(node, "reference_thumbnails", HEIGHT);
+  const element = addDrawing(node, "drawn_references", HEIGHT);
   return ({ retrieval_references: references, preview }) => {
     if (preview) showPreview(element, preview);
     if (!references) return;
@@ -40,7 +40,7 @@ export function addThumbnails(node) {
 
 // Says so if the file whose references are shown is no longer in the list.
 export function showMissingFile(node) {
-  const { element } = node.widgets.find((widget) => widget.name === "reference_thumbnails");
+  const { element } = node.widgets.find((widget) => widget.name === "drawn_references");
   const { options } = node.widgets.find((widget) => widget.name === "file");
   const { file } = element.dataset;
   element.querySelector(".warning")?.remove();

@@ -153,7 +153,7 @@ class MapDrawing {
 
 // Returns the function that shows a run's map.
 export function addMap(node) {
-  const element = addDrawing(node, "retrieval_map", HEIGHT);
+  const element = addDrawing(node, "drawn_map", HEIGHT);
   return ({ retrieval_map: maps }) => {
     if (!maps) return;
     new MapDrawing(element, maps[0]);

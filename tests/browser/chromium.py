@@ -15,14 +15,10 @@ from typing import Any
 
 import aiohttp  # of ComfyUI's requirements
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from tests.conftest import CHROMIUM
+
 SIZE = (1600, 1000)
 PATIENCE = 120.0
-
-
-def find_chromium() -> str | None:
-    """The command of an installed Chromium or Chrome."""
-    return next((found for found in map(shutil.which, NAMES) if found), None)
 
 
 class Page:
@@ -121,8 +117,7 @@ class Page:
 @contextlib.contextmanager
 def open_page(profile: Path) -> Iterator[Page]:
     """A page of a new browser whose profile lies in the folder `profile`."""
-    command = find_chromium()
-    assert command is not None
+    command = next(found for found in map(shutil.which, CHROMIUM) if found)
     line = [
         command,
         "--headless=new",

@@ -4,30 +4,97 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from chromium import open_page
-from serving import running
+from chromium import Page, open_page
+from serving import Server, running
 
 from tests.conftest import find_comfyui
 
 # For a person to look at.
 SCREENSHOTS = Path(__file__).parent / "output"
-# Errors that the host's own page logs in a fresh user folder.
-_HOST_ERRORS = ("/user.css", "/userdata", "favicon.ico", "/settings/", "manifest")
+# What the host's page asks for in vain in a fresh user folder.
+_NOT_THERE = ("/user.css", "/userdata", "/favicon.ico")
+_READY = """window.comfyAPI?.app?.app?.graph && LiteGraph.registered_node_types.RetrievalMap &&
+[...document.querySelectorAll("button")].some((button) => button.innerText.trim() === "Run")"""
+_FRAMES = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
+
+
+class HostPage:
+    """ComfyUI's page, with an empty workflow; the host's `app` is there for scripts."""
+
+    def __init__(self, browser: Page, server: Server, host: str):
+        self.browser, self.server, self.host = browser, server, host
+        self.run, self.wait = browser.run, browser.wait
+
+    def open(self, **settings: Any) -> None:
+        """Opens the page anew, by default in English and in the classic canvas."""
+        chosen = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en", **settings}
+        self.server.post("/settings", chosen)
+        # Workflows that an earlier page left open.
+        origin = self.server.address
+        self.browser.call("Storage.clearDataForOrigin", origin=origin, storageTypes="all")
+        self.browser.errors.clear()
+        self.browser.go(origin)
+        self.wait(_READY)
+        self.run("globalThis.app = comfyAPI.app.app, 1")
+        self.run("app.graph.clear(), 1")
+
+    def load(self, workflow: dict) -> None:
+        """Loads a workflow as dropping its file on the page does."""
+        self.run(f"app.loadGraphData({json.dumps(workflow)}).then(() => 1)")
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits for two drawn frames."""
+        self.run(_FRAMES)
+
+    def click_run(self, node: int | str) -> Any:
+        """Clicks on the page's Run button and gives the output of a node."""
+        button = (
+            "[...document.querySelectorAll('button')].find((b) => b.innerText.trim() === 'Run')"
+        )
+        self.run("app.nodeOutputs = {}, 1")
+        self.browser.click(*self.middle(button))
+        self.wait(f"app.nodeOutputs['{node}']")
+        self.settle()
+        return self.run(f"app.nodeOutputs['{node}']")
+
+    def middle(self, element: str) -> tuple[float, float]:
+        """The middle of an element, an expression, on the screen."""
+        box = f"(({element}).getBoundingClientRect())"
+        script = f"[{box}.x + {box}.width / 2, {box}.y + {box}.height / 2]"
+        x, y = self.run(script)
+        return x, y
+
+    def errors(self) -> list[str]:
+        """Console errors and uncaught exceptions since the page was opened."""
+        self.settle()
+        return [e for e in self.browser.errors if not any(name in e for name in _NOT_THERE)]
+
+    def screenshot(self, name: str) -> None:
+        """Keeps a picture of the page with the whole workflow in it."""
+        self.run("app.extensionManager.command.execute('Comfy.Canvas.FitView').then(() => 1)")
+        # Fitting is animated.
+        self.run("new Promise((done) => setTimeout(() => done(1), 800))")
+        self.browser.screenshot(self.picture(name))
+
+    def picture(self, name: str) -> Path:
+        return SCREENSHOTS / f"{self.host} {name}.png"
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     with running(find_comfyui(), tmp_path_factory.mktemp("server")) as started:
         # No greeting over the page.
-        started.post("/settings", {"Comfy.TutorialCompleted": True})
+        started.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False})
         yield started
 
 
 @pytest.fixture(scope="session")
 def host(server):
-    """The host's version, for the names of screenshots."""
+    """The host's version, in the names of screenshots."""
     return server.json("/system_stats")["system"]["comfyui_version"]
 
 
@@ -43,63 +110,14 @@ def browser(tmp_path_factory):
         yield page
 
 
-class HostPage:
-    """ComfyUI's page, with an empty workflow."""
-
-    def __init__(self, browser, server, host: str):
-        self.browser, self.server, self.host = browser, server, host
-        self.run, self.wait = browser.run, browser.wait
-
-    def open(self, **settings) -> None:
-        """Opens the page anew, in the classic canvas unless the settings say otherwise."""
-        chosen = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en", **settings}
-        self.server.post("/settings", chosen)
-        # What a page left unsaved in this browser is not asked for again.
-        self.browser.call(
-            "Storage.clearDataForOrigin", origin=self.server.address, storageTypes="all"
-        )
-        self.browser.go(self.server.address)
-        self.wait(
-            "window.comfyAPI?.app?.app?.graph && document.querySelector('[data-testid=\"queue-button\"],.comfyui-queue-button')"
-        )
-        self.run("globalThis.app = comfyAPI.app.app, 1")
-        self.wait("LiteGraph.registered_node_types.RetrievalMap")
-        self.browser.errors.clear()
-
-    def load(self, workflow: dict) -> None:
-        """Loads a workflow as dropping its file on the page does."""
-        self.run(f"app.loadGraphData({json.dumps(workflow)}).then(() => 1)")
-        self.settle()
-
-    def settle(self) -> None:
-        """Waits for two drawn frames."""
-        frame = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-        self.run(f"{frame}.then(() => 1)")
-
-    def errors(self) -> list[str]:
-        """Console errors and uncaught exceptions since the page was opened."""
-        self.run("1")
-        return [e for e in self.browser.errors if not any(own in e for own in _HOST_ERRORS)]
-
-    def show_all(self) -> None:
-        """Fits the whole workflow into the window."""
-        self.run(
-            "app.canvas.fitViewToSelectionAnimated?.call, comfyAPI.app.app.canvas.ds.fitToBounds?.call, 1"
-        )
-
-    def screenshot(self, name: str) -> None:
-        self.settle()
-        self.browser.screenshot(SCREENSHOTS / f"{self.host} {name}.png")
-
-
 @pytest.fixture
 def page(browser, server, host):
     return HostPage(browser, server, host)
 
 
-@pytest.fixture(params=[False, True], ids=["classic", "nodes2"])
-def each_page(request, page):
-    """The page in the classic canvas, and in Nodes 2.0."""
-    page.open(**{"Comfy.VueNodes.Enabled": request.param})
-    page.mode = request.node.callspec.id
+@pytest.fixture(params=["classic", "nodes 2.0"])
+def any_page(request, page):
+    """The page opened in the classic canvas, and in Nodes 2.0."""
+    page.open(**{"Comfy.VueNodes.Enabled": request.param == "nodes 2.0"})
+    page.host += f" {request.param}"
     return page
