@@ -6,7 +6,7 @@ const STYLE = `
 .retrieval { box-sizing: border-box; width: 100%; overflow: hidden; font: 11px/1.3 sans-serif;
   color: var(--input-text, #ddd); display: flex; flex-direction: column; gap: 4px; }
 .retrieval:empty { display: none; }
-.retrieval .tiles { display: grid; gap: 6px; flex: 1 1 0; min-height: 0; overflow: auto;
+.retrieval .tiles { display: grid; gap: 6px; flex: 1 1 0; min-height: 92px; overflow: auto;
   grid-template-columns: repeat(auto-fill, minmax(58px, 1fr)); align-content: start; }
 .retrieval figure { margin: 0; min-width: 0; border: 2px solid transparent; border-radius: 4px; }
 .retrieval figure img, .retrieval .gone { display: block; width: 100%; aspect-ratio: 1;
