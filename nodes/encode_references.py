@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .socket_types import (
     ADVANCED,
@@ -127,6 +127,7 @@ class RetrievalEncodeReferences(io.ComfyNode):
         references: Any = None,
     ) -> io.NodeOutput:
         from .host import encoded_references as host
+        from .host.page_display import show_references
 
         network, words = retrieval_controlnet, concept["concept"]
         if words == TAGS:
@@ -135,7 +136,7 @@ class RetrievalEncodeReferences(io.ComfyNode):
         encoded = host.encode_references(
             network, images, vae, clip, words, weight, mask, size, mask_marks
         )
-        shown = ui.PreviewImage(host.draw_references(encoded), cls=cls)
+        shown = show_references(encoded, network, cls)
         return io.NodeOutput(host.References(network, (*earlier, *encoded)), ui=shown)
 
 

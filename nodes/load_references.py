@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .host import folders
 from .socket_types import (
@@ -65,11 +65,11 @@ class RetrievalLoadReferences(io.ComfyNode):
     def execute(
         cls, retrieval_controlnet: Any, file: str, weight: float, references: Any = None
     ) -> io.NodeOutput:
-        from .host.encoded_references import References, draw_references, list_earlier
+        from .host.encoded_references import References, list_earlier
+        from .host.page_display import show_references
         from .host.reference_library import load
 
         earlier = list_earlier(references, retrieval_controlnet)
         loaded = load(file, retrieval_controlnet, weight)
-        shown = draw_references(loaded)
-        preview = None if shown is None else ui.PreviewImage(shown, cls=cls)
-        return io.NodeOutput(References(retrieval_controlnet, (*earlier, *loaded)), ui=preview)
+        shown = show_references(loaded, retrieval_controlnet, cls)
+        return io.NodeOutput(References(retrieval_controlnet, (*earlier, *loaded)), ui=shown)

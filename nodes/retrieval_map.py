@@ -21,7 +21,7 @@ class RetrievalMap(io.ComfyNode):
             description=(
                 "Shows which reference each region of the pictures came from: an overlay in one "
                 "colour a reference (red, blue, amber, green, violet, teal, pink, brown, and again "
-                "from red) and masks."
+                "from red) and masks. Hover over a picture on the node to see the shares there."
             ),
             search_aliases=["attention map", "heatmap", "attention masks", "which reference"],
             inputs=[
@@ -51,10 +51,13 @@ class RetrievalMap(io.ComfyNode):
                 io.Image.Output(display_name="overlay"),
                 io.Mask.Output(display_name="masks"),
             ],
+            is_output_node=True,
         )
 
     @classmethod
     def execute(cls, retrieval_map: Any, images: Any, masks: str, reference: int) -> io.NodeOutput:
         from .host.map_images import draw_map
+        from .host.page_display import show_map
 
-        return io.NodeOutput(*draw_map(retrieval_map, images, masks == STRONGEST, reference))
+        drawn = draw_map(retrieval_map, images, masks == STRONGEST, reference)
+        return io.NodeOutput(*drawn, ui=show_map(retrieval_map, images, cls))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ PACK = Path(__file__).resolve().parent.parent
 # Of ComfyUI's requirements, those without which it starts all the same.
 DISPENSABLE = {"torchaudio", "comfyui-embedded-docs", "comfyui-workflow-templates"}
 SHOWN = 5
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def is_comfyui(folder: Path) -> bool:
@@ -46,7 +48,7 @@ def missing_requirements(comfyui: Path) -> list[str]:
 
 
 def no_host_line() -> str | None:
-    """Why the host tests are skipped, and how to run them; None if they can run."""
+    """Why the tests with a host are skipped, and how to run them; None if they can run."""
     comfyui = find_comfyui()
     if comfyui is None:
         named = os.environ.get("COMFYUI_PATH")
@@ -68,8 +70,18 @@ def no_host_line() -> str | None:
     return f"Host tests (tests/host) skipped: {why}; to run them, {how}."
 
 
-_skipped = no_host_line()
-collect_ignore = ["host"] if _skipped else []
+def no_chromium_line() -> str | None:
+    """Why the browser tests are skipped where there is a host; None if they can run."""
+    if any(map(shutil.which, CHROMIUM)):
+        return None
+    return (
+        f"Browser tests (tests/browser) skipped: none of {', '.join(CHROMIUM)} was found; to run "
+        "them, install Chromium, as with apt install chromium."
+    )
+
+
+_skipped = no_host_line() or no_chromium_line()
+collect_ignore = (["host"] if no_host_line() else []) + (["browser"] if _skipped else [])
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -45,6 +45,10 @@ class References:
         banks = sum(bank.nbytes() for bank in self._banks.values())
         return banks + sum(reference.nbytes() for reference in self.encoded)
 
+    def described(self) -> tuple[EncodedReference, ...]:
+        """The references without their tokens."""
+        return tuple(replace(reference, tokens={}) for reference in self.encoded)
+
     def bank(self, budget: Budget = None) -> Bank:
         """The bank of all references, on the CPU.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...retrieval_core.bank.site_bank import SiteBank
+from ...retrieval_core.bank.tokens import EncodedReference
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.sampling.applications import COND
 from ...retrieval_core.sampling.joint_attention import Source
@@ -32,9 +33,14 @@ class JointApplication:
     and area, until the sampler ends.
     """
 
-    def __init__(self, network: TrainingFree, retrieval: JointRetrieval, reference_count: int):
+    def __init__(
+        self,
+        network: TrainingFree,
+        retrieval: JointRetrieval,
+        references: Sequence[EncodedReference],
+    ):
         self.network, self.retrieval = network, retrieval
-        self.reference_count = reference_count
+        self.references = references  # all of them, also those of weight 0, without tokens
         self.names = network.names
         self._banks: dict[Any, tuple[int, dict[str, SiteBank]]] = {}
         self._regions: dict[Any, Tensor] = {}
@@ -89,7 +95,7 @@ class JointApplication:
         for kind, area, source, queries, keys in chunks:
             if kind != COND or source is None:
                 continue
-            shares = measure_joint_shares(queries, keys, heads, source, owner, self.reference_count)
+            shares = measure_joint_shares(queries, keys, heads, source, owner, len(self.references))
             shares = shares.transpose(1, 2).unflatten(2, tuple(size))
             recorder.add(self, shares, factor, context, area)
 

@@ -7,11 +7,13 @@ references adds its attention shares at one low-resolution site or layer to it a
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...retrieval_core.bank.tokens import EncodedReference
 from ...retrieval_core.sampling.attention_map import Shares, merge_shares
 from .step_context import Area, StepContext
 
@@ -22,7 +24,7 @@ _KEY = "retrieval_map"
 class Recorded(Protocol):
     """An application of references whose attention shares a recorder can hold."""
 
-    reference_count: int
+    references: Sequence[EncodedReference]
 
 
 class Recorder:
@@ -73,6 +75,10 @@ class Recorder:
                 shares = shares.to(recorded.total.device)
             recorded.add(shares, *crop)
 
+    def references(self) -> list[EncodedReference]:
+        """The references of `shares`, in its order, without tokens."""
+        return [one for application in self.applications for one in application.references]
+
     def shares(self) -> Tensor | None:
         """[B, 1 + references, h, w] on the CPU: mean shares, the null token's first, references in
         the order in which they were applied; None if nothing was retrieved.
@@ -83,7 +89,7 @@ class Recorder:
         like = next(iter(found.values()))
         means = []
         for application in self.applications:
-            shape = (len(like), 1 + application.reference_count, *like.shape[2:])
+            shape = (len(like), 1 + len(application.references), *like.shape[2:])
             # Nothing is recorded where no step lies between start and end.
             means.append(found.get(id(application), like.new_zeros(shape)))
         return merge_shares(means)
@@ -95,7 +101,7 @@ def list_applications(model: Any) -> list[Recorded]:
     patches = options.get("patches", {}).get("output_block_patch", [])
     replaced = options.get("patches_replace", {}).get("attn1", {}).values()
     joint = [one for patch in replaced for one in getattr(patch, "applications", ())]
-    found = [patch for patch in patches if hasattr(patch, "reference_count")]
+    found = [patch for patch in patches if hasattr(patch, "references")]
     return [*found, *dict.fromkeys(joint)]
 
 

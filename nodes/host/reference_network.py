@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,10 @@ class ReferenceNetwork(ABC):
     @property
     def recommended(self) -> dict[str, Any]:
         return self.network.card.recommended
+
+    def site_downsampling(self) -> Mapping[str, int]:
+        """site -> latent pixels per position along an edge."""
+        return self.config.site_downsampling()
 
     def __deepcopy__(self, memo: dict) -> ReferenceNetwork:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...retrieval_core.bank.site_bank import SiteBank
+from ...retrieval_core.bank.tokens import EncodedReference
 from ...retrieval_core.network.unet import MIDDLE, UNetConfig
 from ...retrieval_core.sampling.applications import COND, Retrieval
 from ...retrieval_core.sampling.attention_map import choose_map_site, measure_shares
@@ -32,15 +34,19 @@ class RetrievalPatch:
 
     Args:
         config: of the base's U-Net. retrieval: with its bank and sites on the CPU.
-        reference_count: of all references, also those of weight 0.
+        references: all of them, also those of weight 0, without tokens.
         seen: unmerged bank of the site of the retrieval map (`measure_shares`), on the CPU.
     """
 
     def __init__(
-        self, config: UNetConfig, retrieval: Retrieval, reference_count: int, seen: SiteBank
+        self,
+        config: UNetConfig,
+        retrieval: Retrieval,
+        references: Sequence[EncodedReference],
+        seen: SiteBank,
     ):
         self.config, self.retrieval = config, retrieval
-        self.reference_count, self.seen = reference_count, seen
+        self.references, self.seen = references, seen
         self.last = len(config.site_channels()) - 2
         self.map_site = choose_map_site(config)
         self._device: dict[Any, Any] = {}
@@ -97,7 +103,7 @@ class RetrievalPatch:
         if bank is None:
             bank = self._device[key] = self.seen.to(h.device, h.dtype)
         retrieval = self._within(h, context, area)
-        shares = measure_shares(retrieval, self.map_site, h, bank, self.reference_count)
+        shares = measure_shares(retrieval, self.map_site, h, bank, len(self.references))
         factor = self.config.site_downsampling()[self.map_site]
         recorder.add(self, shares, factor, context, area)
 

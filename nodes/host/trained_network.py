@@ -101,7 +101,7 @@ class TrainedNetwork(ReferenceNetwork):
         )
         seen = references.site_bank(choose_map_site(self.config), controls.token_budget)
         patched = model.clone()
-        attach_patch(patched, RetrievalPatch(self.config, retrieval, len(references.encoded), seen))
+        attach_patch(patched, RetrievalPatch(self.config, retrieval, references.described(), seen))
         self._apply_decoder(patched, scale)
         return patched
 

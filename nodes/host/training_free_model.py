@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +44,9 @@ class TrainingFreeModel(ReferenceNetwork):
         """Encoded references also depend on LoRAs on the model."""
         return identify_model(self.model)
 
+    def site_downsampling(self) -> Mapping[str, int]:
+        return self.network.site_downsampling()
+
     def encode(self, latent: Tensor, context: Tensor, pooled: Tensor | None, size: int) -> Features:
         more: dict[str, Any] = {} if pooled is None else {"pooled_output": pooled}
         if self.config.adm_in_channels is not None:
@@ -60,7 +63,7 @@ class TrainingFreeModel(ReferenceNetwork):
         if budget is not None:
             needed = _ALIVE * torch.float32.itemsize * tokens.count_largest()
             management.free_memory(needed, management.get_torch_device())
-        factors = self.network.site_downsampling()
+        factors = self.site_downsampling()
         return make_bank_on_device(partial(make_bank, tokens, None, factors, budget))
 
     def apply(
@@ -84,7 +87,7 @@ class TrainingFreeModel(ReferenceNetwork):
             adain=self.network.adain,
             **acting,
         )
-        application = JointApplication(self.network, retrieval, len(references.encoded))
+        application = JointApplication(self.network, retrieval, references.described())
         patched = model.clone()
         attach_joint_attention(patched, self.config, retrieval, application)
         step_context.attach(patched, application)

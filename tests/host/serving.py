@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from making import paperdoll_bundle
 from PIL import Image
 from published import list_published
 
@@ -131,6 +130,8 @@ def install(base: Path) -> Path:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PACK / name, place / name)
     if not has_weights():
+        from making import paperdoll_bundle  # imports the host
+
         paperdoll_bundle(place / WEIGHTS)
     return place
 

@@ -73,7 +73,14 @@ def test_saved_then_loaded_samples_bit_for_bit(dolls, folder):
     assert saved(folder) == ["anna_00001_.safetensors"]
     out = RetrievalLoadReferences.execute(dolls.network, "anna_00001_.safetensors", 1.0)
     (loaded,) = out.args
-    assert len(out.ui.as_dict()["images"]) == 1
+    told = out.ui["retrieval_references"]
+    assert [(one["weight"], one["concept"]) for one in told] == [
+        (0.7, "face"), (1.0, "clothes"), (1.0, "clothes")
+    ]  # fmt: skip
+    # The mask touches 11 x 5 of 16 x 16 positions of the latent.
+    assert [one["kept"] for one in told] == [55 / 256, 1, 1]
+    for one in told:
+        assert (Path(folder_paths.get_temp_directory()) / one["image"]["filename"]).is_file()
     assert [(r.weight, r.concept) for r in loaded.encoded] == [
         (0.7, "face"), (1.0, "clothes"), (1.0, "clothes")
     ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 import torch
 from dolls import Dolls
@@ -170,6 +172,25 @@ def test_overlay_and_masks(dolls, refs):
     assert torch.equal((soft * hard).sum(1)[inside], soft.amax(1)[inside])
 
 
+def test_the_page_is_told_the_shares_of_each_reference(dolls, refs):
+    other = dolls.references(1, seed=9, concept="face", weight=0.5)
+    patched = apply_references(dolls.model, refs, 1.0, region=half(True))
+    patched = apply_references(patched, other, 1.0, region=half(False))
+    recording, recorded = RetrievalRecordMap.execute(patched).args
+    dolls.sample(recording, rows=2)
+    (told,) = RetrievalMap.execute(recorded, images(2, 48), SHARES, 0).ui["retrieval_map"]
+    assert len(told["pictures"]) == 2
+    assert [(one["concept"], one["weight"]) for one in told["references"]] == [
+        *[(one.concept, one.weight) for one in refs.encoded], ("face", 0.5)
+    ]  # fmt: skip
+    shares = recorded.shares()
+    read = torch.frombuffer(bytearray(base64.b64decode(told["shares"])), dtype=torch.uint8)
+    read = read.view(2, 5, told["height"], told["width"]).float() / 255
+    torch.testing.assert_close(read, shares, rtol=0, atol=0.5 / 255 + 1e-6)
+    # What is recorded keeps no tokens alive.
+    assert not any(one.tokens for one in recorded.references())
+
+
 def test_strength_0_shows_nothing_and_no_run_is_refused(dolls, refs):
     recording, recorded = RetrievalRecordMap.execute(apply_references(dolls.model, refs, 0.0)).args
     shown = images(1, 32)
@@ -177,7 +198,9 @@ def test_strength_0_shows_nothing_and_no_run_is_refused(dolls, refs):
         RetrievalMap.execute(recorded, shown, SHARES, 0)
     assert str(caught.value).endswith(".") and ". " not in str(caught.value)
     dolls.sample(recording)
-    overlay, masks = RetrievalMap.execute(recorded, shown, SHARES, 0).args
+    out = RetrievalMap.execute(recorded, shown, SHARES, 0)
+    overlay, masks = out.args
+    assert out.ui["retrieval_map"][0]["references"] == []
     assert float(masks.max()) == 0.0 and masks.shape == (1, 32, 32)
     assert torch.equal(overlay[..., 0], overlay[..., 1])
 

@@ -1,0 +1,127 @@
+"""A running host and a page of it; collected only where there are a host and a Chromium."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import Page, open_page
+from serving import Server, running
+
+from tests.conftest import find_comfyui
+
+# For a person to look at.
+SCREENSHOTS = Path(__file__).parent / "output"
+# What the host's page asks for in vain in a fresh user folder.
+_NOT_THERE = ("/user.css", "/userdata", "/favicon.ico")
+# Not `app.graph`, which complains in the console of being asked early.
+_READY = """window.comfyAPI?.app?.app?.canvas?.graph &&
+LiteGraph.registered_node_types.RetrievalMap &&
+[...document.querySelectorAll("button")].some((button) => button.innerText.trim() === "Run")"""
+_FRAMES = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
+
+
+class HostPage:
+    """ComfyUI's page, with an empty workflow; the host's `app` is there for scripts."""
+
+    def __init__(self, browser: Page, server: Server, host: str):
+        self.browser, self.server, self.host = browser, server, host
+        self.run, self.wait = browser.run, browser.wait
+
+    def open(self, **settings: Any) -> None:
+        """Opens the page anew, by default in English and in the classic canvas."""
+        chosen = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en", **settings}
+        self.server.post("/settings", chosen)
+        self.browser.errors.clear()
+        self.browser.go(self.server.address)
+        self.wait_ready()
+        self.run("app.graph.clear(), 1")
+
+    def wait_ready(self) -> None:
+        self.wait(_READY)
+        self.run("globalThis.app = comfyAPI.app.app, 1")
+
+    def load(self, workflow: dict) -> None:
+        """Loads a workflow as dropping its file on the page does."""
+        self.run(f"app.loadGraphData({json.dumps(workflow)}).then(() => 1)")
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits for two drawn frames."""
+        self.run(_FRAMES)
+
+    def click_run(self, node: int | str) -> Any:
+        """Clicks on the page's Run button and gives the output of a node."""
+        button = (
+            "[...document.querySelectorAll('button')].find((b) => b.innerText.trim() === 'Run')"
+        )
+        self.run("app.nodeOutputs = {}, 1")
+        self.browser.click(*self.middle(button))
+        self.wait(f"app.nodeOutputs['{node}']")
+        self.settle()
+        return self.run(f"app.nodeOutputs['{node}']")
+
+    def middle(self, element: str) -> tuple[float, float]:
+        """The middle of an element, an expression, on the screen."""
+        box = f"(({element}).getBoundingClientRect())"
+        script = f"[{box}.x + {box}.width / 2, {box}.y + {box}.height / 2]"
+        x, y = self.run(script)
+        return x, y
+
+    def errors(self) -> list[str]:
+        """Console errors and uncaught exceptions since the page was opened."""
+        self.settle()
+        return [e for e in self.browser.errors if not any(name in e for name in _NOT_THERE)]
+
+    def screenshot(self, name: str) -> None:
+        """Keeps a picture of the page with the whole workflow in it."""
+        self.run("app.extensionManager.command.execute('Comfy.Canvas.FitView').then(() => 1)")
+        # Fitting is animated.
+        self.run("new Promise((done) => setTimeout(() => done(1), 800))")
+        self.browser.screenshot(self.picture(name))
+
+    def picture(self, name: str) -> Path:
+        return SCREENSHOTS / f"{self.host} {name}.png"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    with running(find_comfyui(), tmp_path_factory.mktemp("server")) as started:
+        # No greeting over the page.
+        quiet = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+        # An earlier page's workflows are not opened again.
+        started.post("/settings", {**quiet, "Comfy.Workflow.Persist": False})
+        yield started
+
+
+@pytest.fixture(scope="session")
+def host(server):
+    """The host's version, in the names of screenshots."""
+    return server.json("/system_stats")["system"]["comfyui_version"]
+
+
+@pytest.fixture(scope="session")
+def node_info(server):
+    """What the server tells the page of every node."""
+    return server.json("/object_info")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    with open_page(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser, server, host):
+    return HostPage(browser, server, host)
+
+
+@pytest.fixture(params=["classic", "nodes 2.0"])
+def any_page(request, page):
+    """The page opened in the classic canvas, and in Nodes 2.0."""
+    page.open(**{"Comfy.VueNodes.Enabled": request.param == "nodes 2.0"})
+    page.host += f" {request.param}"
+    return page
