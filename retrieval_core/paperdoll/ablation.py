@@ -201,11 +201,12 @@ def prepare_adapter(config: RunConfig, count: int) -> tuple[ImageAdapter, int]:
 
 def time_steps(config: RunConfig, cache: LatentCache, adapter: ImageAdapter | None) -> float:
     """Processor seconds of the forward and backward passes of 3 steps; None: of the network."""
+    config = replace(config, steps=4, warmup_steps=0)
     base = make_base(config.base)
     objective = make_objective(config, base) if adapter is None else None
-    loader, spent = iter(make_loader(cache, config)), []
-    for _ in range(4):
-        batch = next(loader).to("cpu", torch.float32)
+    spent = []
+    for batch in make_loader(cache, config):
+        batch = batch.to("cpu", torch.float32)
         start = time.process_time()
         with _autocast(config):
             if objective is not None:

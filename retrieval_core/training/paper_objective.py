@@ -62,7 +62,7 @@ class PaperObjective(nn.Module):
         self.register_buffer("blank", blank, persistent=False)
         self.reader = None
         if config.reconstruction:
-            self.reader = FeatureReader(network.config.site_channels())
+            self.reader = FeatureReader(network.retrieval)
         self.trains_decoder = config.lock == "train_both"
         network.requires_grad_(True).encoder.requires_grad_(config.lock != "lock_both")
         for name, parameter in unet.named_parameters():
@@ -133,9 +133,10 @@ class PaperObjective(nn.Module):
                 squares = squares * weights.to(squares).view(-1, 1, 1, 1)
             add("parts", config.part_weight, average_parts(squares, batch.parts))
         if config.correspondence:
+            whole = bank
             if config.token_budget is not None:  # merged tokens have no labels
-                bank = make_network_bank(self.network, tokens)
-            add("correspondence", config.correspondence, self.compare_parts(batch, features, bank))
+                whole = make_network_bank(self.network, tokens)
+            add("correspondence", config.correspondence, self.compare_parts(batch, features, whole))
         if self.reader is not None:
             still = torch.zeros_like(timesteps)
             _, clean = self.encode(batch.latents, still, batch.context, batch.y)

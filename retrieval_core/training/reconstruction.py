@@ -2,9 +2,9 @@
 
 This goes past the paper. The diffusion loss reaches values and attention only through the decoder,
 and teaches them slowly what of a reference is worth to retrieve. Here a linear layer at each site
-predicts, from what a position retrieves, what the frozen base makes of the target without noise at
-that position. It needs no labels but the figure's part labels or its content mask, and the layers
-are only used in training.
+predicts, from what a position retrieves, the features that the frozen base has of the target
+without noise at that position. Where there are part labels, positions of the figure count;
+otherwise all of the picture's. The layers are only used in training.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ from .attributes import attend_values
 class FeatureReader(nn.Module):
     """Linear predictors of the target's normalised features at all sites.
 
-    Args:
-        widths: site -> its number of channels.
+    They start as the inverse of fresh value projections, which are rotations: then they predict the
+    mean of the normalised reference features that a position attends to.
     """
 
-    def __init__(self, widths: Mapping[str, int]) -> None:
+    def __init__(self, sites: Mapping[str, RetrievalSite]) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({site: nn.Linear(c, c) for site, c in widths.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(site.channels, site.channels) for name, site in sites.items()}
+        )
+        with torch.no_grad():
+            for name, site in sites.items():
+                self.heads[name].weight.copy_(site.to_v.weight.T)
+                self.heads[name].bias.zero_()
 
     def loss(
         self,

@@ -10,6 +10,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("tensorboard")
 
 from retrieval_core.data.building import build_data_set
+from retrieval_core.data.filtering import load_rules
 from retrieval_core.network.controlnet import load
 from retrieval_core.paperdoll import ablation, train_from_data_set
 from retrieval_core.paperdoll.booru import make_booru
@@ -23,7 +24,12 @@ def folder(tmp_path_factory):
     """A data set of 160 posts, all annotated."""
     folder = tmp_path_factory.mktemp("dolls")
     make_booru(folder / "source", 160, annotated=1.0, held_out=False)
-    build_data_set([folder / "source" / "booru"], folder / "set", cache=folder / "annotations")
+    build_data_set(
+        [folder / "source" / "booru"],
+        folder / "set",
+        rules=load_rules(None),
+        cache=folder / "annotations",
+    )
     return folder
 
 
