@@ -251,7 +251,9 @@ def measure_adapter_loss(
         noised = schedule.noised(batch.latents, noise, timesteps)
         prediction = unet(noised, timesteps, batch.context).float()
     target = schedule.target(batch.latents, noise, timesteps)
-    losses = retrieval_loss(prediction, target, batch.content, batch.face, config.face_weight)
+    losses = retrieval_loss(
+        prediction, target, batch.content, batch.face, config.face_weight, base.channel_weights
+    )
     return losses["loss"]
 
 

@@ -22,6 +22,7 @@ from ..training.run_config import read_config
 from ..training.training_run import train
 from .model import PaperdollModel, load_base
 from .text import LENGTH, split_tags
+from .train import weigh_channels
 from .vae import PatchVAE
 
 
@@ -72,6 +73,7 @@ def make_base(path: Path) -> Base:
         schedule=model.schedule,
         name="paperdoll",
         fingerprint=hashlib.sha256(path.read_bytes()).hexdigest(),
+        channel_weights=weigh_channels(model.vae),
     )
 
 

@@ -21,7 +21,7 @@ from ..network.unet import ResBlock, TransformerBlock, UNet
 from ..sampling.noise_schedule import NoiseSchedule
 from .correspondence import UNKNOWN, average_parts, correspondence_loss, count_labels
 from .low_rank import add_low_rank, merge_low_rank
-from .objective import resize_mask, retrieval_loss, weigh_timesteps
+from .objective import resize_mask, retrieval_loss, weigh_squares, weigh_timesteps
 from .reconstruction import FeatureReader
 from .run_config import RunConfig
 from .task_batches import Batch
@@ -47,6 +47,7 @@ class PaperObjective(nn.Module):
         schedule: the base's noise schedule and prediction type.
         blank: latent [1, C, H, W] of a grey picture, which an inpainting base sees in place of the
             picture that it is to fill in; None for other bases.
+        channel_weights: see `Base`.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class PaperObjective(nn.Module):
         schedule: NoiseSchedule,
         config: RunConfig,
         blank: Tensor | None = None,
+        channel_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.network, self.unet, self.schedule, self.config = network, unet, schedule, config
         self.register_buffer("blank", blank, persistent=False)
+        self.register_buffer("channel_weights", channel_weights, persistent=False)
         self.reader = None
         if config.reconstruction:
             self.reader = FeatureReader(network.retrieval)
@@ -112,15 +115,16 @@ class PaperObjective(nn.Module):
         prediction = self.decode(features, emb, batch.context, bank).float()
         target = self.schedule.target(batch.latents, noise, timesteps)
         weights = None
-        if self.config.min_snr is not None:
-            weights = weigh_timesteps(self.schedule, timesteps, self.config.min_snr)
+        if config.min_snr is not None:
+            weights = weigh_timesteps(self.schedule, timesteps, config.min_snr)
         losses = retrieval_loss(
             prediction,
             target,
             batch.content,
             batch.face,
-            self.config.face_weight,
-            row_weights=weights,
+            config.face_weight,
+            self.channel_weights,
+            weights,
         )
 
         def add(name: str, weight: float, loss: Tensor) -> None:
@@ -128,9 +132,7 @@ class PaperObjective(nn.Module):
             losses[name] = loss.detach()
 
         if config.part_weight:
-            squares = (prediction - target).square()
-            if weights is not None:
-                squares = squares * weights.to(squares).view(-1, 1, 1, 1)
+            squares = weigh_squares(prediction - target, self.channel_weights, weights)
             add("parts", config.part_weight, average_parts(squares, batch.parts))
         if config.correspondence:
             whole = bank

@@ -224,7 +224,7 @@ def make_objective(config: RunConfig, base: Base) -> PaperObjective:
     blank = None
     if unet.config.in_channels > unet.config.out_channels:  # an inpainting base
         blank = base.vae.encode(torch.zeros(1, 3, config.size, config.size)).float()
-    return PaperObjective(network, unet, base.schedule, config, blank)
+    return PaperObjective(network, unet, base.schedule, config, blank, base.channel_weights)
 
 
 def order_parameters(objective: nn.Module) -> dict[str, nn.Parameter]:

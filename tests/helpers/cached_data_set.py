@@ -78,7 +78,7 @@ class FakeBase:
     Prompts have the SHA-256 of their text as context; with `width`, as vector conditioning, too.
     """
 
-    name, fingerprint = "sd15", "ab" * 32
+    name, fingerprint, channel_weights = "sd15", "ab" * 32, None
 
     def __init__(self, width=None):
         self.vae, self.width = AverageVae(), width

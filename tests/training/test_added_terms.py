@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_objective import make, make_batch, normal
+from tiny_run import TinyBase
 
 from retrieval_core.training.correspondence import UNKNOWN, average_parts
 from retrieval_core.training.paper_objective import draw_noise
@@ -144,3 +145,18 @@ def test_items_of_several_targets_share_one_bank(tmp_path):
         for b in (shared, replace(shared, **apart))
     ]
     torch.testing.assert_close(*rows)
+
+
+def test_channel_weights_of_the_base_weigh_its_errors(tmp_path):
+    base = TinyBase()
+    base.channel_weights = torch.tensor([0.0, 0.0, 0.0, 4.0])
+    batch = label(replace(make_batch(), content=torch.ones(2, 1, 8, 8)))
+    objective = make(tmp_path, base, part_weight=1.0, face_weight=0.0)
+    timesteps, noise = draw_noise(3, batch.numbers, (4, 8, 8), 1000, 0.0)
+    found = objective(batch, timesteps, noise)
+    noised = objective.schedule.noised(batch.latents, noise, timesteps)
+    bank = objective.make_bank(batch)
+    error = objective.predict(noised, timesteps, batch.context, None, bank)[:, 3] - noise[:, 3]
+    torch.testing.assert_close(found["content"], error.square().mean())
+    parts = error[:, :4].square().mean((1, 2)) + error[:, 4:6].square().mean((1, 2))
+    torch.testing.assert_close(found["parts"], parts.mean() / 2)
