@@ -170,7 +170,8 @@ def list_tasks(config: RunConfig) -> tuple[Task, ...]:
 def plan_cache(data_set: DataSet, base: Base, config: RunConfig) -> LatentCache:
     """Decides what is cached for a run, and where; reads no picture and writes nothing.
 
-    Raises RetrievalError if no picture can be a target.
+    Raises RetrievalError if no picture can be a target, or part labels are needed and there are
+    none.
     """
     tasks = list_tasks(config)
     wanted = _choose_pictures(data_set, tasks)
@@ -196,7 +197,14 @@ def plan_cache(data_set: DataSet, base: Base, config: RunConfig) -> LatentCache:
     blocks = sum(wanted[concept].astype(np.int64) for concept in CONCEPTS)
     blocks = blocks * np.where(has_mask, len(backgrounds), 1)
     texts, prompts = _list_prompts(data_set, wanted[TARGET])
-    has_parts = config.correspondence > 0 or config.part_weight > 0
+    by_parts = [name for name in ("part_weight", "correspondence") if getattr(config, name)]
+    if by_parts and data_set.index["parts"].null_count == len(data_set):
+        raise RetrievalError(
+            f"The setting {by_parts[0]} needs part labels, and none of the {len(data_set)} "
+            f"pictures of the data set '{data_set.folder}' has them; build it with --parts, or set "
+            f"{by_parts[0]} to 0."
+        )
+    has_parts = bool(by_parts)
     settings = [config.size, config.views, config.seed, tasks, backgrounds, has_parts]
     key = digest_json([VERSION, fingerprint_index(data_set), base.fingerprint, settings])
     return LatentCache(

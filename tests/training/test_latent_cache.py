@@ -105,6 +105,12 @@ def test_part_labels_follow_the_views_and_are_unknown_where_the_picture_has_none
     assert without.read_target(0, 0)[3] is None and without.folder != cache.folder
 
 
+def test_terms_by_parts_are_refused_without_any_part_labels(tmp_path, data_set):
+    config = configure(tmp_path, correspondence=0.2)
+    text = sentence(plan_cache, data_set, FakeBase(), config)
+    assert "correspondence needs part labels" in text and "--parts" in text
+
+
 def check_latent(latent, square):
     wanted = square.reshape(8, 8, 8, 8, 3).mean((1, 3)) / 127.5 - 1
     assert latent.dtype == torch.float16
