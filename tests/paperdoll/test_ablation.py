@@ -38,8 +38,8 @@ def list_arguments(folder, out, **changes):
         "base": find_bundled(BASE_FILE), "data": folder / "set", "out": folder / out,
         "cache": folder / "latents", "size": 64, "targets": 2, "views": 1, "batch_size": 2,
         "steps": 2, "warmup_steps": 0, "learning_rate": 1e-3, "ema_decay": "none", "workers": 0,
-        "token_budget": "none", "correspondence": 0.2, "part_weight": 1.0, "reconstruction": 0.3,
-        "sheet_every": 2, **changes,
+        "token_budget": "none", "precision": "float32", "correspondence": 0.2, "part_weight": 1.0,
+        "reconstruction": 0.3, "sheet_every": 2, **changes,
     }  # fmt: skip
     pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in values.items())
     return [text for pair in pairs for text in pair]
