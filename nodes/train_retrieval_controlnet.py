@@ -7,7 +7,13 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .host import dataset_folder, folders
-from .socket_types import CATEGORY, RetrievalControlNetType, RetrievalDatasetType
+from .socket_types import (
+    ADVANCED,
+    CATEGORY,
+    RetrievalControlNetType,
+    RetrievalDatasetType,
+    make_schema,
+)
 
 CONNECTED = "connected dataset"
 # What is trained besides the retrieval layers -> `RunConfig.lock` (§5.4).
@@ -16,14 +22,12 @@ TRAINED = {
     "encoder": "lock_decoder",
     "nothing else": "lock_both",
 }
-# For inputs that few need, which the frontend folds away.
-_ADVANCED = {"advanced": True}
 
 
 class RetrievalTrainControlNet(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return make_schema(
             node_id="RetrievalTrainControlNet",
             display_name="Train Retrieval ControlNet",
             category=CATEGORY,
@@ -32,6 +36,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                 f"saves it in models/{folders.NETWORKS}. An interruption saves the network as it "
                 "is, and the same settings go on from there."
             ),
+            search_aliases=["train ipadapter", "train controlnet", "train reference network"],
             is_output_node=True,
             is_experimental=True,
             inputs=[
@@ -124,14 +129,14 @@ class RetrievalTrainControlNet(io.ComfyNode):
                     min=1,
                     max=1024,
                     optional=True,
-                    extra_dict=_ADVANCED,
+                    extra_dict=ADVANCED,
                     tooltip="Passes in one step: a larger batch without more memory.",
                 ),
                 io.Boolean.Input(
                     "save_memory",
                     default=True,
                     optional=True,
-                    extra_dict=_ADVANCED,
+                    extra_dict=ADVANCED,
                     tooltip="Computes activations twice instead of storing them: slower, and "
                     "needs much less memory.",
                 ),
@@ -141,7 +146,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                     min=1,
                     max=64,
                     optional=True,
-                    extra_dict=_ADVANCED,
+                    extra_dict=ADVANCED,
                     tooltip="References of each picture; of a composition, half are faces.",
                 ),
                 io.Float.Input(
@@ -151,7 +156,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    extra_dict=_ADVANCED,
+                    extra_dict=ADVANCED,
                     tooltip="Share of pictures that are trained without their prompt. More makes "
                     "the network rely on references, less follows the text.",
                 ),
@@ -162,7 +167,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    extra_dict=_ADVANCED,
+                    extra_dict=ADVANCED,
                     tooltip="Strength of noise that is the same all over a picture, for darker "
                     "and brighter pictures.",
                 ),
@@ -172,7 +177,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                     min=0,
                     max=1_000_000,
                     optional=True,
-                    extra_dict=_ADVANCED,
+                    extra_dict=ADVANCED,
                     tooltip="Steps between sheets of samples, shown as the preview; 0 for none.",
                 ),
                 io.Int.Input(
@@ -181,7 +186,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                     min=1,
                     max=1_000_000,
                     optional=True,
-                    extra_dict=_ADVANCED,
+                    extra_dict=ADVANCED,
                     tooltip="Steps between checkpoints, for a crash; an interruption saves its "
                     "step in any case.",
                 ),

@@ -34,6 +34,7 @@ from .world import (
     Identity,
     Outfit,
     Scene,
+    is_held_out,
     random_identity,
     random_outfit,
     random_scene,
@@ -105,11 +106,19 @@ class Post:
     original: int | None = None
 
 
-def make_booru(folder: Path, count: int, seed: int = 0, alike: float = 0.0) -> None:
+def make_booru(
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    alike: float = 0.0,
+    annotated: float = ANNOTATED,
+    held_out: bool | None = None,
+) -> None:
     """Writes a booru of `count` posts; the same for the same arguments.
 
     alike: share of outfits that differ from another of their character's in their cut and pattern
-    only, not in their colours.
+    only, not in their colours. annotated: share of posts with files beside. held_out: False for
+    characters and outfits that `measure` does not use, see `world.is_held_out`.
 
     Raises RetrievalError if the folder is not empty, or cannot be written.
     """
@@ -118,12 +127,12 @@ def make_booru(folder: Path, count: int, seed: int = 0, alike: float = 0.0) -> N
 
     if folder.exists() and any(folder.iterdir()):
         raise RetrievalError(f"'{folder}' is not empty; name a new folder.")
-    posts = plan_posts(count, seed, alike)
+    posts = plan_posts(count, seed, alike, held_out)
     # Ids in an order of their own, so that a copy may come before what it is a copy of.
     ids = [1000 + 7 * i for i in np.random.default_rng([seed, 5]).permutation(count).tolist()]
     booru = folder / "booru"
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(partial(_make_post, booru), posts, ids, chunksize=50))
+        made = list(pool.map(partial(_make_post, booru, annotated), posts, ids, chunksize=50))
     made.sort(key=lambda pair: pair[1]["id"])
     write_text(booru / "metadata" / "posts.json", "".join(line + "\n" for line, _ in made))
     truth = [row for _, row in made]
@@ -132,14 +141,16 @@ def make_booru(folder: Path, count: int, seed: int = 0, alike: float = 0.0) -> N
     pq.write_table(pa.Table.from_pylist(truth), folder / "truth.parquet")
 
 
-def plan_posts(count: int, seed: int, alike: float = 0.0) -> list[Post]:
+def plan_posts(
+    count: int, seed: int, alike: float = 0.0, held_out: bool | None = None
+) -> list[Post]:
     """The posts, those of one role one after the other and the faulty ones last."""
     rng = np.random.default_rng([seed, 4])
     faulty = {kind: round(share * count) for kind, share in FAULTS.items()}
     plain: list[Post] = []
     roles: list[Role] = []
     wanted = count - sum(faulty.values())
-    for role in _draw_roles(rng, alike):
+    for role in _draw_roles(rng, alike, held_out):
         if len(plain) >= wanted:
             break
         roles.append(role)
@@ -148,9 +159,9 @@ def plan_posts(count: int, seed: int, alike: float = 0.0) -> list[Post]:
     posts = list(plain)
     for kind in SPOILT:
         for _ in range(faulty[kind]):
-            posts.append(_draw_spoilt(kind, roles[int(rng.integers(len(roles)))], rng))
+            posts.append(_draw_spoilt(kind, roles[int(rng.integers(len(roles)))], rng, held_out))
     for _ in range(faulty["only picture"]):
-        role = _draw_role(rng, f"loner_{len(posts):05d}", 0, alike)
+        role = _draw_role(rng, f"loner_{len(posts):05d}", 0, alike, held_out)
         posts.append(_draw_post("only picture", role, 0, next(role.scenes), rng))
     copied = iter(rng.permutation(wanted).tolist())
     for kind in COPIES:
@@ -160,7 +171,7 @@ def plan_posts(count: int, seed: int, alike: float = 0.0) -> list[Post]:
     return posts
 
 
-def _draw_roles(rng: np.random.Generator, alike: float) -> Iterator[Role]:
+def _draw_roles(rng: np.random.Generator, alike: float, held_out: bool | None) -> Iterator[Role]:
     """Artist by artist, each with characters of its own and a few of another's."""
     known: list[Role] = []
     for artist in range(10**6):
@@ -172,7 +183,7 @@ def _draw_roles(rng: np.random.Generator, alike: float) -> Iterator[Role]:
             if earlier and rng.random() < SHARED:
                 other = known[int(rng.integers(earlier))]
                 name, identity = other.character, other.identity
-            role = _draw_role(rng, name, artist, alike, identity)
+            role = _draw_role(rng, name, artist, alike, held_out, identity)
             if not any((r.character, r.artist) == (name, artist) for r in known[earlier:]):
                 known.append(role)
                 yield role
@@ -183,15 +194,17 @@ def _draw_role(
     character: str,
     artist: int,
     alike: float,
+    held_out: bool | None,
     identity: Identity | None = None,
 ) -> Role:
-    outfits = [random_outfit(rng)]
+    outfits = [random_outfit(rng, held_out)]
     for _ in range(int(rng.integers(OUTFITS[0], OUTFITS[1] + 1)) - 1):
-        outfit, last = random_outfit(rng), outfits[-1]
+        outfit, last = random_outfit(rng, held_out), outfits[-1]
         while _list_colours(outfit) in map(_list_colours, outfits):
-            outfit = random_outfit(rng)
+            outfit = random_outfit(rng, held_out)
         if rng.random() < alike and (outfit.upper, outfit.lower) != (last.upper, last.lower):
-            outfit = replace(outfit, upper_colour=last.upper_colour, lower_colour=last.lower_colour)
+            dyed = replace(outfit, upper_colour=last.upper_colour, lower_colour=last.lower_colour)
+            outfit = dyed if held_out is None or is_held_out(dyed) == held_out else outfit
         outfits.append(outfit)
     # Pictures that share both pose and background would be variants of one picture.
     pairs = list(product(POSES, BACKGROUNDS))
@@ -199,7 +212,9 @@ def _draw_role(
     scenes = [
         replace(random_scene(rng), pose=pose, background=background) for pose, background in chosen
     ]
-    return Role(character, artist, identity or random_identity(rng), tuple(outfits), iter(scenes))
+    return Role(
+        character, artist, identity or random_identity(rng, held_out), tuple(outfits), iter(scenes)
+    )
 
 
 def _list_colours(outfit: Outfit) -> tuple[str, str]:
@@ -214,11 +229,12 @@ def _draw_plain(role: Role, rng: np.random.Generator) -> Iterator[Post]:
             yield _draw_post(PLAIN, role, outfit, scene, rng)
 
 
-def _draw_spoilt(kind: str, role: Role, rng: np.random.Generator) -> Post:
+def _draw_spoilt(kind: str, role: Role, rng: np.random.Generator, held_out: bool | None) -> Post:
     outfit = int(rng.integers(len(role.outfits)))
     post = _draw_post(kind, role, outfit, next(role.scenes), rng)
     if kind == "several characters":
-        other = Figure(random_identity(rng), random_outfit(rng), post.figures[0].scene)
+        who, clothes = random_identity(rng, held_out), random_outfit(rng, held_out)
+        other = Figure(who, clothes, post.figures[0].scene)
         post = replace(post, figures=(*post.figures, other))
     return post
 
@@ -232,8 +248,8 @@ def _seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**31))
 
 
-def _make_post(booru: Path, post: Post, number: int) -> tuple[str, dict[str, Any]]:
-    """Writes a post's files; its line of metadata and its row of truth."""
+def _make_post(booru: Path, share: float, post: Post, number: int) -> tuple[str, dict[str, Any]]:
+    """Writes a post's files, a share of them annotated; its line of metadata, its row of truth."""
     rng = np.random.default_rng(post.seed)
     extension = "jpg" if post.kind == "re-encoded copy" else "png"
     image = f"original/{number % 1000:04d}/{number}.{extension}"
@@ -244,7 +260,7 @@ def _make_post(booru: Path, post: Post, number: int) -> tuple[str, dict[str, Any
     content = _encode(picture, post.kind)
     if post.kind != "missing file":
         path.write_bytes(content)
-    annotated = post.original is None and len(renderings) == 1 and rng.random() < ANNOTATED
+    annotated = post.original is None and len(renderings) == 1 and rng.random() < share
     if annotated:
         _write_beside(path, renderings[0])
     line = json.dumps(_describe(post, number, extension, picture, content, rng))
@@ -371,11 +387,21 @@ def main(arguments: list[str] | None = None) -> int:
         "--alike", type=float, default=0.0,
         help="share of outfits in the same colours as another of their character's",
     )  # fmt: skip
+    parser.add_argument(
+        "--annotated", type=float, default=ANNOTATED, help="share of posts with files beside"
+    )
+    parser.add_argument(
+        "--disjoint", action="store_true",
+        help="without the characters and outfits that paperdoll.measure holds out",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         if options.count < 1:
             raise RetrievalError(f"A booru of {options.count} posts is empty; give 1 or more.")
-        make_booru(options.out, options.count, options.seed, options.alike)
+        held_out = False if options.disjoint else None
+        make_booru(
+            options.out, options.count, options.seed, options.alike, options.annotated, held_out
+        )
     except RetrievalError as error:
         print(error, file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ..network.unet import load_strictly
 from ..training.attributes import AttributeReader
 from ..training.critic import Critic, blur_undecided
 from ..training.objective import retrieval_loss
+from ..training.paper_objective import make_norms_contiguous
 from ..training.retrieval_training import TrainableRetrieval
 from ..training.settings import LOCKS, PRECISIONS, Lock, Precision, TrainingSettings
 from ..training.trainer import Batches, LossFunction, Trainer
@@ -52,8 +53,6 @@ CRITIC_FILE = "paperdoll_critic.safetensors"
 CRITIC_FORMAT = "paperdoll_critic"
 NOISE_POWER = 0.6
 BACKGROUND = 0.3  # weight of the background's loss; the figure's is 1
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -95,17 +94,6 @@ def weigh_channels(vae: PatchVAE) -> Tensor:
     """Loss weights [C], by the pixel change per unit of a channel, tempered to keep details."""
     weights = 1 / vae.scale
     return weights / weights.mean()
-
-
-def make_norms_contiguous(owner: Module) -> Module:
-    """Feeds a module's group norms contiguous maps; returns the module.
-
-    On CPUs that is up to 20 times as fast in bfloat16 as convolutions' channels-last maps.
-    """
-    for module in owner.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    return owner
 
 
 class PaperdollRetrieval(TrainableRetrieval):

@@ -64,6 +64,8 @@ class Base:
         name: one of `controlnet.BASES`.
         fingerprint: SHA-256 of the checkpoint's file; with another VAE or text encoder, of the
             digests of all files.
+        channel_weights: [C], weights that the base's own training gave to errors in the latent's
+            channels; None: all 1, as of Stable Diffusion.
     """
 
     unet: UNet
@@ -72,6 +74,7 @@ class Base:
     schedule: NoiseSchedule
     name: str
     fingerprint: str
+    channel_weights: Tensor | None = None
 
     def encode_prompts(
         self, texts: Sequence[str], sizes: Sequence[tuple[int, int]]

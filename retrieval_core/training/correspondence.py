@@ -19,6 +19,7 @@ from torch import Tensor
 from ..bank.site_bank import Bank, SiteBank
 from ..network.retrieval_site import RetrievalSite
 
+UNKNOWN = 255  # label of pictures that have none; they teach nothing
 QUERIES = 192  # positions drawn per bank and site
 _LEAST = 1e-3  # added to each share: keeps the loss and its gradient finite at share 0
 _SHOWN = 0.05  # a token shows a part that fills at least this share of its area
@@ -101,6 +102,23 @@ def _mark_shown(shares: Tensor, bank: SiteBank) -> Tensor:
     shown = (shares > _SHOWN).any(1)
     shown[:, 0] = True
     return shown
+
+
+def count_labels(labels: Tensor) -> int:
+    """1 more than the largest label but `UNKNOWN`."""
+    return int(labels.masked_fill(labels == UNKNOWN, 0).max()) + 1
+
+
+def average_parts(squares: Tensor, labels: Tensor) -> Tensor:
+    """Mean of squares [B, C, H, W] in each part of each row, averaged over all parts that it shows.
+
+    labels: uint8 [B, h, w].
+    """
+    shares = measure_part_shares(labels, count_labels(labels), squares.shape[2:])[..., 1:]
+    sums = torch.einsum("bnp,bn->bp", shares, squares.mean(1).flatten(1).to(shares))
+    areas = shares.sum(1)
+    shown = areas > _LEAST
+    return (sums / areas.clamp_min(_LEAST))[shown].sum() / shown.sum().clamp_min(1)
 
 
 def measure_part_shares(labels: Tensor, num_parts: int, size: Sequence[int]) -> Tensor:

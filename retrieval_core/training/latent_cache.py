@@ -28,19 +28,21 @@ from torch import Tensor
 from ..data.augment import UNCHANGED, RandomView
 from ..data.concepts import cut_reference, find_figure_region
 from ..data.data_set import INDEX, DataSet, Task
-from ..data.placing import mask_box, place_picture, place_region
+from ..data.placing import mask_box, place_parts, place_picture, place_region
 from ..data.sample import Colour, Concept
 from ..data.stages import digest_json
 from ..errors import RetrievalError
 from ..files import read_safetensors, save_safetensors, write_text
 from .base_checkpoint import Base
+from .correspondence import UNKNOWN
 from .objective import resize_mask
 from .run_config import RunConfig
 
-VERSION = 1  # to be raised whenever the content of a shard changes
+VERSION = 2  # to be raised whenever the content of a shard changes
 PICTURES, PROMPTS = 16, 256  # in a shard
 CONCEPTS: tuple[Concept, ...] = get_args(Concept)
 TARGET = "target"
+LABELS = 2  # part labels for each latent pixel along an edge
 # View 0 is the whole picture as it is, the others are drawn.
 TARGET_VIEW = RandomView(scale=(0.85, 1.1), shift=0.05, flip=0.5)
 REFERENCE_VIEW = RandomView(scale=(0.75, 1.25), shift=0.1, flip=0.5)
@@ -56,7 +58,8 @@ _ENCODED_PROMPTS = 32  # in one pass of the text encoder
 class Views:
     """Views of one picture, uint8 [N, S, S, 3] and bool [N, S, S].
 
-    content, face: of the targets, see `TrainingItem`. masks: of the references.
+    content, face: of the targets, see `TrainingItem`. masks: of the references. parts,
+    reference_parts: uint8 [N, S, S] part labels of both.
     """
 
     targets: np.ndarray
@@ -64,6 +67,8 @@ class Views:
     face: np.ndarray
     references: np.ndarray
     masks: np.ndarray
+    parts: np.ndarray
+    reference_parts: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +86,7 @@ class LatentCache:
         first_target, first_reference: int64 [N], the first entry of each picture in its shard.
         texts: all prompts, the empty one and the concepts first.
         prompts: int64 [N], the prompt of each target.
+        has_parts: whether part labels are stored.
     """
 
     data_set: DataSet
@@ -96,6 +102,7 @@ class LatentCache:
     first_reference: np.ndarray
     has_mask: np.ndarray
     prompts: np.ndarray
+    has_parts: bool
     texts: list[str] = field(repr=False)
 
     def find_missing(self) -> tuple[list[int], list[int]]:
@@ -122,16 +129,20 @@ class LatentCache:
         """For each block of a concept's views, whether the background is removed."""
         return self.backgrounds if self.has_mask[row] else (False,)
 
-    def read_target(self, row: int, view: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latent float16 [4, h, w], content and face uint8 [1, h, w], shares of 255."""
+    def read_target(self, row: int, view: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Latent float16 [4, h, w]; content and face uint8 [1, h, w], shares of 255; part labels.
+
+        The labels are uint8 [2 h, 2 w], `UNKNOWN` where the picture has none.
+        """
         shard = self.open_shard("pictures", self.shards[row])
         entry = self.first_target[row] + view
-        return shard["targets"][entry], shard["content"][entry], shard["face"][entry]
+        parts = shard["parts"][entry] if self.has_parts else None
+        return shard["targets"][entry], shard["content"][entry], shard["face"][entry], parts
 
     def read_reference(
         self, row: int, concept: Concept, removed: bool, view: int
-    ) -> tuple[Tensor, Tensor]:
-        """Latent float16 [4, h, w] and mask bool [h, w].
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latent float16 [4, h, w], mask bool [h, w] and part labels as of `read_target`.
 
         removed: without its background. Ignored where only the other is stored.
         """
@@ -141,7 +152,8 @@ class LatentCache:
             block += self.wanted[earlier][row] * len(backgrounds)
         shard = self.open_shard("pictures", self.shards[row])
         entry = self.first_reference[row] + block * self.views + view
-        return shard["references"][entry], shard["masks"][entry]
+        parts = shard["reference_parts"][entry] if self.has_parts else None
+        return shard["references"][entry], shard["masks"][entry], parts
 
     def read_prompt(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Context float16 [L, D] and vector conditioning [A] of a prompt by its number."""
@@ -158,7 +170,8 @@ def list_tasks(config: RunConfig) -> tuple[Task, ...]:
 def plan_cache(data_set: DataSet, base: Base, config: RunConfig) -> LatentCache:
     """Decides what is cached for a run, and where; reads no picture and writes nothing.
 
-    Raises RetrievalError if no picture can be a target.
+    Raises RetrievalError if no picture can be a target, or part labels are needed and there are
+    none.
     """
     tasks = list_tasks(config)
     wanted = _choose_pictures(data_set, tasks)
@@ -184,7 +197,15 @@ def plan_cache(data_set: DataSet, base: Base, config: RunConfig) -> LatentCache:
     blocks = sum(wanted[concept].astype(np.int64) for concept in CONCEPTS)
     blocks = blocks * np.where(has_mask, len(backgrounds), 1)
     texts, prompts = _list_prompts(data_set, wanted[TARGET])
-    settings = [config.size, config.views, config.seed, tasks, backgrounds]
+    by_parts = [name for name in ("part_weight", "correspondence") if getattr(config, name)]
+    if by_parts and data_set.index["parts"].null_count == len(data_set):
+        raise RetrievalError(
+            f"The setting {by_parts[0]} needs part labels, and none of the {len(data_set)} "
+            f"pictures of the data set '{data_set.folder}' has them; build it with --parts, or set "
+            f"{by_parts[0]} to 0."
+        )
+    has_parts = bool(by_parts)
+    settings = [config.size, config.views, config.seed, tasks, backgrounds, has_parts]
     key = digest_json([VERSION, fingerprint_index(data_set), base.fingerprint, settings])
     return LatentCache(
         data_set=data_set,
@@ -200,6 +221,7 @@ def plan_cache(data_set: DataSet, base: Base, config: RunConfig) -> LatentCache:
         first_reference=_number_entries(blocks * config.views, shards),
         has_mask=has_mask,
         prompts=prompts,
+        has_parts=has_parts,
         texts=texts,
     )
 
@@ -368,7 +390,8 @@ def prepare_views(cache: LatentCache, row: int) -> Views:
         red, green, blue = rng.integers(0, 256, 3).tolist()
         return drawn if number else UNCHANGED, (red, green, blue)
 
-    targets, content, face = [], [], []
+    targets, content, face, parts = [], [], [], []
+    unknown = np.full((size, size), UNKNOWN, np.uint8)
     for number in range(cache.views if cache.wanted[TARGET][row] else 0):
         view, fill = draw(TARGET, number, TARGET_VIEW)
         placement = place_region(find_figure_region(sample), size, view)
@@ -377,7 +400,8 @@ def prepare_views(cache: LatentCache, row: int) -> Views:
         head = sample.head_box
         box = (0, 0, 0, 0) if head is None else placement.place_box(head)
         face.append(mask_box(box, size))
-    references, masks = [], []
+        parts.append(unknown if sample.parts is None else place_parts(sample.parts, placement))
+    references, masks, reference_parts = [], [], []
     for concept in CONCEPTS:
         if not cache.wanted[concept][row]:
             continue
@@ -390,12 +414,20 @@ def prepare_views(cache: LatentCache, row: int) -> Views:
                 references.append(cut.image)
                 whole = np.ones((size, size), np.bool_)
                 masks.append(whole if cut.mask is None else cut.mask)
+                reference_parts.append(unknown if cut.parts is None else cut.parts)
 
-    def stack(squares: list[np.ndarray], *more: int) -> np.ndarray:
-        shape, dtype = (0, size, size, *more), np.uint8 if more else np.bool_
-        return np.stack(squares) if squares else np.empty(shape, dtype)
+    def stack(squares: list[np.ndarray], dtype: type, *more: int) -> np.ndarray:
+        return np.stack(squares) if squares else np.empty((0, size, size, *more), dtype)
 
-    return Views(stack(targets, 3), stack(content), stack(face), stack(references, 3), stack(masks))
+    return Views(
+        targets=stack(targets, np.uint8, 3),
+        content=stack(content, np.bool_),
+        face=stack(face, np.bool_),
+        references=stack(references, np.uint8, 3),
+        masks=stack(masks, np.bool_),
+        parts=stack(parts, np.uint8),
+        reference_parts=stack(reference_parts, np.uint8),
+    )
 
 
 def _encode_views(cache: LatentCache, base: Base, row: int, views: Views) -> dict[str, Tensor]:
@@ -418,13 +450,19 @@ def _encode_views(cache: LatentCache, base: Base, row: int, views: Views) -> dic
     )
     masks = F.adaptive_max_pool2d(torch.from_numpy(views.masks)[:, None].float(), shown)[:, 0] > 0
     targets, references = latents.split([len(views.targets), len(views.references)])
-    return {
+    entries = {
         "targets": targets,
         "content": content,
         "face": face,
         "references": references,
         "masks": masks,
     }
+    if cache.has_parts:
+        size = [LABELS * edge for edge in shown]
+        for name in ("parts", "reference_parts"):
+            labels = torch.from_numpy(getattr(views, name))[:, None]
+            entries[name] = F.interpolate(labels, size, mode="nearest-exact")[:, 0]
+    return entries
 
 
 def _encode_prompts(cache: LatentCache, base: Base, number: int) -> dict[str, Tensor]:

@@ -173,12 +173,12 @@ def rehearse_step(objective: PaperObjective, config: RunConfig) -> None:
     """Forward and backward pass of one step on zeros; the gradients stay."""
     shape, edge = objective.unet.config, config.size // 8
     batch, references = config.batch_size, config.references
-    latents = torch.zeros(batch, shape.out_channels, edge, edge)
-    context = torch.zeros(batch, _CONTEXT, shape.context_dim)
-    y = None if shape.adm_in_channels is None else torch.zeros(batch, shape.adm_in_channels)
+    latents = torch.zeros(batch * config.targets, shape.out_channels, edge, edge)
+    context = torch.zeros(len(latents), _CONTEXT, shape.context_dim)
+    y = None if shape.adm_in_channels is None else torch.zeros(len(latents), shape.adm_in_channels)
 
     def repeat(values: Tensor) -> Tensor:
-        return values.repeat_interleave(references, 0)
+        return values[:: config.targets].repeat_interleave(references, 0)
 
     features = objective.network.encode_features(
         repeat(latents), repeat(context), None if y is None else repeat(y)
@@ -192,7 +192,7 @@ def rehearse_step(objective: PaperObjective, config: RunConfig) -> None:
         owner = torch.zeros(kept.shape[1], dtype=torch.long)
         sites[site] = SiteBank(layer.to_k(kept), layer.to_v(kept), None, owner)
     bank = Bank(sites, references)
-    prediction = objective.predict(latents, torch.zeros(batch), context, y, bank)
+    prediction = objective.predict(latents, torch.zeros(len(latents)), context, y, bank)
     prediction.float().square().mean().backward()
 
 

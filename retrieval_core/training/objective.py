@@ -36,6 +36,18 @@ def weigh_timesteps(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) ->
     return snr.clamp_max(gamma) / (snr if schedule.prediction == "eps" else snr + 1)
 
 
+def weigh_squares(
+    error: Tensor, channel_weights: Tensor | None, row_weights: Tensor | None
+) -> Tensor:
+    """Squares of errors [B, C, H, W] times weights [C] and [B], where there are any."""
+    squares = error.square()
+    if channel_weights is not None:
+        squares = squares * channel_weights.to(squares).view(1, -1, 1, 1)
+    if row_weights is not None:
+        squares = squares * row_weights.to(squares).view(-1, 1, 1, 1)
+    return squares
+
+
 def retrieval_loss(
     prediction: Tensor,
     target: Tensor,
@@ -58,11 +70,7 @@ def retrieval_loss(
     Returns:
         Scalars "loss", "content" and, with a face, "face".
     """
-    squares = (prediction - target).square()
-    if channel_weights is not None:
-        squares = squares * channel_weights.to(squares).view(1, -1, 1, 1)
-    if row_weights is not None:
-        squares = squares * row_weights.to(squares).view(-1, 1, 1, 1)
+    squares = weigh_squares(prediction - target, channel_weights, row_weights)
     whole = squares.mean() if content is None else average_masked(squares, content).mean()
     if face is None or face_weight == 0:
         return {"loss": whole, "content": whole.detach()}

@@ -36,7 +36,7 @@ class ProgressSheet:
     """
 
     def __init__(self, config: RunConfig, base: Base, cache: LatentCache) -> None:
-        shown = TaskItems(cache, replace(config, text_drop=0.0, reference_drop=0.0))
+        shown = TaskItems(cache, replace(config, text_drop=0.0, reference_drop=0.0, targets=1))
         self.batch = collate_items([shown[i] for i in range(min(_PICTURES, len(shown)))])
         self.empty = cache.read_prompt(0)
         self.config, self.vae = config, base.vae

@@ -1,5 +1,8 @@
 """Batches of the two tasks (§3.3) from cached latents and prompt embeddings.
 
+An item is a target and its references, or several targets that share them, which makes encoding the
+references cheaper for each target.
+
 Which items a step trains on is a function of the seed and the step alone: any number of processes,
 and a resumed run, get the same ones.
 """
@@ -17,26 +20,29 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..data.data_set import Task
 from ..data.sample import Concept
 from ..data.tasks import draw_indices, find_pools
+from .correspondence import UNKNOWN
 from .latent_cache import CONCEPTS, TARGET, LatentCache
 from .run_config import RunConfig
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B targets, each with R references; floating-point tensors are float16 as they are cached.
+    """G items of T targets and R references; floating-point tensors are float16 as cached.
 
     Attributes:
-        latents: [B, 4, h, w] clean latents of the targets.
+        latents: [B, 4, h, w] clean latents of the B = G * T targets, T consecutive ones an item.
         content, face: [B, 1, h, w], share of each latent pixel in the picture (not in its padding)
             and in the face box, 0 to 1; `face` is 0 without a head box.
         context, y: [B, L, D] and [B, A] of the prompts, the empty prompt's where text is dropped.
-        reference_latents: [B, R, 4, h, w], 0 where references are dropped.
-        reference_context, reference_y: [B, R, L, D] and [B, R, A] of the references' concepts.
-        reference_masks: bool [B, R, h, w], True on what is to be retrieved.
-        used: bool [B, R], False where references are dropped.
-        numbers: int64 [B], the number of each item in the run, the same for any number of
+        reference_latents: [G, R, 4, h, w], 0 where references are dropped.
+        reference_context, reference_y: [G, R, L, D] and [G, R, A] of the references' concepts.
+        reference_masks: bool [G, R, h, w], True on what is to be retrieved.
+        used: bool [G, R], False where references are dropped.
+        parts, reference_parts: uint8 [B, 2 h, 2 w] and [G, R, 2 h, 2 w], part labels; `UNKNOWN` for
+            targets that lack them or whose references do. None where they are not cached.
+        numbers: int64 [B], the number of each target in the run, the same for any number of
             processes; for seeding its noise.
-        names: of each item, the pictures of its target and of its references.
+        names: of each item, the pictures of its targets and of its references.
         y and reference_y are None where the base has no vector conditioning.
     """
 
@@ -50,6 +56,8 @@ class Batch:
     reference_y: Tensor | None
     reference_masks: Tensor
     used: Tensor
+    parts: Tensor | None
+    reference_parts: Tensor | None
     numbers: Tensor
     names: list[list[str]]
 
@@ -73,9 +81,10 @@ class TaskItems(Dataset[dict[str, Any]]):
     """The items of a run by their number, drawn from the cache (§3.3).
 
     Every `len(targets)` items are an epoch: each target once, in an order of its own. Item `n` is a
-    function of the seed and of n. Of the task "both", a target whose references lack head boxes is
-    drawn for the same character only, so that the share of compositions is `composition_share` of
-    the others.
+    function of the seed and of n. Further targets that share its references are drawn from the rest
+    of its outfit, some twice if there are too few. Of the task "both", a target whose references
+    lack head boxes is drawn for the same character only, so that the share of compositions is
+    `composition_share` of the others.
     """
 
     def __init__(self, cache: LatentCache, config: RunConfig) -> None:
@@ -91,41 +100,69 @@ class TaskItems(Dataset[dict[str, Any]]):
         return len(self.targets)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """The fields of `Batch` for one item, of the references as lists."""
+        """The fields of `Batch` for one item, as lists of its targets and of its references."""
         cache, config = self.cache, self.config
         row = self._find_target(number)
         rng = np.random.default_rng([config.seed, number, 1])
         without_text, without_references, choice = rng.random(3).tolist()
-        latent, content, face = cache.read_target(row, int(rng.integers(cache.views)))
-        prompt = 0 if without_text < config.text_drop else int(cache.prompts[row])
-        context, y = cache.read_prompt(prompt)
+        views, drops = [int(rng.integers(cache.views))], [without_text]
         composes = self.composes[row] and (
             config.task == "composition" or choice < config.composition_share
         )
         chosen = self._choose_references(row, "composition" if composes else "same character", rng)
         used = without_references >= config.reference_drop
-        latents, masks = [], []
+        latents, masks, reference_parts = [], [], []
         for reference, concept in chosen:
             view, removed = int(rng.integers(cache.views)), rng.random() < config.remove_background
-            read, mask = cache.read_reference(reference, concept, bool(removed), view)
+            read, mask, labels = cache.read_reference(reference, concept, bool(removed), view)
             latents.append(read if used else torch.zeros_like(read))
             masks.append(mask)
+            reference_parts.append(labels)
+        rows = [row, *self._choose_others(row, [reference for reference, _ in chosen], rng)]
+        for _ in rows[1:]:
+            views.append(int(rng.integers(cache.views)))
+            drops.append(float(rng.random()))
+        targets, content, face, parts = zip(
+            *(cache.read_target(one, view) for one, view in zip(rows, views))
+        )
+        if cache.has_parts and any(bool((labels == UNKNOWN).any()) for labels in reference_parts):
+            parts = [torch.full_like(labels, UNKNOWN) for labels in parts]
+        texts = [
+            cache.read_prompt(0 if drop < config.text_drop else int(cache.prompts[one]))
+            for one, drop in zip(rows, drops)
+        ]
         prompts = [cache.read_prompt(1 + CONCEPTS.index(concept)) for _, concept in chosen]
-        images = cache.data_set.index["image"]
+        has_y, images = texts[0][1] is not None, cache.data_set.index["image"]
+        first = number * config.targets
         return {
-            "latents": latent,
-            "content": content.half() / 255,
-            "face": face.half() / 255,
-            "context": context,
-            "y": y,
+            "latents": targets,
+            "content": [mask.half() / 255 for mask in content],
+            "face": [mask.half() / 255 for mask in face],
+            "context": [context for context, _ in texts],
+            "y": [y for _, y in texts] if has_y else None,
             "reference_latents": latents,
             "reference_context": [context for context, _ in prompts],
-            "reference_y": None if y is None else [y for _, y in prompts],
+            "reference_y": [y for _, y in prompts] if has_y else None,
             "reference_masks": masks,
             "used": torch.full((len(chosen),), used),
-            "numbers": torch.tensor(number),
-            "names": [images[i].as_py() for i in (row, *(reference for reference, _ in chosen))],
+            "parts": parts if cache.has_parts else None,
+            "reference_parts": reference_parts if cache.has_parts else None,
+            "numbers": list(torch.arange(first, first + config.targets)),
+            "names": [images[i].as_py() for i in (*rows, *(reference for reference, _ in chosen))],
         }
+
+    def _choose_others(
+        self, row: int, references: list[int], rng: np.random.Generator
+    ) -> list[int]:
+        """The targets beside `row` that share its references."""
+        if self.config.targets == 1:
+            return []
+        alike = self.cache.data_set.outfits.find_members(row)
+        others = np.setdiff1d(alike, [row, *references])
+        if not len(others):
+            others = np.array([row])
+        count = self.config.targets - 1
+        return rng.choice(others, count, replace=len(others) < count).tolist()
 
     def _find_target(self, number: int) -> int:
         epoch, position = divmod(number, len(self.targets))
@@ -154,9 +191,10 @@ def collate_items(items: list[dict[str, Any]]) -> Batch:
         column = [item[name] for item in items]
         if first is None or name == "names":
             values[name] = None if first is None else column
-        elif isinstance(first, list):
-            rows = default_collate([row for rows in column for row in rows])
-            values[name] = rows.unflatten(0, (len(items), len(first)))
+        elif isinstance(first, (list, tuple)):
+            values[name] = default_collate([row for rows in column for row in rows])
+            if name.startswith("reference_"):
+                values[name] = values[name].unflatten(0, (len(items), len(first)))
         else:
             values[name] = default_collate(column)
     return Batch(**values)

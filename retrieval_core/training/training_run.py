@@ -32,7 +32,7 @@ from .latent_cache import (
     refuse_changed_data,
 )
 from .memory_estimate import check_memory
-from .paper_objective import PaperObjective, draw_noise
+from .paper_objective import COPIED, PaperObjective, draw_noise
 from .progress_sheet import ProgressSheet
 from .run_config import RunConfig
 from .run_folder import RunFolder
@@ -91,7 +91,12 @@ def train(
         for batch in make_loader(cache, config, rank, world, step):
             shape = batch.latents.shape[1:]
             noise = draw_noise(
-                config.seed, batch.numbers, shape, schedule.steps, config.noise_offset
+                config.seed,
+                batch.numbers,
+                shape,
+                schedule.steps,
+                config.noise_offset,
+                config.noise_power,
             )
             with accelerator.accumulate(model):
                 batch = batch.to(device, torch.float32)
@@ -217,13 +222,17 @@ def make_objective(config: RunConfig, base: Base) -> PaperObjective:
     blank = None
     if unet.config.in_channels > unet.config.out_channels:  # an inpainting base
         blank = base.vae.encode(torch.zeros(1, 3, config.size, config.size)).float()
-    return PaperObjective(network, unet, base.schedule, config, blank)
+    return PaperObjective(network, unet, base.schedule, config, blank, base.channel_weights)
 
 
 def order_parameters(objective: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, matrices first: the optimiser's order."""
+    """The trained parameters by name in the optimiser's order: by dimensions, then copied first."""
     trained = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
-    return dict(sorted(trained, key=lambda item: item[1].ndim < 2))
+
+    def rank(item: tuple[str, nn.Parameter]) -> tuple[bool, bool]:
+        return item[1].ndim < 2, not item[0].startswith(COPIED)
+
+    return dict(sorted(trained, key=rank))
 
 
 def make_optimizer(
@@ -235,11 +244,18 @@ def make_optimizer(
     """
     groups = [
         {
-            "params": [p for p in parameters.values() if (p.ndim >= 2) == decays],
+            "params": [
+                p
+                for name, p in parameters.items()
+                if (p.ndim >= 2, name.startswith(COPIED)) == (decays, copied)
+            ],
             "weight_decay": config.weight_decay if decays else 0.0,
+            "factor": config.copied_rate if copied else 1.0,
         }
         for decays in (True, False)
+        for copied in (True, False)
     ]
+    groups = [group for group in groups if group["params"]]
     kind, options = torch.optim.AdamW, {"lr": config.learning_rate}
     if config.optimizer == "adamw-8bit":
         kind = import_library("bitsandbytes").optim.AdamW8bit
@@ -303,7 +319,7 @@ def measure_step(
 def set_learning_rate(optimizer: Any, config: RunConfig, step: int) -> float:
     rate = config.learning_rate * scale_learning_rate(step, config.steps, config.warmup_steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     return rate
 
 

@@ -22,8 +22,11 @@ ROWS = [
 ]  # fmt: skip
 
 
-def write_pictures(folder, rows=ROWS):
-    """A data set of `SIZE` x `SIZE` pictures whose masks are their left halves."""
+def write_pictures(folder, rows=ROWS, labelled=()):
+    """A data set of `SIZE` x `SIZE` pictures whose masks are their left halves.
+
+    Those numbered in `labelled` have part labels too: 3 on the left half.
+    """
     made = []
     for i, (character, artist, outfit, head, masked) in enumerate(rows):
         path, mask = folder / f"{i}.png", folder / f"{i}.mask.png"
@@ -32,6 +35,11 @@ def write_pictures(folder, rows=ROWS):
             levels = np.zeros((SIZE, SIZE), np.uint8)
             levels[:, : SIZE // 2] = 255
             Image.fromarray(levels).save(mask)
+        parts = folder / f"{i}.parts.png"
+        if i in labelled:
+            levels = np.zeros((SIZE, SIZE), np.uint8)
+            levels[:, : SIZE // 2] = 3
+            Image.fromarray(levels).save(parts)
         made.append(
             {
                 "root": str(folder),
@@ -45,7 +53,7 @@ def write_pictures(folder, rows=ROWS):
                 "tags": [f"tag_{i}"],
                 "head_box": [16, 0, 48, 32] if head else None,
                 "mask": str(mask) if masked else None,
-                "parts": None,
+                "parts": str(parts) if i in labelled else None,
                 "source": "folders",
             }
         )
@@ -70,7 +78,7 @@ class FakeBase:
     Prompts have the SHA-256 of their text as context; with `width`, as vector conditioning, too.
     """
 
-    name, fingerprint = "sd15", "ab" * 32
+    name, fingerprint, channel_weights = "sd15", "ab" * 32, None
 
     def __init__(self, width=None):
         self.vae, self.width = AverageVae(), width

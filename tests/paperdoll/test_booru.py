@@ -31,6 +31,7 @@ from retrieval_core.paperdoll.measure_booru import (
     measure_booru,
     score_pairs,
 )
+from retrieval_core.paperdoll.world import is_held_out
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -54,6 +55,22 @@ def rows(folder):
 def open_picture(folder, row):
     content = (folder / "booru" / row["image"]).read_bytes()
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def test_a_disjoint_booru_has_nothing_that_the_measurement_holds_out():
+    posts = plan_posts(1500, 1, alike=0.5, held_out=False)
+    figures = [figure for post in posts for figure in post.figures]
+    assert not any(is_held_out(f.identity) or is_held_out(f.outfit) for f in figures)
+    mixed = [figure for post in plan_posts(1500, 1) for figure in post.figures]
+    assert any(is_held_out(f.identity) for f in mixed)
+
+
+def test_all_posts_can_be_annotated(tmp_path):
+    make_booru(tmp_path, 60, annotated=1.0)
+    rows = pq.read_table(tmp_path / "truth.parquet").to_pylist()
+    for row in rows:
+        alone = row["copy_of"] is None and row["kind"] != "several characters"
+        assert row["annotated"] == alone
 
 
 def test_every_kind_of_fault_is_there_as_often_as_said(rows):

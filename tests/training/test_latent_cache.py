@@ -23,6 +23,7 @@ from refusal import sentence
 from retrieval_core.data import open_data_set
 from retrieval_core.data.data_set import INDEX
 from retrieval_core.training import latent_cache as module
+from retrieval_core.training.correspondence import UNKNOWN
 from retrieval_core.training.latent_cache import (
     describe_targets,
     fill_cache,
@@ -68,7 +69,7 @@ def test_every_view_of_a_picture_is_found_again(tmp_path, data_set):
         views = prepare_views(cache, row)
         if cache.wanted["target"][row]:
             for number in range(2):
-                latent, content, face = cache.read_target(row, number)
+                latent, content, face, _ = cache.read_target(row, number)
                 check_latent(latent, views.targets[number])
                 check_share(content, views.content[number])
                 check_share(face, views.face[number])
@@ -78,12 +79,36 @@ def test_every_view_of_a_picture_is_found_again(tmp_path, data_set):
                 continue
             for removed in (False, True) if ROWS[row][4] else (False,):
                 for number in range(2):
-                    latent, mask = cache.read_reference(row, concept, removed, number)
+                    latent, mask, _ = cache.read_reference(row, concept, removed, number)
                     check_latent(latent, views.references[entry])
                     touched = views.masks[entry].reshape(8, 8, 8, 8).any((1, 3))
                     assert mask.dtype == torch.bool and (mask.numpy() == touched).all()
                     entry += 1
         assert entry == len(views.references)
+
+
+def test_part_labels_follow_the_views_and_are_unknown_where_the_picture_has_none(tmp_path):
+    """Row 0 has label 3 on its left half and 0 elsewhere; the others have none."""
+    data_set = write_pictures(tmp_path, labelled=(0,))
+    cache = make_cache(data_set, tmp_path, correspondence=0.1, views=6)
+    flips = set()
+    for view in range(6):
+        *_, labels = cache.read_target(0, view)
+        wanted = prepare_views(cache, 0).parts[view].reshape(16, 4, 16, 4)[:, 2, :, 2]
+        assert labels.shape == (16, 16) and (labels.numpy() == wanted).all()
+        assert set(labels.unique().tolist()) == {0, 3}
+        flips.add(bool(labels[8, 12]))
+        assert (cache.read_target(1, view)[3] == UNKNOWN).all()
+    assert flips == {False, True}
+    assert (cache.read_reference(0, "figure", True, 0)[2] == cache.read_target(0, 0)[3]).all()
+    without = make_cache(data_set, tmp_path)
+    assert without.read_target(0, 0)[3] is None and without.folder != cache.folder
+
+
+def test_terms_by_parts_are_refused_without_any_part_labels(tmp_path, data_set):
+    config = configure(tmp_path, correspondence=0.2)
+    text = sentence(plan_cache, data_set, FakeBase(), config)
+    assert "correspondence needs part labels" in text and "--parts" in text
 
 
 def check_latent(latent, square):
@@ -113,17 +138,17 @@ def test_only_what_the_tasks_can_draw_is_stored(tmp_path, data_set):
 
 def test_view_zero_is_the_whole_picture_and_a_removed_background_is_one_colour(tmp_path, data_set):
     cache = make_cache(data_set, tmp_path)
-    latent, content, face = cache.read_target(2, 0)
+    latent, content, face, _ = cache.read_target(2, 0)
     torch.testing.assert_close(latent, torch.full_like(latent, level(2)))
     assert (content == 255).all() and (face[0, :4, 2:6] == 255).all() and face.sum() == 255 * 16
-    whole, mask = cache.read_reference(2, "figure", False, 0)
+    whole, mask, _ = cache.read_reference(2, "figure", False, 0)
     assert (whole == latent).all() and mask.all()
-    cut, mask = cache.read_reference(2, "figure", True, 0)
+    cut, mask, _ = cache.read_reference(2, "figure", True, 0)
     assert (cut[..., :4] == latent[..., :4]).all() and mask[:, :4].all()
     filled = cut[..., 4:]
     assert (filled == filled[:, :1, :1]).all() and not (filled == latent[..., 4:]).all()
     assert not mask[:, 4:].any()
-    other, mask = cache.read_reference(1, "figure", True, 0)  # has no mask to remove it by
+    other, mask, _ = cache.read_reference(1, "figure", True, 0)  # has no mask to remove it by
     assert (other == cache.read_reference(1, "figure", False, 0)[0]).all() and mask.all()
 
 

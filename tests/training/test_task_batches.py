@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("pyarrow")
 from cached_data_set import ROWS, FakeBase, configure, embed_text, write_pictures
 
+from retrieval_core.training.correspondence import UNKNOWN
 from retrieval_core.training.latent_cache import fill_cache, plan_cache
 from retrieval_core.training.task_batches import (
     Batch,
@@ -72,10 +73,10 @@ def test_tensors_of_an_item_are_those_of_its_pictures(make_items):
     items = make_items(text_drop=0.0, reference_drop=0.0, remove_background=0.0, views=1)
     for item in read_epochs(items, 2):
         target, *references = number_rows(item)
-        torch.testing.assert_close(item["latents"], torch.full((4, 8, 8), grey(target)).half())
-        assert (item["context"] == embed_text(f"tag {target}")).all()
-        assert (item["content"] == 1).all()
-        assert item["face"].sum() == (16 if ROWS[target][3] else 0)
+        torch.testing.assert_close(item["latents"][0], torch.full((4, 8, 8), grey(target)).half())
+        assert (item["context"][0] == embed_text(f"tag {target}")).all()
+        assert (item["content"][0] == 1).all()
+        assert item["face"][0].sum() == (16 if ROWS[target][3] else 0)
         for latent, mask, row in zip(
             item["reference_latents"], item["reference_masks"], references
         ):
@@ -90,7 +91,7 @@ def grey(row):
 def test_dropped_text_is_the_empty_prompt_and_dropped_references_are_zero(make_items):
     items = make_items(text_drop=0.5, reference_drop=0.3)
     read = read_epochs(items, 100)
-    empty = [bool((item["context"] == embed_text("")).all()) for item in read]
+    empty = [bool((item["context"][0] == embed_text("")).all()) for item in read]
     dropped = [not item["used"].any() for item in read]
     for item, without in zip(read, dropped):
         assert bool(item["used"].all()) != without
@@ -123,7 +124,8 @@ def test_compositions_have_their_share(make_items, task, share):
 
 def test_every_view_of_targets_is_drawn(make_items):
     items = make_items(views=3, task="same character")
-    entries = {item["latents"].data_ptr() for item in read_epochs(items, 30)}  # in the mapped file
+    # In the mapped file.
+    entries = {item["latents"][0].data_ptr() for item in read_epochs(items, 30)}
     assert len(entries) == 3 * len(items)
 
 
@@ -146,6 +148,42 @@ def test_an_item_depends_on_its_number_only(make_items):
     assert number_rows(other[17]) + number_rows(other[3]) != (
         number_rows(wanted[17]) + number_rows(wanted[3])
     )
+
+
+def test_targets_that_share_references_are_of_one_outfit_and_none_is_a_reference(make_items):
+    items = make_items(targets=3, references=2, text_drop=0.5, reference_drop=0.0)
+    firsts, others, drops = set(), set(), set()
+    for number, item in enumerate(read_epochs(items, 20)):
+        targets, references = number_rows(item)[:3], number_rows(item)[3:]
+        assert not set(targets) & set(references)
+        assert len({ROWS[row][:3] for row in targets}) == 1
+        for row, latent in zip(targets, item["latents"]):
+            assert latent.median() == torch.full((1,), grey(row)).half()
+        assert torch.stack(item["numbers"]).tolist() == [3 * number + i for i in range(3)]
+        firsts.add(targets[0])
+        others |= set(targets[1:])
+        drops.add(tuple(bool((one == embed_text("")).all()) for one in item["context"]))
+    assert firsts == others == set(range(6)) and len(drops) == 8
+    batch = collate_items([items[0], items[1]])
+    assert batch.latents.shape == (6, 4, 8, 8) and batch.used.shape == (2, 2)
+    assert batch.reference_latents.shape == (2, 2, 4, 8, 8) and len(batch.names) == 2
+
+
+def test_targets_whose_references_lack_part_labels_are_unknown(tmp_path):
+    data_set = write_pictures(tmp_path, labelled=(0, 1, 2))
+    config = configure(tmp_path, task="same character", part_weight=1.0, references=1)
+    cache = plan_cache(data_set, FakeBase(), config)
+    fill_cache(cache, FakeBase())
+    items = TaskItems(cache, config)
+    seen = set()
+    for item in read_epochs(items, 20):
+        target, reference = number_rows(item)
+        known = bool((item["parts"][0] != UNKNOWN).all())
+        assert known == (target < 3 and reference < 3)
+        seen.add((target < 3, known))
+    assert seen == {(True, True), (True, False), (False, False)}
+    batch = collate_items([items[0], items[1]])
+    assert batch.parts.shape == (2, 16, 16) and batch.reference_parts.shape == (2, 1, 16, 16)
 
 
 def assert_same(one, other):
