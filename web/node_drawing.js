@@ -3,8 +3,9 @@
 import { api } from "../../scripts/api.js";
 
 const STYLE = `
-.retrieval { box-sizing: border-box; width: 100%; overflow: hidden; font: 11px/1.3 sans-serif;
-  color: var(--input-text, #ddd); display: flex; flex-direction: column; gap: 4px; }
+.retrieval { box-sizing: border-box; contain: layout paint style; width: 100%; overflow: hidden;
+  font: 11px/1.3 sans-serif; color: var(--input-text, #ddd);
+  display: flex; flex-direction: column; gap: 4px; }
 .retrieval:empty { display: none; }
 .retrieval .tiles { display: grid; gap: 6px; flex: 1 1 0; min-height: 92px; overflow: auto;
   grid-template-columns: repeat(auto-fill, minmax(58px, 1fr)); align-content: start; }

@@ -142,7 +142,7 @@ def test_the_help_of_every_node_is_shown(page, node_info):
         page.run("app.graph.clear(), 1")
         add(page, [name])
         page.run("app.canvas.selectNode(app.graph.nodes[0]), 1")
-        page.run("app.extensionManager.command.execute('Comfy.Canvas.FitView').then(() => 1)")
+        page.fit()
         info = "document.querySelector('[data-testid=\"info-button\"]')"
         page.wait(info)
         page.browser.click(*page.middle(info))
