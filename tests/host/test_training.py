@@ -34,7 +34,7 @@ from retrieval_pack.nodes.host import graph_base, network_training
 from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.host.encoded_references import References
 from retrieval_pack.nodes.host.folders import NETWORKS
-from retrieval_pack.nodes.load_retrieval_controlnet import RetrievalLoadControlNet
+from retrieval_pack.nodes.load_retrieval_controlnet import FILE, RetrievalControlNetLoader
 from retrieval_pack.nodes.train_retrieval_controlnet import CONNECTED, RetrievalTrainControlNet
 from retrieval_pack.retrieval_core.bank.encoding import split_features
 from retrieval_pack.retrieval_core.network.controlnet import load
@@ -130,7 +130,7 @@ def test_the_loss_falls_and_the_network_is_the_one_in_the_file(place, monkeypatc
     assert file == "mine_00001_.safetensors" and len(made.ui["images"]) == 1
     (report,) = made.ui["text"]
     assert report.startswith("Training on 8 pictures of 2 characters") and file in report
-    (loaded,) = RetrievalLoadControlNet.execute(model, file).args
+    (loaded,) = RetrievalControlNetLoader.execute(model, {"network": FILE, "file": file}).args
     other = load(place / NETWORKS / file)
     assert loaded.maker.fingerprint == net.maker.fingerprint
     assert other.card.training["steps_done"] == 16 and other.decoder
