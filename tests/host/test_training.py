@@ -356,7 +356,7 @@ def test_the_losses_of_a_stopped_run_are_kept(tmp_path):
 
 def make_prompt(steps: int) -> dict:
     """Builds a data set of paper dolls, trains on it for the demo model, and plots the losses."""
-    made = {"source": "dolls", "name": "dolls", "outfits": "garments", "copy_pictures": False}
+    made = {"source": "cast", "name": "cast", "outfits": "garments", "copy_pictures": False}
     given = {
         "model": ["demo", 0], "clip": ["demo", 1], "vae": ["demo", 2], "dataset": ["build", 0],
         "dataset_name": CONNECTED, "name": "dolls", "task": "composition", "trained": "encoder",
@@ -374,7 +374,7 @@ def make_prompt(steps: int) -> dict:
 
 def test_on_a_running_server(server):
     base = server.log.parent
-    draw_pictures(base / "input" / "dolls", 3)
+    draw_pictures(base / "input" / "cast", 3)
     entry = server.run(make_prompt(3))
     assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
     home = base / "models" / NETWORKS
