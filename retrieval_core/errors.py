@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 
 class RetrievalError(ValueError):
@@ -33,3 +35,22 @@ def run_command(work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from here.", file=sys.stderr)
         return 130
+
+
+# The pack's extra packages (pyproject.toml) -> what they are for.
+_NEEDED_BY = {"data": "Data sets need", "train": "Training needs"}
+
+
+def import_library(name: str, extra: str) -> ModuleType:
+    """Imports a package of one of the pack's extras, `data` or `train`.
+
+    Raises:
+        RetrievalError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RetrievalError(
+            f"{_NEEDED_BY[extra]} the package {name.partition('.')[0]} ({error}); install the "
+            f"pack's extra packages, 'pip install .[{extra}]' in its folder."
+        ) from error

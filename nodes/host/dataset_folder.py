@@ -159,7 +159,7 @@ def build(
     from ...retrieval_core.data.annotators import load_annotators
     from ...retrieval_core.data.building import build_data_set
     from ...retrieval_core.data.filtering import load_rules
-    from ...retrieval_core.data.stages import import_library
+    from ...retrieval_core.errors import import_library
 
     pictures, folder = find_source(source), choose_folder(name)
     models = {use: repository.strip() for use, repository in models.items() if repository.strip()}
@@ -170,7 +170,7 @@ def build(
         )
     _silence_engine()
     for package in PACKAGES:  # all of them before the work starts
-        import_library(package)
+        import_library(package, "data")
     folders = {use: str(fetch_repository(repository)) for use, repository in models.items()}
     if folders:
         management.unload_all_models()  # the annotators' models know nothing of the host's

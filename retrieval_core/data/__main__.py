@@ -18,13 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RetrievalError, run_command
+from ..errors import RetrievalError, import_library, run_command
 from .annotators import load_annotators
 from .building import build_data_set
 from .contact_sheet import write_contact_sheet
 from .data_set import check_data_set, count_stats, describe_figures, open_data_set
 from .filtering import load_rules
-from .stages import import_library
 
 CACHE = Path.home() / ".cache" / "retrieval_controlnet"
 LISTED = 10  # pictures of a problem that are printed
@@ -34,7 +33,7 @@ class Bars:
     """Progress bars on the error stream, one for each stage."""
 
     def __init__(self) -> None:
-        self._tqdm = import_library("tqdm").tqdm
+        self._tqdm = import_library("tqdm", "data").tqdm
         self._stage, self._bar = "", None
 
     def show(self, stage: str, done: int, total: int, kept: int = 0, rejected: int = 0) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..errors import RetrievalError
+from ..errors import RetrievalError, import_library
 from .annotating import Annotator, Picture, annotate
 from .beside import read_mask
 from .data_set import INFO, Groups, number_rows, read_info, write_data_set
@@ -26,7 +26,7 @@ from .filtering import Rules
 from .outfits import cluster_by_answers, cluster_by_garments, embed_garment
 from .pictures import HASH, THUMBNAIL, load_picture, measure_pictures
 from .sources import TWICE, Chunk, find_chunks, read_chunk
-from .stages import digest_json, import_library, read_results, run_stage, set_columns
+from .stages import digest_json, read_results, run_stage, set_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,7 +73,7 @@ def build_data_set(
         RetrievalError: a source is not one, nothing can be kept, `out` or `cache` lies in a source
             or cannot be written, `out` is something else, or a package is missing.
     """
-    pa = import_library("pyarrow")
+    pa = import_library("pyarrow", "data")
     sources, out = [source.absolute() for source in sources], out.absolute()
     command = {
         "sources": [str(source) for source in sources],

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from ..errors import RetrievalError, explain
+from ..errors import RetrievalError, explain, import_library
 from ..files import parse_json, write_text
 from .beside import read_mask, read_parts
 from .prepare import load_image
 from .sample import Sample
 from .sources import read_picture
-from .stages import import_library
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -247,7 +246,7 @@ def open_data_set(folder: str | os.PathLike[str]) -> DataSet:
 
     Raises RetrievalError if the folder is not a whole data set, or pyarrow is not installed.
     """
-    pa, pq = import_library("pyarrow"), import_library("pyarrow.parquet")
+    pa, pq = import_library("pyarrow", "data"), import_library("pyarrow.parquet", "data")
     folder = Path(folder)
     info = read_info(folder)
     try:

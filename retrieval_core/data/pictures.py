@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ..errors import RetrievalError, explain
+from ..errors import RetrievalError, explain, import_library
 from .prepare import LARGEST_IMAGE, convert_mode, decode_image
 from .sample import NEUTRAL
 from .sources import NOT_A_PICTURE, OUTSIDE, read_picture
-from .stages import import_library
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,7 +107,7 @@ def load_picture(root: str, image: str) -> np.ndarray:
 
 def measure_picture(content: bytes) -> Measures | str:
     """Measures a picture, or tells why it cannot be used."""
-    imagehash = import_library("imagehash")
+    imagehash = import_library("imagehash", "data")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

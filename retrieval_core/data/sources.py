@@ -19,10 +19,9 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import RetrievalError, explain
+from ..errors import RetrievalError, explain, import_library
 from .beside import MASKS_FOLDER, find_beside, is_annotation
 from .filtering import Rules, find_rejection, normalize_tag
-from .stages import import_library
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,7 +82,7 @@ class Post(NamedTuple):
 
 def make_schema() -> pa.Schema:
     """Columns and types of the rows."""
-    pa = import_library("pyarrow")
+    pa = import_library("pyarrow", "data")
     types = dict.fromkeys(COLUMNS, pa.string())
     types |= {"tags": pa.list_(pa.string()), "head_box": pa.list_(pa.int32())}
     return pa.schema(list(types.items()))
@@ -103,7 +102,7 @@ def find_chunks(source: Path) -> list[Chunk]:
     Raises:
         RetrievalError: nothing is there, or no pictures.
     """
-    import_library("orjson")
+    import_library("orjson", "data")
     source = source.absolute()
     if not source.exists():
         raise RetrievalError(f"There is no source '{source}'; check the path.")
@@ -132,7 +131,7 @@ def read_chunk(chunk: Chunk, rules: Rules) -> tuple[pa.Table, dict[str, int]]:
     Together they are all that were seen: lines of metadata, or pictures in folders or shards. That
     a picture of a Danbooru line is there is not checked.
     """
-    pa = import_library("pyarrow")
+    pa = import_library("pyarrow", "data")
     schema, batches = make_schema(), []
     rejected: Counter[str] = Counter()
     kept = _keep_rows(chunk, rules, rejected)

@@ -8,16 +8,14 @@ this machine's cores or on a Ray cluster.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RetrievalError, explain
+from ..errors import RetrievalError, explain, import_library
 from ..files import atomic_write
 
 if TYPE_CHECKING:
@@ -41,21 +39,6 @@ IN_PROCESSES = os.name != "nt" and __name__.startswith("retrieval_core.")
 FEW = 4
 # Runs of a stage on a cluster until what it still lacks is an error.
 ATTEMPTS = 3
-
-
-def import_library(name: str) -> ModuleType:
-    """Imports a package that only building and reading data sets need.
-
-    Raises:
-        RetrievalError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RetrievalError(
-            f"Data sets need the package {name.partition('.')[0]} ({error}); install the pack's "
-            "extra packages for them, 'pip install .[data]' in its folder."
-        ) from error
 
 
 def run_stage(
@@ -153,7 +136,7 @@ def _map_tasks(function: Function, tasks: list[str], ray: str | None) -> Iterato
     """
     if not tasks:
         return
-    daft = import_library("daft")
+    daft = import_library("daft", "data")
     _choose_runner(daft, ray)
 
     def attempt(task: str) -> str:
@@ -182,7 +165,7 @@ def _map_tasks(function: Function, tasks: list[str], ray: str | None) -> Iterato
 def _choose_runner(daft: Any, address: str | None) -> None:
     """Makes Daft run on this machine, its default, or on a Ray cluster."""
     if address is not None:
-        ray = import_library("ray")
+        ray = import_library("ray", "data")
         if not ray.is_initialized():
             environment = {"env_vars": {"PYTHONPATH": str(PACK), **SILENT}}
             try:

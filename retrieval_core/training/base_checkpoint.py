@@ -7,18 +7,17 @@ inpainting variants included. diffusers' own functions convert VAE and text enco
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import RetrievalError, explain
+from ..errors import RetrievalError, explain, import_library
 from ..metrics.pretrained import LOCAL, load_model
 from ..network.unet import UNet, detect_config, load_strictly, timestep_embedding
 from ..sampling.noise_schedule import NoiseSchedule, Prediction
@@ -250,7 +249,7 @@ def _detect_schedule(
 
 
 def _load_vae(config: RunConfig, weights: dict[str, Tensor], scale: float) -> DiffusersVAE:
-    diffusers = import_library("diffusers")
+    diffusers = import_library("diffusers", "train")
     if config.vae is not None and config.vae.is_dir():
         try:
             model = diffusers.AutoencoderKL.from_pretrained(
@@ -270,7 +269,7 @@ def _load_vae(config: RunConfig, weights: dict[str, Tensor], scale: float) -> Di
         raise RetrievalError(
             f"'{config.vae or config.base}' holds no VAE; name one with the setting vae."
         )
-    convert = importlib.import_module("diffusers.loaders.single_file_utils")
+    convert = import_library("diffusers.loaders.single_file_utils", "train")
     shape = _describe_vae(weights)
     model = diffusers.AutoencoderKL(**shape)
     load_strictly(model, convert.convert_ldm_vae_checkpoint(weights, shape), "VAE")
@@ -296,7 +295,7 @@ def _load_encoders(
     config: RunConfig, name: str, texts: Sequence[dict[str, Tensor]]
 ) -> list[nn.Module]:
     """The text encoders of the folder that the settings name, or of the checkpoint's weights."""
-    import_library("transformers")
+    import_library("transformers", "train")
     kinds = ["CLIPTextModel", "CLIPTextModelWithProjection"][: len(texts)]
     folder = config.text_encoder
     if folder is not None:
@@ -321,8 +320,8 @@ def _build_encoder(kind: str, prefix: str, weights: dict[str, Tensor]) -> nn.Mod
 
     Of SD 2.x, diffusers' conversion leaves out the last layer, which its U-Net does not read.
     """
-    transformers = import_library("transformers")
-    convert = importlib.import_module("diffusers.loaders.single_file_utils")
+    transformers = import_library("transformers", "train")
+    convert = import_library("diffusers.loaders.single_file_utils", "train")
     weights = {key: weight.float() for key, weight in weights.items()}
     is_open = prefix.endswith("model.")
     if is_open:
@@ -360,7 +359,7 @@ def _load_tokenizer(config: RunConfig) -> Any:
     Raises:
         RetrievalError: there is none.
     """
-    transformers = import_library("transformers")
+    transformers = import_library("transformers", "train")
     name = config.tokenizer
     if name is None and config.text_encoder is not None:
         beside = [config.text_encoder / "tokenizer", config.text_encoder]
@@ -410,18 +409,3 @@ def _hash_file(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def import_library(name: str) -> ModuleType:
-    """Imports a package that only training needs.
-
-    Raises:
-        RetrievalError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RetrievalError(
-            f"Training needs the package {name} ({error}); install the pack's extra packages for "
-            "it, 'pip install .[train]' in its folder."
-        ) from error

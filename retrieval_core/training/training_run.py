@@ -9,7 +9,6 @@ processes do not change the weights.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.data_set import open_data_set
-from ..errors import RetrievalError
+from ..errors import RetrievalError, import_library
 from ..network.controlnet import RetrievalControlNet
-from .base_checkpoint import Base, import_library
+from .base_checkpoint import Base
 from .cpu_average import CpuAverage
 from .latent_cache import (
     LatentCache,
@@ -150,15 +149,15 @@ def make_accelerator(config: RunConfig) -> Any:
         raise RetrievalError(
             "The precision fp16 needs a GPU, and there is none; choose bf16 or float32."
         )
+    accelerate = import_library("accelerate", "train")
+    import_library("tensorboard", "train")
     for kind in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
+        if accelerate.utils.parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
             raise RetrievalError(
                 f"accelerate is configured for {kind}, which this trainer does not support; choose "
                 "plain multi-GPU in 'accelerate config', with which the processes share the "
                 "optimiser's state all the same (ZeRO, stage 1)."
             )
-    accelerate = import_library("accelerate")
-    import_library("tensorboard")
     accelerator = accelerate.Accelerator(
         cpu=not torch.cuda.is_available(),  # without it, processes on CPUs train apart
         mixed_precision="no" if config.precision == "float32" else config.precision,
@@ -258,7 +257,7 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     kind, options = torch.optim.AdamW, {"lr": config.learning_rate}
     if config.optimizer == "adamw-8bit":
-        kind = import_library("bitsandbytes").optim.AdamW8bit
+        kind = import_library("bitsandbytes", "train").optim.AdamW8bit
     elif config.optimizer == "adamw-fused":
         options["fused"] = True
     if world > 1:
@@ -306,7 +305,7 @@ def measure_step(
         ]
         named = bad
         if accelerator.num_processes > 1:
-            named = import_library("accelerate").utils.gather_object(bad)
+            named = import_library("accelerate", "train").utils.gather_object(bad)
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         raise RetrievalError(
             f"Training stopped at step {step + 1}: its {'gradient' if finite else 'loss'} is not "

@@ -275,7 +275,7 @@ def test_a_stage_is_interrupted_by_what_its_progress_raises(tmp_path, helpers_ev
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "daft", None)
-    assert "[data]" in sentence(stages.import_library, "daft")
+    assert "[data]" in sentence(stages.import_library, "daft", "data")
 
 
 def test_the_engine_does_not_report_its_use():
