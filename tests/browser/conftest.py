@@ -27,7 +27,7 @@ _HOST_ERRORS = (
 )
 _READY = """window.comfyAPI?.app?.app?.canvas?.graph &&
 LiteGraph.registered_node_types.RetrievalMap &&
-[...document.querySelectorAll("button")].some((button) => button.innerText.trim() === "Run")"""
+document.querySelector(".queue-button-group button")"""
 _FRAMES = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
 
 
