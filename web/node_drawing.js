@@ -41,12 +41,13 @@ const heightOf = (element, height) => (element.hasChildNodes() ? height : 0);
 
 // Adds an element below a node's widgets, `minHeight` pixels high unless it is empty. It has no value,
 // in workflows and in prompts. No input may have its name, by which Nodes 2.0 tells widgets apart.
-export function addDrawing(node, name, minHeight) {
+// `hideOnZoom`: it is left out where the canvas is so small that the host leaves out text.
+export function addDrawing(node, name, minHeight, hideOnZoom = false) {
   addStyle();
   const element = make("div", { className: "retrieval" });
   const widget = node.addDOMWidget(name, "retrieval_drawing", element, {
     serialize: false,
-    hideOnZoom: false,
+    hideOnZoom,
     getMinHeight: () => heightOf(element, minHeight),
   });
   widget.serialize = false;

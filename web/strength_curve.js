@@ -121,7 +121,7 @@ function drawSoon() {
 }
 
 export function addCurve(node) {
-  const element = addDrawing(node, "drawn_curve", HEIGHT);
+  const element = addDrawing(node, "drawn_curve", HEIGHT, true);
   const entry = [node, element];
   drawn.add(entry);
   for (const widget of node.widgets) on(widget, "callback", drawSoon);
