@@ -7,7 +7,7 @@ const STYLE = `
   font: 11px/1.3 sans-serif; color: var(--input-text, #ddd);
   display: flex; flex-direction: column; gap: 4px; }
 .retrieval:empty { display: none; }
-.retrieval .tiles { display: grid; gap: 6px; flex: 1 1 0; min-height: 92px; overflow: auto;
+.retrieval .tiles { display: grid; gap: 6px; flex: 1 1 0; min-height: 92px; overflow: hidden;
   grid-template-columns: repeat(auto-fill, minmax(58px, 1fr)); align-content: start; }
 .retrieval figure { margin: 0; min-width: 0; border: 2px solid transparent; border-radius: 4px; }
 .retrieval figure img, .retrieval .gone { display: block; width: 100%; aspect-ratio: 1;
@@ -19,7 +19,9 @@ const STYLE = `
 .retrieval .warning { color: var(--error-text, #ff8a8a); flex: none; }
 .retrieval svg { display: block; width: 100%; flex: 1 1 0; min-height: 0; border-radius: 4px;
   background: var(--comfy-input-bg, #222); }
-.retrieval .pictures { display: grid; gap: 6px; flex: 2 1 0; min-height: 0; overflow: auto; }
+.retrieval .pictures { display: grid; gap: 6px; flex: 2 1 0; min-height: 0; overflow: hidden; }
+/* What scrolls is drawn on a layer of its own, in every frame that the canvas moves. */
+.retrieval .tiles:hover, .retrieval .pictures:hover { overflow: auto; }
 .retrieval .picture { position: relative; min-height: 0; }
 .retrieval .picture img, .retrieval .picture canvas { position: absolute; inset: 0; width: 100%;
   height: 100%; object-fit: contain; }

@@ -118,8 +118,8 @@ def main() -> None:
         for vue in (False, True):
             measure(page, server, picture, False, vue)  # fills the browser's cache
             kinds: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-            for _ in range(repeats):
-                for blocked in (False, True):
+            for number in range(repeats):
+                for blocked in ((False, True), (True, False))[number % 2]:
                     kinds[blocked].append(measure(page, server, picture, blocked, vue))
             print(f"ComfyUI {version}, {'Nodes 2.0' if vue else 'classic canvas'}, medians in ms:")
             for name, what in (
