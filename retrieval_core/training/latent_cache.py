@@ -234,11 +234,13 @@ def describe_targets(cache: LatentCache) -> str:
     left_out = trained & ~targets
     characters = np.array(index["character"].to_pylist())
     without = set(characters[left_out]) - set(characters[targets])
+    told = f"Training on {targets.sum()} pictures of {len(set(characters[targets]))} characters"
+    if not left_out.any():
+        return f"{told}."
     among = f", among them all of {len(without)} characters" if without else ""
     return (
-        f"Training on {targets.sum()} pictures of {len(set(characters[targets]))} characters; "
-        f"{left_out.sum()} pictures are left out{among}, because no other picture shows their "
-        "character in the same outfit by the same artist."
+        f"{told}; {left_out.sum()} pictures are left out{among}, because no other picture shows "
+        "their character in the same outfit by the same artist."
     )
 
 
