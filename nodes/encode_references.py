@@ -9,13 +9,14 @@ from comfy_api.latest import io
 from .socket_types import (
     ADVANCED,
     CATEGORY,
+    CONCEPTS,
     ReferencesType,
     RetrievalControlNetType,
     make_factor_input,
     make_schema,
 )
 
-CONCEPTS, TAGS = ("figure", "face", "clothes"), "tags"
+TAGS = "tags"
 SUBJECT, BACKGROUND = "subject", "background"
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .socket_types import DEMO_CATEGORY, make_schema
+from .socket_types import CONCEPTS, DEMO_CATEGORY, make_schema
 
-CONCEPTS = ("figure", "face", "clothes")
 MOST_PICTURES = 16
 
 

@@ -7,9 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import dataset_folder
+from .host.dataset_folder import CONNECTED
 from .socket_types import CATEGORY, RetrievalDatasetType, make_schema
-
-CONNECTED = "connected dataset"
 
 
 class RetrievalPreviewDataset(io.ComfyNode):
@@ -26,13 +25,7 @@ class RetrievalPreviewDataset(io.ComfyNode):
             search_aliases=["training data", "contact sheet"],
             is_output_node=True,
             inputs=[
-                io.Combo.Input(
-                    "name",
-                    options=[CONNECTED, *dataset_folder.list_data_sets()],
-                    default=CONNECTED,
-                    tooltip=f"A data set in the folder {dataset_folder.DATASETS}, or the one that "
-                    "is connected.",
-                ),
+                dataset_folder.make_choice("name"),
                 io.Int.Input(
                     "page",
                     default=0,
@@ -58,13 +51,13 @@ class RetrievalPreviewDataset(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, name: str = CONNECTED, **_: Any) -> str:
         """Changes when the data set does, so that one that was replaced is read again."""
-        return "" if name == CONNECTED else dataset_folder.describe_data_set(name)
+        return dataset_folder.describe_choice(name)
 
     @classmethod
     def execute(cls, name: str, page: int, dataset: Any = None) -> io.NodeOutput:
         from ..retrieval_core.data.data_set import count_stats
 
-        data_set = dataset_folder.choose(None if name == CONNECTED else name, dataset)
+        data_set = dataset_folder.choose(name, dataset)
         report = dataset_folder.write_figures(data_set.folder.name, count_stats(data_set))
         sheet = dataset_folder.draw_sheet(data_set, page)
         return io.NodeOutput(sheet, report, ui=dataset_folder.give_sheet(sheet, report, cls))

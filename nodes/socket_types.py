@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 CATEGORY, DEMO_CATEGORY = "retrieval", "retrieval/demo"
+CONCEPTS = ("figure", "face", "clothes")
 
 RetrievalControlNetType = io.Custom("RETRIEVAL_CONTROLNET")
 ReferencesType = io.Custom("RETRIEVAL_REFERENCES")

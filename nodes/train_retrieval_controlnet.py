@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .host import dataset_folder, folders
+from .host.dataset_folder import CONNECTED
 from .socket_types import (
     ADVANCED,
     CATEGORY,
@@ -15,7 +16,6 @@ from .socket_types import (
     make_schema,
 )
 
-CONNECTED = "connected dataset"
 # What is trained besides the retrieval layers -> `RunConfig.lock` (§5.4).
 TRAINED = {
     "encoder and decoder": "train_both",
@@ -46,13 +46,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", tooltip="The base model's VAE."),
                 io.Clip.Input("clip", tooltip="The base model's text encoder."),
-                io.Combo.Input(
-                    "dataset_name",
-                    options=[CONNECTED, *dataset_folder.list_data_sets()],
-                    default=CONNECTED,
-                    tooltip=f"A data set in the folder {dataset_folder.DATASETS}, or the one that "
-                    "is connected.",
-                ),
+                dataset_folder.make_choice("dataset_name"),
                 io.String.Input(
                     "name",
                     default="my_network",
@@ -206,9 +200,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, dataset_name: str = CONNECTED, **_: Any) -> str:
         """Changes when the data set does, so that the network is trained again."""
-        if dataset_name == CONNECTED:
-            return ""
-        return dataset_folder.describe_data_set(dataset_name)
+        return dataset_folder.describe_choice(dataset_name)
 
     @classmethod
     def execute(
@@ -233,9 +225,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.network_training import train_network
 
-        data_set = dataset_folder.choose(
-            None if dataset_name == CONNECTED else dataset_name, dataset
-        )
+        data_set = dataset_folder.choose(dataset_name, dataset)
         made = train_network(
             model,
             vae,

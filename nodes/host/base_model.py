@@ -59,6 +59,19 @@ def detect_base(model: Any) -> Base:
     )
 
 
+def check_given(vae: Any, clip: Any) -> None:
+    """RetrievalError if a checkpoint's loader gave no VAE or no text encoder."""
+    if clip is None:
+        raise RetrievalError(
+            "The CLIP input is empty, so the checkpoint holds no text encoder; load one with a "
+            "CLIP loader."
+        )
+    if vae is None:
+        raise RetrievalError(
+            "The VAE input is empty, so the checkpoint holds no VAE; load one with a VAE loader."
+        )
+
+
 def check_fit(base: Base, config: UNetConfig, name: str, file: str) -> None:
     """Refuses, in one sentence, a network made for another U-Net than the model's."""
     if name != base.name:

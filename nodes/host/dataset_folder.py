@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ...retrieval_core.data.annotating import Annotator, Picture
 
 DATASETS = "datasets"
+CONNECTED = "connected dataset"  # the choice of the data set that is connected
 MARK = "dataset.json"
 CACHE = ".cache"  # in the folder of data sets: what models said of pictures, and unfinished builds
 PACKAGES = ("pyarrow", "daft", "imagehash", "sklearn", "orjson")
@@ -114,10 +115,22 @@ def describe_source(name: str) -> str:
         return ""
 
 
-def describe_data_set(name: str) -> str:
-    """Changes when a data set is replaced; the host then looks at it again."""
+def make_choice(name: str) -> io.Combo.Input:
+    """The input of that name that chooses a data set, or the connected one; for `choose`."""
+    return io.Combo.Input(
+        name,
+        options=[CONNECTED, *list_data_sets()],
+        default=CONNECTED,
+        tooltip=f"A data set in the folder {DATASETS}, or the one that is connected.",
+    )
+
+
+def describe_choice(name: str) -> str:
+    """Changes when the chosen data set is replaced; the host then looks at it again."""
     from ...retrieval_core.data.data_set import read_info
 
+    if name == CONNECTED:
+        return ""
     try:
         return read_info(find_data_set(name))["fingerprint"]
     except RetrievalError:  # told when the node runs
@@ -189,20 +202,18 @@ def build(
     return open_data_set(folder), figures
 
 
-def choose(name: str | None, connected: DataSet | None) -> DataSet:
-    """The data set of a name of `list_data_sets`, or without one the connected data set.
+def choose(name: str, connected: DataSet | None) -> DataSet:
+    """The data set of a name of `list_data_sets`, or for `CONNECTED` the connected one.
 
     Raises:
         RetrievalError: nothing is connected, or see `open_data_set`.
     """
     from ...retrieval_core.data import open_data_set
 
-    if name is not None:
+    if name != CONNECTED:
         return open_data_set(find_data_set(name))
     if connected is None:
-        raise RetrievalError(
-            "There is no data set to show; connect one, or choose the name of one."
-        )
+        raise RetrievalError("No data set is connected; connect one, or choose the name of one.")
     return connected
 
 

@@ -18,7 +18,7 @@ from ...retrieval_core.bank.token_budget import Budget
 from ...retrieval_core.bank.tokens import EncodedReference, check_weight, join_references
 from ...retrieval_core.data.prepare import PreparedReference, digest_reference, prepare
 from ...retrieval_core.errors import RetrievalError
-from .base_model import NATIVE_SIZE, identify_model
+from .base_model import NATIVE_SIZE, check_given, identify_model
 from .loading import make_progress
 from .reference_network import ReferenceNetwork
 
@@ -201,20 +201,12 @@ def _encode_inputs(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Context [1, L, D] and pooled output of the concept, clean latents [R, C, h, w]."""
     width, channels = network.config.context_dim, network.latent_format.latent_channels
-    if clip is None:
-        raise RetrievalError(
-            "The CLIP input is empty, so the checkpoint holds no text encoder; load one with a "
-            "CLIP loader."
-        )
+    check_given(vae, clip)
     context, pooled = clip.encode_from_tokens(clip.tokenize(concept), return_pooled=True)
     if context.shape[-1] != width:
         raise RetrievalError(
             f"The CLIP given makes text of width {context.shape[-1]} and '{network.name}' "
             f"(base '{network.base}') reads {width}; connect the CLIP of the base model."
-        )
-    if vae is None:
-        raise RetrievalError(
-            "The VAE input is empty, so the checkpoint holds no VAE; load one with a VAE loader."
         )
     pixels = torch.stack([reference.image.movedim(0, -1) for reference in prepared])
     latents = network.latent_format.process_in(vae.encode(pixels))

@@ -16,7 +16,7 @@ from ...retrieval_core.network.fingerprint import fingerprint_weights
 from ...retrieval_core.network.unet import UNet, load_strictly
 from ...retrieval_core.sampling.noise_schedule import NoiseSchedule
 from ...retrieval_core.training.base_checkpoint import Base
-from .base_model import detect_base, fingerprint_base, list_own_weights
+from .base_model import check_given, detect_base, fingerprint_base, list_own_weights
 from .conditioning import make_vector_conditioning
 
 _TOKENS = 77  # of a prompt, begin and end included, as the command trains
@@ -88,12 +88,7 @@ def make_base(model: Any, vae: Any, clip: Any) -> Base:
             schedule than Stable Diffusion's, or a VAE or CLIP of another base.
     """
     found = detect_base(model)
-    for part, name in ((vae, "VAE"), (clip, "CLIP")):
-        if part is None:
-            raise RetrievalError(
-                f"The {name} input is empty, so the checkpoint holds none; load one with a {name} "
-                "loader."
-            )
+    check_given(vae, clip)
     for patcher, name in ((model, "MODEL"), (clip.patcher, "CLIP")):
         if patches := getattr(patcher, "patches", None):
             raise RetrievalError(

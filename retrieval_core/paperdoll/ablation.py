@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..data.data_set import open_data_set
-from ..errors import RetrievalError
+from ..errors import run_command
 from ..files import read_safetensors, save_safetensors, write_text
 from ..network.controlnet import load
 from ..network.unet import load_strictly
@@ -302,15 +302,15 @@ def describe_rows(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Returns the exit code: 130 if interrupted."""
-    try:
+
+    def work() -> int:
         rows = run_rows(read_config(given))
-    except RetrievalError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if rows is None:
-        return 130
-    print("\n".join([*describe_rows(rows), "", *compare_orders(rows)]))
-    return 0
+        if rows is None:
+            return 130
+        print("\n".join([*describe_rows(rows), "", *compare_orders(rows)]))
+        return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RetrievalError
+from ..errors import run_command
 from ..training.base_checkpoint import Base
 from ..training.run_config import read_config
 from ..training.training_run import train
@@ -79,12 +79,12 @@ def make_base(path: Path) -> Base:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Returns the exit code: 130 of an interrupted run."""
-    try:
+
+    def work() -> int:
         config = read_config(given)
         return 130 if train(config, make_base(config.base)) is None else 0
-    except RetrievalError as error:
-        print(error, file=sys.stderr)
-        return 2
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

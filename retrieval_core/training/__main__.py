@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..errors import RetrievalError
+from ..errors import run_command
 from .base_checkpoint import load_base
 from .run_config import read_config
 from .training_run import train
@@ -17,12 +17,12 @@ from .training_run import train
 
 def main(given: Sequence[str] | None = None) -> int:
     """Returns the exit code: 130 of an interrupted run."""
-    try:
+
+    def work() -> int:
         config = read_config(given)
         return 130 if train(config, load_base(config)) is None else 0
-    except RetrievalError as error:
-        print(error, file=sys.stderr)
-        return 2
+
+    return run_command(work)
 
 
 if __name__ == "__main__":
