@@ -24,6 +24,7 @@ class RetrievalExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .apply_reference_retrieval import RetrievalApplyReferences
         from .build_retrieval_dataset import RetrievalBuildDataset
+        from .consistent_pictures import RetrievalConsistentPictures
         from .encode_references import RetrievalEncodeReferences
         from .image_similarity import RetrievalImageSimilarity
         from .load_paperdoll_demo import RetrievalPaperdollModel
@@ -45,6 +46,7 @@ class RetrievalExtension(ComfyExtension):
             RetrievalEncodeReferences,
             RetrievalApplyReferences,
             RetrievalControls,
+            RetrievalConsistentPictures,
             RetrievalSaveReferences,
             RetrievalLoadReferences,
             RetrievalRecordMap,
