@@ -165,7 +165,7 @@ def test_smaller_patches_lose_less_and_hide_as_well_under_noise(vae):
     errors = [(one.decode(one.encode(images)) - images).square().mean() for one in (small, vae)]
     assert errors[0] < errors[1]
     means = F.avg_pool2d(latents, 2)[:, 0]  # of 4 noises of deviation 1, with deviation 1 / 2
-    assert means.std() / 0.5 == pytest.approx(float(vae.encode(images)[:, 0].std()), rel=0.05)
+    assert means.std() / 0.5 == pytest.approx(float(vae.encode(images)[:, 0].std()), rel=0.1)
 
 
 def test_fitting_is_deterministic():
