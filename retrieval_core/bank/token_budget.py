@@ -79,7 +79,8 @@ def limit_tokens(
         measure: from features [G, N, F] and their basis [D, F] (`project_tokens`, P = 1) to the
             importance [G, N] of all tokens; None: importance is the tokens' weight.
     """
-    with torch.no_grad():
+    # Distances need float32 where training computes in half precision; CUDA has no QR in it either.
+    with torch.no_grad(), torch.autocast(site.tokens.device.type, enabled=False):
         features, bases = project_tokens(site)
         importance = weights = site.weights
         if measure is not None:
