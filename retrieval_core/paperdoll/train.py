@@ -47,6 +47,7 @@ from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
 from .draw import PARTS
 from .judge import Judge, index_truth
 from .model import CONFIG, SECOND_CONFIG, SECOND_PATCH, PaperdollModel, load_base
+from .text import LENGTH
 from .vae import PATCH, PatchVAE
 
 STAGES = ("base", "critic", "retrieval", "pairs", "judge")
