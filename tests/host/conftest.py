@@ -42,7 +42,6 @@ def _start_host() -> None:
 
     args.cpu = not ON_GPU
     if ON_GPU:
-        sys.path.insert(0, str(PACK))
         from tests.helpers.dynamic_vram import enable_dynamic_vram
 
         enable_dynamic_vram()
