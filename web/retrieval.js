@@ -84,7 +84,9 @@ function listFiles(definition) {
 
 function showFiles(node) {
   const file = node.widgets.find((widget) => widget.name === "network.file");
-  if (file && files) file.options.values = files;
+  if (!file || !files) return;
+  file.options.values = files;
+  file.value ??= files[0]; // the old list was empty
 }
 
 function keepFiles(node) {

@@ -173,15 +173,16 @@ def test_a_file_that_is_new_in_the_folder_is_listed_when_the_lists_are_reloaded(
     new = f"new in {any_page.host}.safetensors"
     any_page.run(f"app.graph.add(LiteGraph.createNode('{LOADER}')), 1")
     set_value(any_page, LOADER, "network", "file")
-    listed = f"{find(LOADER)}.widgets.find((one) => one.name === 'network.file').options.values"
-    assert new not in any_page.run(listed)
+    file = f"{find(LOADER)}.widgets.find((one) => one.name === 'network.file')"
+    assert any_page.run(f"{file}.options.values") == []
     folder.mkdir(exist_ok=True)
     (folder / new).touch()
     any_page.run("app.refreshComboInNodes().then(() => 1)")
-    assert new in any_page.run(listed)
+    assert any_page.run(f"[{file}.value, ...{file}.options.values]") == [new, new]
     for choice in ("Hugging Face hub", "file"):
         set_value(any_page, LOADER, "network", choice)
-    assert new in any_page.run(listed)
+    assert any_page.run(f"[{file}.value, ...{file}.options.values]") == [new, new]
+    (folder / new).unlink()
 
 
 def test_the_curve_is_the_samplers(page):
