@@ -79,7 +79,7 @@ def fill(page, picture: dict) -> None:
 
 
 def read_busy(page) -> float:
-    """Milliseconds of the page's main thread so far: scripts, styles, layout, painting."""
+    """CPU milliseconds of the page's main thread so far: scripts, styles, layout, painting."""
     metrics = page.call("Performance.getMetrics")["metrics"]
     return 1000 * next(m["value"] for m in metrics if m["name"] == "TaskDuration")
 
@@ -136,7 +136,7 @@ def main() -> None:
         Image.new("RGB", (128, 128), "teal").save(Path(folder, "server", "temp", "tile.png"))
         picture = {"filename": "tile.png", "subfolder": "", "type": "temp"}
         version = server.json("/system_stats")["system"]["comfyui_version"]
-        page.call("Performance.enable")
+        page.call("Performance.enable", timeDomain="threadTicks")
         page.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
         for vue in (False, True):
             load(page, server, False, vue)  # fills the browser's cache
