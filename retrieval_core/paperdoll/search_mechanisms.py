@@ -42,6 +42,7 @@ class References:
     cached: dict[tuple[int, int, str], tuple[Recorded, dict[str, Tensor]]] = field(
         default_factory=dict
     )
+    with_skips: bool = False
 
     @classmethod
     def encode(cls, base: PaperdollModel, cases: Sequence[Case], count: int) -> References:
@@ -61,6 +62,13 @@ class References:
             self.cached[key] = self._record(*key)
         return self.cached[key]
 
+    def read_all(self, keys: set[tuple[int, int, str]], skips: bool) -> None:
+        """Reads all of `keys`, with skip features if asked, and frees what else is cached."""
+        kept = keys if skips == self.with_skips else set()
+        self.cached, self.with_skips = {k: v for k, v in self.cached.items() if k in kept}, skips
+        for key in keys:
+            self.read(*key)
+
     def _record(self, level: int, seed: int, text: str) -> tuple[Recorded, dict[str, Tensor]]:
         latents = self.latents.flatten(0, 1)
         noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed))
@@ -73,7 +81,8 @@ class References:
             return layer.attend(q, k, v, heads)
 
         def keep(site: str, h: Tensor) -> Tensor:
-            skips[site] = h
+            if self.with_skips:
+                skips[site] = h
             return h
 
         context = self.base.text.encode([text] * len(latents))
@@ -112,7 +121,13 @@ class Drawing:
         self.layers = choose_layers(config, self.setting.layers)
         finest = min(layer.downsampling for layer in layers.values())
         outputs = [n for n, v in layers.items() if n[0] == "o" and v.downsampling == finest]
-        chosen = {"first": outputs[0], "last": outputs[-1], "input": next(iter(layers))}
+        coarse = next(n for n in layers if n[0] == "o")
+        chosen = {
+            "first": outputs[0],
+            "coarse": coarse,
+            "last": outputs[-1],
+            "input": next(iter(layers)),
+        }
         self.pull_layer = chosen.get(self.setting.pull_layer, self.setting.pull_layer)
         self.fine = {n for n, v in layers.items() if v.downsampling == finest}
 
@@ -151,19 +166,21 @@ class Drawing:
         if pushes:
             prediction = prediction + one.push * (found[0] - found[2])
         self.step += 1
-        x0 = schedule.denoised(prediction, x, sigma.expand(len(x)).to(x))
-        return self.pull(x0)
+        sigma = sigma.expand(len(x))
+        positive, negative = (schedule.denoised(row, x, sigma) for row in found[:2])
+        return self.pull(schedule.denoised(prediction, x, sigma), positive - negative)
 
     def read_ahead(self, steps: int) -> None:
         """Reads the references at all levels that sampling will need."""
-        one = self.setting
+        one, keys = self.setting, set()
         for timestep in self.base.schedule.timesteps(steps).tolist():
             wanted = [one.levels] * (one.strength > 0 or one.inject > 0)
             wanted += [one.value_levels] * (one.value_levels is not None)
-            wanted += [one.pull_levels] * (one.pull > 0 or one.inject > 0)
+            uses_match = one.pull > 0 or one.inject > 0 or one.detail > 0 or one.gated == "figure"
+            wanted += [one.pull_levels] * uses_match
             for level in {find_level(levels, timestep) for levels in wanted}:
-                for seed in range(one.seeds):
-                    self.references.read(level, seed, one.text)
+                keys |= {(level, seed, one.text) for seed in range(one.seeds)}
+        self.references.read_all(keys, one.inject > 0)
 
     # Attention
 
@@ -250,7 +267,9 @@ class Drawing:
             joint = torch.cat([own, seen], -1).softmax(-1) @ torch.cat([v_, bank_v_], 2)
         else:
             gate = one.blend
-            if one.gated:
+            if one.gated == "figure":
+                gate = one.blend * self.find_gate(size).repeat(times, 1)[:, None, :, None]
+            elif one.gated:
                 mass = torch.cat([own, seen], -1).softmax(-1)[..., own.shape[-1] :].sum(-1)
                 gate = one.blend * mass[..., None]
             within = own.softmax(-1) @ v_
@@ -260,12 +279,25 @@ class Drawing:
 
     # Correspondence
 
+    def find_gate(self, size: Sequence[int]) -> Tensor:
+        """The gate [B, N] at a layer's size; 0 before the step's match."""
+        if self.matched is None:
+            return self.cond.new_zeros(len(self.cond), size[0] * size[1])
+        gate = self.matched[1]
+        edge = int(gate.shape[1] ** 0.5)
+        return F.adaptive_avg_pool2d(gate.unflatten(1, (edge, edge)), tuple(size)).flatten(1)
+
     @property
     def pulls(self) -> bool:
+        """Whether this step needs the correspondence."""
         one = self.setting
-        wants = one.pull > 0 and one.pull_start <= self.progress <= one.pull_end
-        injects = one.inject > 0 and one.inject_start <= self.progress <= one.inject_end
-        return wants or injects
+        spans = (
+            (one.pull, one.pull_start, one.pull_end),
+            (one.detail, one.detail_start, one.detail_end),
+            (one.inject, one.inject_start, one.inject_end),
+            (one.gated == "figure", 0.0, 1.0),
+        )
+        return any(weight > 0 and s <= self.progress <= e for weight, s, e in spans)
 
     def match(
         self, name: str, size: Any, q: Tensor, k: Tensor, v: Tensor, heads: int
@@ -307,12 +339,17 @@ class Drawing:
             gate = (4 * (gate - 0.25)).clamp(0, 1)
         return weights, gate
 
-    def pull(self, x0: Tensor) -> Tensor:
-        """Moves x0 [B, C, H, W] towards the references' latents at matching places."""
+    def pull(self, x0: Tensor, text: Tensor) -> Tensor:
+        """Moves x0 [B, C, H, W] towards the references' latents at matching places.
+
+        Args:
+            text: what the text changes, x0 of the prompt less x0 of the negative prompt.
+        """
         one = self.setting
-        if self.matched is None or one.pull <= 0:
-            return x0
-        if not one.pull_start <= self.progress <= one.pull_end:
+        means = one.pull * (one.pull_start <= self.progress <= one.pull_end)
+        means *= 1 - one.pull_fade * self.progress / one.pull_end
+        detail = one.detail * (one.detail_start <= self.progress <= one.detail_end)
+        if self.matched is None or not (means or detail):
             return x0
         weights, gate = self.matched
         edge = int(gate.shape[1] ** 0.5)
@@ -323,12 +360,18 @@ class Drawing:
         )
         found = (weights @ theirs).unflatten(-1, (blocks.shape[2], f * f))
         shift = found - blocks
-        if one.pull_mode == "mean":
-            shift = shift.mean(-1, keepdim=True).expand_as(blocks)
-        elif one.pull_mode == "statistics":
-            shift = self.match_parts(blocks, theirs, weights, gate)
-        moved = blocks + one.pull * gate[..., None, None] * shift
-        return rearrange(moved, "b (h w) c (f g) -> b c (h f) (w g)", h=edge, f=f)
+        if one.pull_mode == "alike":
+            coarse = self.match_parts(blocks, theirs, weights, gate)
+        else:
+            coarse = shift.mean(-1, keepdim=True)
+        moved = means * coarse + detail * (shift - shift.mean(-1, keepdim=True))
+        if one.pull_yield:
+            text = rearrange(text, "b c (h f) (w g) -> b (h w) c (f g)", f=f, g=f)
+            along = (moved * text).sum((2, 3), keepdim=True)
+            along = along / text.square().sum((2, 3), keepdim=True).clamp_min(1e-8)
+            moved = moved - one.pull_yield * along.clamp_max(0) * text
+        blocks = blocks + gate[..., None, None] * moved
+        return rearrange(blocks, "b (h w) c (f g) -> b c (h f) (w g)", h=edge, f=f)
 
     def match_parts(self, blocks: Tensor, theirs: Tensor, weights: Tensor, gate: Tensor) -> Tensor:
         """Shift of each place by the difference of soft means over places that look alike."""
@@ -337,7 +380,7 @@ class Drawing:
         own = torch.einsum("bnm,bmcf->bncf", alike, blocks).mean(-1, keepdim=True)
         found = (weights @ theirs).unflatten(-1, blocks.shape[2:])
         found = torch.einsum("bnm,bmcf->bncf", alike, found).mean(-1, keepdim=True)
-        return (found - own).expand_as(blocks)
+        return found - own
 
     def inject(self, site: str, h: Tensor) -> Tensor:
         """Moves skip features towards the references' at matching places (the last step's match

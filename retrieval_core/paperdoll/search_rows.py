@@ -27,7 +27,8 @@ class Setting:
         top_k: bank's tokens that a place may see, 0 for all.
         own: also see own tokens; False replaces them.
         blend: out = own + blend * (bank's attention - own) instead of one softmax; `gated` by the
-            mass that the joint softmax gives to the bank.
+            "mass" that the joint softmax gives to the bank, or by the gate of the pull ("figure",
+            at layers from the pull's on).
         boost: out = plain + boost * (out - plain).
         match: what decides which of the bank's tokens are seen: attention's logits, or
             similarity of descriptors made of the letters q, k and v.
@@ -42,8 +43,12 @@ class Setting:
             references alone.
         negative_text: part of the prompt in the negative row's text.
         pull..: moves x0 towards the references' latents at places matched at `pull_layer` (first
-            or last of the decoder's finest attention). pull_mode: means of tokens, all of it, or
-            statistics of places that look alike. pull_gate: mass, sharp or none.
+            or last of the decoder's finest attention, or the decoder's first: coarse). pull moves
+            the mean of a token's latents, detail (from detail_start to detail_end) the rest;
+            pull_mode: means of tokens, or of places that look alike. pull_fade: 1 lets it fall
+            linearly to 0 at its end.
+            pull_yield: part of the shift against the text's direction that is dropped.
+            pull_gate: mass (the part of a place's match that is inside the masks), sharp or none.
         inject..: the same on skip features.
     """
 
@@ -58,7 +63,7 @@ class Setting:
     top_k: int = 0
     own: bool = True
     blend: float | None = None
-    gated: bool = False
+    gated: str = ""
     boost: float = 1.0
     match: str = "attention"
     adain_qk: bool = False
@@ -75,15 +80,20 @@ class Setting:
     alternate: int = 0
     negative_text: float = 0.0
     pull: float = 0.0
-    pull_layer: str = "last"
+    pull_layer: str = "first"
     pull_levels: Levels = (500,)
-    pull_match: str = "attention"
-    pull_sharpen: float = 1.0
+    pull_match: str = "q"
+    pull_sharpen: float = 3.0
     pull_top: int = 0
     pull_mode: str = "mean"
     pull_gate: str = "mass"
     pull_start: float = 0.0
     pull_end: float = 1.0
+    pull_fade: float = 0.0
+    pull_yield: float = 0.0
+    detail: float = 0.0
+    detail_start: float = 0.0
+    detail_end: float = 1.0
     inject: float = 0.0
     inject_sites: str = ""
     inject_start: float = 0.0
@@ -91,7 +101,7 @@ class Setting:
 
     @property
     def acts(self) -> bool:
-        return self.strength > 0 or self.pull > 0 or self.inject > 0
+        return self.strength > 0 or self.pull > 0 or self.detail > 0 or self.inject > 0
 
     def window(self, fine: bool) -> tuple[float, float]:
         """The part of sampling in which a layer sees the bank."""
@@ -104,6 +114,7 @@ class Setting:
 
 
 OFF = Setting(strength=0.0)
+PULL = Setting(strength=0.0, pull=1.0, pull_end=0.85)
 
 
 def find_level(levels: Levels, timestep: int) -> int:
@@ -112,69 +123,71 @@ def find_level(levels: Levels, timestep: int) -> int:
 
 
 def list_rows() -> dict[str, Setting]:
-    """Row's name -> setting; a name is group/value."""
+    """Row's name -> setting; a name is group/fields. What matters most comes first."""
     rows: dict[str, Setting] = {}
 
-    def add(group: str, base: Setting | None = None, **values: Any) -> None:
-        """One row for each of a field's values, or one of the group's name."""
-        for field_, choices in values.items():
+    def add(group: str, base: Setting, **values: Sequence[Any]) -> None:
+        """One row for each of a field's values."""
+        for name, choices in values.items():
             for value in choices:
-                rows[f"{group}/{field_} {value}"] = replace(base or Setting(), **{field_: value})
+                rows[f"{group}/{name} {value}"] = replace(base, **{name: value})
 
-    add("strength", strength=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0))
-    add("layers", layers=("decoder", "middle", "encoder", "middle and decoder"))
-    add("layers at 4", Setting(strength=4.0), layers=("decoder", "middle and decoder"))
-    levels = ((0,), (50,), (100,), (200,), (300,), (700,), (900,), (100, 300, 500, 700, 900), ())
-    add("levels", levels=levels)
-    add("levels at 4", Setting(strength=4.0), levels=levels)
-    add("value levels", value_levels=((50,), (200,), ()))
-    add("own level keys", Setting(levels=()), value_levels=((50,), (200,), (500,)))
-    add("seeds", seeds=(2, 4))
-    add("text", text=("",))
-    add("cover", cover=(0.25, 0.5, 0.75))
-    add("sharpen", sharpen=(0.5, 1.5, 2.0, 3.0, 5.0))
-    add("sharpen at 4", Setting(strength=4.0), sharpen=(1.5, 2.0, 3.0, 5.0))
-    add("top", top_k=(1, 2, 4, 8))
-    add("top at 4", Setting(strength=4.0), top_k=(1, 2, 4, 8))
-    add("blend", blend=(0.1, 0.2, 0.3, 0.5, 0.7, 1.0))
-    add("gated blend", Setting(gated=True), blend=(0.5, 1.0, 1.5, 2.0, 3.0))
-    add("boost", boost=(1.5, 2.0, 3.0, 4.0))
-    add("match", match=("q", "k", "v", "qk", "kv", "qkv"))
-    add("match sharp", Setting(sharpen=3.0), match=("q", "k", "v", "qk", "kv", "qkv"))
-    add("AdaIN", adain_qk=(True,), adain_v=(True,))
-    add("centred", centred=(True,))
-    add("shape early", fine_end=(0.0, 0.3, 0.6), end=(0.3, 0.6))
-    add("detail late", fine_start=(0.2, 0.4, 0.6), start=(0.3, 0.6, 1.0))
-    add("until", **{"end": ()})
-    for end in (0.3, 0.5, 0.7, 0.9):
-        rows[f"schedule/until {end}"] = Setting(end=end, fine_end=end)
-        rows[f"schedule/until {end} at 4"] = Setting(end=end, fine_end=end, strength=4.0)
-        rows[f"schedule/from {end}"] = Setting(start=end, fine_start=end)
-        rows[f"schedule/from {end} at 4"] = Setting(start=end, fine_start=end, strength=4.0)
-    add("guidance", guidance=("both",))
-    add("guidance at 4", Setting(strength=4.0), guidance=("both",))
-    add("push", push=(0.5, 1.0, 2.0, 3.0, 4.0))
-    add("push early", Setting(push=2.0), push_end=(0.2, 0.4, 0.6))
-    add("push seldom", Setting(push=4.0), push_every=(2, 4, 8))
-    add("alternate", alternate=(2, 3, 4))
-    add("negative text", negative_text=(0.25, 0.5, 0.75))
+    plain, strong = Setting(), Setting(strength=4.0)
+    rows["attention/1"], rows["attention/4"] = plain, strong
     for name, setting in list_literature().items():
         rows[f"literature/{name}"] = setting
-    alone = Setting(strength=0.0)
-    for base, name in ((alone, "pull alone"), (Setting(), "pull")):
-        add(name, base, pull=(0.1, 0.2, 0.4, 0.7, 1.0))
-        for match in ("attention", "q", "k", "v", "qk", "qkv"):
-            for layer in ("first", "last"):
-                for sharpen in (1.0, 3.0):
-                    rows[f"{name} by {match}, {layer}, {sharpen:g}"] = replace(
-                        base, pull=0.3, pull_match=match, pull_layer=layer, pull_sharpen=sharpen
-                    )
-        add(f"{name} 0.3", replace(base, pull=0.3), pull_mode=("all", "statistics"))
-        add(f"{name} 0.3", replace(base, pull=0.3), pull_gate=("none", "sharp"))
-        add(f"{name} 0.3", replace(base, pull=0.3), pull_start=(0.2, 0.4, 0.6))
-        add(f"{name} 0.3", replace(base, pull=0.3), pull_end=(0.3, 0.5, 0.7))
-        add(f"{name} 0.3", replace(base, pull=0.3), pull_levels=((50,), (200,), (300,), ()))
-        add(f"{name} 0.3", replace(base, pull=0.3), pull_top=(1, 4))
+    alone, joint = PULL, replace(PULL, strength=1.0)
+    for group, base in (("pull", alone), ("pull and attention", joint)):
+        rows[group] = base
+        add(group, base, pull=(0.3, 0.5, 0.7, 0.85, 1.25), pull_end=(0.4, 0.6, 0.7, 0.8, 0.9, 1.0))
+        add(group, base, detail=(0.15, 0.3, 0.5, 0.75, 1.0))
+        add(f"{group}, half", replace(base, pull=0.5), pull_end=(0.6, 0.7, 0.8, 0.9, 1.0))
+    add("pull", alone, pull_match=("attention", "k", "v", "qk", "kv", "qkv"))
+    add("pull", alone, pull_layer=("last", "coarse", "input"))
+    add("pull, last", replace(alone, pull_layer="last"), pull_match=("k", "qk"))
+    add("pull", alone, pull_sharpen=(0.5, 1.0, 2.0, 4.0, 6.0, 10.0), pull_top=(1, 4, 16))
+    add("pull", alone, pull_levels=((50,), (100,), (200,), (300,), (700,), (900,), (100, 500), ()))
+    add("pull", alone, pull_start=(0.1, 0.2, 0.3, 0.5), pull_fade=(0.5, 1.0), pull_yield=(0.5, 1.0))
+    add("pull", alone, pull_gate=("none", "sharp"), pull_mode=("alike",), cover=(0.25, 0.5, 0.75))
+    add("pull", alone, text=("",))
+    early = replace(alone, detail=1.0)
+    add("detail until", early, detail_end=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
+    add("detail 0.5 from 0.2", replace(alone, detail=0.5, detail_start=0.2), detail_end=(0.5, 0.7))
+    add("detail yields", replace(early, detail_end=0.4), pull_yield=(0.5, 1.0))
+    add("pull and attention", joint, strength=(0.25, 0.5, 2.0, 4.0), end=(0.3, 0.5, 0.7))
+    add("pull and attention", joint, layers=("decoder", "middle and decoder"), adain_v=(True,))
+    shape = replace(joint, end=0.5, fine_end=0.5)
+    add("pull and early attention", shape, strength=(1.0, 2.0, 4.0))
+    matched = replace(joint, layers="decoder", match="q", sharpen=3.0, gated="figure")
+    add("matched attention", replace(matched, pull=0.0), blend=(0.5, 1.0, 1.5))
+    add("pull and matched attention", matched, blend=(0.5, 1.0))
+    sites = ("input_0", "input_1", "input_2", "input_0 input_1 input_2", "input_3 input_4")
+    add("inject", replace(alone, pull=0.0, inject=0.5), inject_sites=sites)
+    add("strength", plain, strength=(0.25, 0.5, 2.0, 8.0, 16.0))
+    add("layers", plain, layers=("decoder", "middle", "encoder", "middle and decoder"))
+    levels = ((50,), (100,), (200,), (300,), (700,), (900,), (100, 300, 500, 700, 900), ())
+    add("levels", plain, levels=levels)
+    add("levels, strength 4", strong, levels=levels)
+    add("values' level", plain, value_levels=((50,), (200,), ()))
+    add("keys of the step", replace(plain, levels=()), value_levels=((50,), (200,), (500,)))
+    add("seeds", plain, seeds=(2, 4), text=("",), cover=(0.25, 0.5, 0.75))
+    add("sharpen", plain, sharpen=(0.5, 1.5, 2.0, 3.0), top_k=(1, 4, 16))
+    add("sharpen, strength 4", strong, sharpen=(1.5, 2.0, 3.0), top_k=(1, 4, 16))
+    add("blend", plain, blend=(0.2, 0.4, 0.7))
+    add("gated blend", replace(plain, gated="mass"), blend=(1.0, 1.5, 2.0, 3.0))
+    add("boost", plain, boost=(1.5, 2.0, 3.0))
+    add("match", replace(plain, sharpen=3.0, blend=0.5), match=("q", "k", "v", "qk", "qkv"))
+    add("AdaIN", plain, adain_qk=(True,), adain_v=(True,), centred=(True,))
+    add("schedule, coarse", plain, end=(0.3, 0.6), start=(0.3, 0.6))
+    add("schedule, fine", plain, fine_end=(0.3, 0.6), fine_start=(0.3, 0.6))
+    for end in (0.3, 0.5, 0.7):
+        rows[f"schedule/until {end}, strength 4"] = replace(strong, end=end, fine_end=end)
+        rows[f"schedule/from {end}, strength 4"] = replace(strong, start=end, fine_start=end)
+    add("guidance", plain, guidance=("both",))
+    add("guidance, strength 4", strong, guidance=("both",))
+    add("push, a third row", plain, push=(1.0, 2.0, 4.0))
+    add("push, a third row", replace(plain, push=4.0), push_end=(0.3,), push_every=(4, 8))
+    add("prompt in the negative row", plain, alternate=(2, 4), negative_text=(0.25, 0.5))
     return rows
 
 
@@ -188,7 +201,10 @@ def list_literature() -> dict[str, Setting]:
         "StyleAligned, values too": Setting(levels=(), adain_qk=True, adain_v=True),
         "Visual Style Prompting": Setting("output_3", (), own=False, guidance="cond"),
         "ConsiStory, keys and values": Setting("decoder", (), cover=0.5),
-        "StoryDiffusion": Setting("decoder", (), seeds=1, fine_end=0.8, end=0.8),
+        "ConsiStory, features injected": Setting(
+            "decoder", (), cover=0.5, inject=0.5, inject_sites="input_3 input_4", inject_end=0.6
+        ),
+        "StoryDiffusion": Setting("decoder", (), end=0.8, fine_end=0.8),
         "cross-image attention": Setting(
             "decoder", (), own=False, sharpen=1.67, start=0.1, fine_start=0.1, push=2.5
         ),
@@ -206,24 +222,23 @@ def draw_combinations(count: int, seed: int) -> dict[str, Setting]:
 
 
 COMBINED: dict[str, Sequence[Any]] = {
-    "layers": ("all", "decoder", "middle and decoder"),
-    "levels": ((100,), (200,), (300,), (500,), ()),
-    "strength": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
-    "sharpen": (1.0, 1.5, 2.0, 3.0),
-    "top_k": (0, 0, 4),
-    "cover": (0.0, 0.5),
-    "boost": (1.0, 1.5, 2.0),
-    "adain_v": (False, False, True),
-    "start": (0.0, 0.0, 0.2),
-    "end": (0.6, 0.8, 1.0, 1.0),
-    "pull": (0.0, 0.2, 0.4, 0.7),
-    "pull_match": ("attention", "q", "k", "qk"),
-    "pull_layer": ("first", "last"),
-    "pull_sharpen": (1.0, 2.0, 4.0),
-    "pull_levels": ((100,), (300,), (500,), ()),
-    "pull_mode": ("mean", "all"),
-    "pull_start": (0.0, 0.1, 0.3),
-    "pull_end": (0.5, 0.8, 1.0),
+    "layers": ("all", "decoder"),
+    "strength": (0.0, 0.0, 0.5, 1.0, 2.0, 4.0),
+    "end": (0.3, 0.5, 0.7, 1.0),
+    "fine_end": (0.3, 0.5, 0.7, 1.0),
+    "cover": (0.0, 0.25, 0.5),
+    "pull": (0.3, 0.5, 0.7, 1.0, 1.25),
+    "pull_match": ("q", "q", "k", "qk"),
+    "pull_layer": ("first", "first", "last"),
+    "pull_sharpen": (2.0, 3.0, 5.0, 10.0),
+    "pull_levels": ((200,), (500,), ()),
+    "pull_start": (0.0, 0.0, 0.0, 0.1, 0.2),
+    "pull_end": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "pull_fade": (0.0, 0.0, 0.5),
+    "pull_yield": (0.0, 0.0, 0.5, 1.0),
+    "detail": (0.0, 0.0, 0.2, 0.4, 0.7, 1.0),
+    "detail_start": (0.0, 0.0, 0.2),
+    "detail_end": (0.3, 0.4, 0.5, 0.6, 0.8),
 }
 
 

@@ -43,14 +43,14 @@ def search(options: argparse.Namespace) -> None:
     """Draws all rows and prints each row's line."""
     base = load_base(find_bundled(BASE_FILE, options.weights)).to(options.device)
     judge = load_judge(find_bundled(JUDGE_FILE, options.weights)).to(options.device)
-    how = Sampling(options.steps, options.cfg)
+    how, started = Sampling(options.steps, options.cfg), time.monotonic()
     cases = [
         make_character_case(options.seed, i, masked=not options.unmasked)
         for i in range(options.count)
     ]
     noise = torch.cat([draw_noise(base, options.seed, i) for i in range(options.count)])
     noise = noise.to(options.device)
-    rows = draw_combinations(options.random, options.random_seed) if options.random else list_rows()
+    rows = list_rows() | draw_combinations(options.random, options.random_seed)
     rows = {n: s for n, s in rows.items() if any(fnmatch.fnmatch(n, p) for p in options.rows)}
     part, parts = map(int, options.part.split("/"))
     chosen = [("base", OFF), *choose_rows(rows, part, parts)]
@@ -63,6 +63,8 @@ def search(options: argparse.Namespace) -> None:
         with torch.inference_mode():
             encoded = {n: References.encode(base, batch, n) for n in options.references}
         for name, setting in chosen:
+            if options.seconds and time.monotonic() - started > options.seconds:
+                return
             for count, references in encoded.items():
                 if setting is OFF and count != options.references[0]:
                     continue
@@ -96,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", default="0/1", help="i/n: every nth row from the i-th")
     parser.add_argument("--random", type=int, default=0, help="number of random combinations")
     parser.add_argument("--random-seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="begin no row after as many")
     parser.add_argument("--references", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--unmasked", action="store_true", help="references with background")
     parser.add_argument("--device", default="cpu")
