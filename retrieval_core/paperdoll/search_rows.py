@@ -114,7 +114,7 @@ class Setting:
 
 
 OFF = Setting(strength=0.0)
-PULL = Setting(strength=0.0, pull=1.0, pull_end=0.85)
+PULL = Setting(strength=0.0, pull=1.0, pull_end=0.85, pull_yield=1.0)
 
 
 def find_level(levels: Levels, timestep: int) -> int:
@@ -140,20 +140,21 @@ def list_rows() -> dict[str, Setting]:
     for group, base in (("pull", alone), ("pull and attention", joint)):
         rows[group] = base
         add(group, base, pull=(0.3, 0.5, 0.7, 0.85, 1.25), pull_end=(0.4, 0.6, 0.7, 0.8, 0.9, 1.0))
-        add(group, base, detail=(0.15, 0.3, 0.5, 0.75, 1.0))
+        add(group, base, pull_yield=(0.0, 0.5, 1.5), detail=(0.15, 0.3, 0.5, 0.75, 1.0))
+        add(f"{group}, to the end", replace(base, pull_end=1.0), detail=(0.5, 1.0))
         add(f"{group}, half", replace(base, pull=0.5), pull_end=(0.6, 0.7, 0.8, 0.9, 1.0))
     add("pull", alone, pull_match=("attention", "k", "v", "qk", "kv", "qkv"))
     add("pull", alone, pull_layer=("last", "coarse", "input"))
     add("pull, last", replace(alone, pull_layer="last"), pull_match=("k", "qk"))
     add("pull", alone, pull_sharpen=(0.5, 1.0, 2.0, 4.0, 6.0, 10.0), pull_top=(1, 4, 16))
     add("pull", alone, pull_levels=((50,), (100,), (200,), (300,), (700,), (900,), (100, 500), ()))
-    add("pull", alone, pull_start=(0.1, 0.2, 0.3, 0.5), pull_fade=(0.5, 1.0), pull_yield=(0.5, 1.0))
+    add("pull", alone, pull_start=(0.1, 0.2, 0.3, 0.5), pull_fade=(0.5, 1.0))
     add("pull", alone, pull_gate=("none", "sharp"), pull_mode=("alike",), cover=(0.25, 0.5, 0.75))
     add("pull", alone, text=("",))
     early = replace(alone, detail=1.0)
     add("detail until", early, detail_end=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
     add("detail 0.5 from 0.2", replace(alone, detail=0.5, detail_start=0.2), detail_end=(0.5, 0.7))
-    add("detail yields", replace(early, detail_end=0.4), pull_yield=(0.5, 1.0))
+    add("detail until 0.4", replace(early, detail_end=0.4), pull_yield=(0.0, 0.5, 1.5))
     add("pull and attention", joint, strength=(0.25, 0.5, 2.0, 4.0), end=(0.3, 0.5, 0.7))
     add("pull and attention", joint, layers=("decoder", "middle and decoder"), adain_v=(True,))
     shape = replace(joint, end=0.5, fine_end=0.5)
@@ -235,7 +236,7 @@ COMBINED: dict[str, Sequence[Any]] = {
     "pull_start": (0.0, 0.0, 0.0, 0.1, 0.2),
     "pull_end": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     "pull_fade": (0.0, 0.0, 0.5),
-    "pull_yield": (0.0, 0.0, 0.5, 1.0),
+    "pull_yield": (0.0, 0.5, 1.0, 1.0, 1.5),
     "detail": (0.0, 0.0, 0.2, 0.4, 0.7, 1.0),
     "detail_start": (0.0, 0.0, 0.2),
     "detail_end": (0.3, 0.4, 0.5, 0.6, 0.8),

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .bundle import BASE_FILE, JUDGE_FILE, find_bundled
 from .cases import Case, make_character_case
@@ -54,35 +53,31 @@ def search(options: argparse.Namespace) -> None:
     rows = {n: s for n, s in rows.items() if any(fnmatch.fnmatch(n, p) for p in options.rows)}
     part, parts = map(int, options.part.split("/"))
     chosen = [("base", OFF), *choose_rows(rows, part, parts)]
-    starts = range(0, options.count, options.batch)
-    pictures: dict[tuple[str, int], list[Tensor]] = {}
-    seconds: dict[tuple[str, int], float] = {}
-    for start in starts:
+    batches = []
+    for start in range(0, options.count, options.batch):
         batch = cases[start : start + options.batch]
-        prompts, drawn_from = [c.prompt for c in batch], noise[start : start + options.batch]
         with torch.inference_mode():
             encoded = {n: References.encode(base, batch, n) for n in options.references}
-        for name, setting in chosen:
-            if options.seconds and time.monotonic() - started > options.seconds:
-                return
-            for count, references in encoded.items():
-                if setting is OFF and count != options.references[0]:
-                    continue
-                drawing = Drawing(base, references, setting)
+        batches.append((encoded, [c.prompt for c in batch], noise[start : start + options.batch]))
+    plain = 0.0
+    for name, setting in chosen:
+        if options.seconds and time.monotonic() - started > options.seconds:
+            return
+        for count in options.references[: 1 if setting is OFF else None]:
+            pictures, spent = [], 0.0
+            for encoded, prompts, unit in batches:
+                drawing = Drawing(base, encoded[count], setting)
                 with torch.inference_mode():
                     drawing.read_ahead(how.steps)
                     began = synchronise(options.device)
-                    drawn = drawing.sample(prompts, drawn_from, how)
-                    spent = synchronise(options.device) - began
-                key = name, count
-                pictures.setdefault(key, []).append(drawn)
-                seconds[key] = seconds.get(key, 0.0) + spent
-                if start == starts[-1]:
-                    line = summarise(cases, judge.read(torch.cat(pictures.pop(key))))
-                    plain = seconds["base", options.references[0]]
-                    line["cost"] = round(seconds[key] / plain, 3)
-                    line["setting"] = setting.describe()
-                    print(json.dumps({"row": name, "references": count, **line}), flush=True)
+                    pictures.append(drawing.sample(prompts, unit, how))
+                    spent += synchronise(options.device) - began
+                if len(batches) > 1:  # features of all of them may not fit into memory
+                    encoded[count].cached.clear()
+            line = summarise(cases, judge.read(torch.cat(pictures)))
+            plain = plain or spent
+            line |= {"cost": round(spent / plain, 3), "setting": setting.describe()}
+            print(json.dumps({"row": name, "references": count, **line}), flush=True)
 
 
 def synchronise(device: str) -> float:
