@@ -80,6 +80,11 @@ def no_chromium_line() -> str | None:
     )
 
 
+if os.environ.get("RETRIEVAL_ON_GPU"):
+    sys.path.insert(0, str(PACK))
+    from tests.helpers.dynamic_vram import load_library
+
+    load_library()
 _skipped = no_host_line() or no_chromium_line()
 collect_ignore = (["host"] if no_host_line() else []) + (["browser"] if _skipped else [])
 

@@ -1,14 +1,14 @@
 // Draws on the pack's nodes: the references in use, the strength over sampling, the retrieval map.
 // Everything drawn comes from a node's values or from its last run; nothing is saved with a workflow.
+//
+// One file, and none of the host's scripts/*.js, which only hand on window.comfyAPI: the host imports
+// every .js of web/ and asks for the nodes when it has them all, and no cache answers for any.
 
-import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
-import { on } from "./node_drawing.js";
-import { addThumbnails, showMissingFile } from "./reference_thumbnails.js";
-import { addMap } from "./retrieval_map.js";
-import { addCurve } from "./strength_curve.js";
+const { api } = window.comfyAPI.api;
+const { app } = window.comfyAPI.app;
 
 const ADDERS = {
+  RetrievalControlNetLoader: keepFiles,
   RetrievalEncodeReferences: addThumbnails,
   RetrievalLoadReferences: addThumbnails,
   RetrievalControls: addCurve,
@@ -19,17 +19,17 @@ const ADDERS = {
 // Node -> the function that shows what its last run gave.
 const shows = new WeakMap();
 
-function findNode(graph, locator) {
-  // A node's outputs are filed under its id, inside a subgraph under "<subgraph's UUID>:<id>".
+// A node's outputs are filed under its id, inside a subgraph under "<subgraph's UUID>:<id>".
+function findNode(locator) {
   const [id, subgraph] = String(locator).split(":").reverse();
-  const home = subgraph ? graph.subgraphs?.get(subgraph) : graph;
+  const home = subgraph ? app.rootGraph.subgraphs.get(subgraph) : app.rootGraph;
   return home?.getNodeById(id);
 }
 
 // The node with an id of the running prompt: within subgraphs "<subgraph node's id>:<id>".
 function findRunning(id) {
   const path = String(id).split(":");
-  let graph = app.rootGraph ?? app.graph;
+  let graph = app.rootGraph;
   for (const outer of path.slice(0, -1)) graph = graph?.getNodeById(outer)?.subgraph;
   return graph?.getNodeById(path.at(-1));
 }
@@ -56,14 +56,446 @@ app.registerExtension({
   // A workflow's tab was opened again: its nodes are new and its outputs are old.
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs)) {
-      shows.get(findNode(app.rootGraph ?? app.graph, locator))?.(output);
+      shows.get(findNode(locator))?.(output);
     }
   },
 
   // The user reloaded the lists of files.
-  refreshComboInNodes() {
-    for (const node of app.graph.nodes) {
-      if (node.comfyClass === "RetrievalLoadReferences") showMissingFile(node);
+  refreshComboInNodes(definitions) {
+    files = listFiles(definitions.RetrievalControlNetLoader);
+    for (const { nodes } of [app.rootGraph, ...app.rootGraph.subgraphs.values()]) {
+      for (const node of nodes) {
+        if (node.comfyClass === "RetrievalControlNetLoader") showFiles(node);
+        if (node.comfyClass === "RetrievalLoadReferences") showMissingFile(node);
+      }
     }
   },
 });
+
+// Load Retrieval ControlNet's list of files, since the user reloaded the lists. The host leaves out
+// what a choice shows, and shows the old list again when the choice is made again.
+
+let files = null;
+
+function listFiles(definition) {
+  const [, { options }] = definition.input.required.network;
+  return options.find(({ key }) => key === "file").inputs.required.file[1].options;
+}
+
+function showFiles(node) {
+  const file = node.widgets.find((widget) => widget.name === "network.file");
+  if (!file || !files) return;
+  file.options.values = files;
+  file.value ??= files[0]; // the old list was empty
+}
+
+function keepFiles(node) {
+  const network = node.widgets.find((widget) => widget.name === "network");
+  on(network, "callback", () => showFiles(node));
+}
+
+// Thumbnails of the references that a node adds: concept, weight, and how much the mask keeps.
+
+const TILES_HEIGHT = 120;
+
+function makeTile(reference) {
+  const lines = [reference.concept, `weight ${Number(reference.weight.toFixed(2))}`];
+  if (reference.kept < 1) lines.push(`mask keeps ${percent(reference.kept)}`);
+  const caption = make("figcaption", { innerText: lines.join("\n") });
+  const missing = reference.image
+    ? "The picture is gone from the temp folder; run again."
+    : "No picture was saved with this reference.";
+  return make("figure", { title: lines.join(", ") }, makePicture(reference.image, missing), caption);
+}
+
+// Shows the reference being encoded, a blob.
+function showPreview(element, preview) {
+  const image = make("img", { src: URL.createObjectURL(preview) });
+  image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
+  const caption = make("figcaption", { textContent: "being encoded" });
+  const tile = make("figure", {}, image, caption);
+  element.replaceChildren(make("div", { className: "tiles" }, tile));
+}
+
+// Returns the function that shows a run's references, or the one being encoded.
+function addThumbnails(node) {
+  const element = addDrawing(node, "drawn_references", TILES_HEIGHT);
+  return ({ retrieval_references: references, preview }) => {
+    if (preview) showPreview(element, preview);
+    if (!references) return;
+    element.replaceChildren(make("div", { className: "tiles" }, ...references.map(makeTile)));
+    if (node.comfyClass === "RetrievalLoadReferences") {
+      element.dataset.file = node.widgets.find((widget) => widget.name === "file").value;
+      showMissingFile(node);
+    }
+    growToFit(node, element, TILES_HEIGHT);
+  };
+}
+
+// Says so if the file whose references are shown is no longer in the list.
+function showMissingFile(node) {
+  const { element } = node.widgets.find((widget) => widget.name === "drawn_references");
+  const { options } = node.widgets.find((widget) => widget.name === "file");
+  const { file } = element.dataset;
+  element.querySelector(".warning")?.remove();
+  if (file && !options.values.includes(file)) {
+    const text = `${file} is no longer in models/retrieval_references; shown as it was read.`;
+    element.prepend(make("div", { className: "warning", textContent: text }));
+  }
+}
+
+// The retrieval map alive: hover over a picture to see which references the place came from, or over
+// a reference to see where it was retrieved.
+
+const MAP_HEIGHT = 300;
+const TINT_EDGE = 256; // edge of a tint in pixels
+const HINT = "Hover over a picture or a reference.";
+
+function decodeShares(text) {
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+}
+
+// Shares [1 + references] of one picture at x, y in 0..1, between the map's positions.
+function sharesAt({ bytes, height, width, kinds }, picture, x, y) {
+  const find = (position, count) => {
+    const at = Math.min(Math.max(position * count - 0.5, 0), count - 1);
+    const low = Math.floor(at);
+    return [low, Math.min(low + 1, count - 1), at - low];
+  };
+  const [top, bottom, v] = find(y, height);
+  const [left, right, u] = find(x, width);
+  const shares = [];
+  for (let kind = 0; kind < kinds; kind++) {
+    const plane = (picture * kinds + kind) * height;
+    const at = (row, column) => bytes[(plane + row) * width + column] / 255;
+    const upper = at(top, left) * (1 - u) + at(top, right) * u;
+    const lower = at(bottom, left) * (1 - u) + at(bottom, right) * u;
+    shares.push(upper * (1 - v) + lower * v);
+  }
+  return shares;
+}
+
+// Tints a canvas over an image with a reference's colour, as strongly as its share.
+function tint(canvas, image, { bytes, height, width, kinds }, picture, kind, colour) {
+  const pixels = new ImageData(width, height);
+  const plane = (picture * kinds + kind) * height * width;
+  for (let i = 0; i < height * width; i++) {
+    pixels.data.set([...colour, 0.85 * bytes[plane + i]], 4 * i);
+  }
+  const small = make("canvas", { width, height });
+  small.getContext("2d").putImageData(pixels, 0, 0);
+  // Of the image's shape, so that both fit their box alike.
+  const scale = TINT_EDGE / Math.max(image.naturalWidth, image.naturalHeight);
+  canvas.width = Math.round(scale * image.naturalWidth);
+  canvas.height = Math.round(scale * image.naturalHeight);
+  canvas.getContext("2d").drawImage(small, 0, 0, canvas.width, canvas.height);
+}
+
+// Where in the picture, 0..1, the pointer is, given that the image is fitted into its box.
+function findPlace(event, image) {
+  const box = image.getBoundingClientRect();
+  const scale = Math.min(box.width / image.naturalWidth, box.height / image.naturalHeight);
+  const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
+  const x = (event.clientX - box.left - (box.width - width) / 2) / width;
+  const y = (event.clientY - box.top - (box.height - height) / 2) / height;
+  return x >= 0 && x <= 1 && y >= 0 && y <= 1 ? [x, y] : null;
+}
+
+class MapDrawing {
+  constructor(element, given) {
+    const kinds = given.references.length + 1;
+    this.map = { ...given, kinds, bytes: decodeShares(given.shares) };
+    this.note = make("div", { className: "note", textContent: HINT });
+    this.warning = make("div", { className: "warning" });
+    this.tiles = given.references.map((reference, i) => this.makeTile(reference, i));
+    this.pictures = given.pictures.map((file, i) => this.makePicture(file, i));
+    const columns = Math.ceil(Math.sqrt(this.pictures.length));
+    const pictures = make("div", { className: "pictures" }, ...this.pictures);
+    pictures.style.gridTemplateColumns = `repeat(${columns}, 1fr)`;
+    element.replaceChildren(pictures, this.note);
+    if (this.tiles.length) element.append(make("div", { className: "tiles" }, ...this.tiles));
+    else this.note.textContent = "Nothing was retrieved: the strength was 0.";
+  }
+
+  makeTile(reference, index) {
+    const missing = reference.image ? "The picture is gone; run again." : "No picture was saved.";
+    const caption = make("figcaption", { textContent: this.name(index) });
+    const tile = make("figure", {}, makePicture(reference.image, missing), caption);
+    tile.style.borderColor = `rgb(${reference.colour})`;
+    tile.addEventListener("pointerenter", () => this.showReference(index));
+    tile.addEventListener("pointerleave", () => this.rest());
+    return tile;
+  }
+
+  makePicture(file, index) {
+    const canvas = make("canvas");
+    const image = makePicture(file, "The picture is gone from the temp folder; run again.");
+    const picture = make("div", { className: "picture" }, image, canvas);
+    if (!this.map.bytes.length) return picture;
+    image.addEventListener("load", () => this.checkShape(image));
+    picture.addEventListener("pointermove", (event) => {
+      const at = image.naturalWidth ? findPlace(event, image) : null;
+      if (at) this.showPlace(index, ...at);
+      else this.rest();
+    });
+    picture.addEventListener("pointerleave", () => this.rest());
+    return picture;
+  }
+
+  checkShape(image) {
+    const { height, width } = this.map;
+    const ratio = (image.naturalWidth * height) / (image.naturalHeight * width);
+    if (Math.abs(Math.log(ratio)) > 1 / Math.min(height, width)) {
+      this.note.before(this.warning);
+      this.warning.textContent =
+        `The map of ${width} x ${height} places was recorded for a picture of another shape than ` +
+        `${image.naturalWidth} x ${image.naturalHeight} and is stretched.`;
+    }
+  }
+
+  name(index) {
+    return `${index + 1}: ${this.map.references[index].concept}`;
+  }
+
+  showPlace(picture, x, y) {
+    const [none, ...shares] = sharesAt(this.map, picture, x, y);
+    const strongest = shares.indexOf(Math.max(...shares));
+    this.mark(strongest, (i) => `${this.name(i)} ${percent(shares[i])}`);
+    const said = `Reference ${this.name(strongest)}: ${percent(shares[strongest])} of the attention`;
+    this.note.textContent = `${said}, no reference: ${percent(none)}`;
+    this.tintOnly(strongest, [picture]);
+  }
+
+  showReference(index) {
+    this.mark(index, (i) => this.name(i));
+    this.note.textContent = `Where reference ${this.name(index)} was retrieved`;
+    this.tintOnly(index, this.pictures.keys());
+  }
+
+  rest() {
+    this.mark(-1, (i) => this.name(i));
+    this.note.textContent = HINT;
+    this.tintOnly(-1, []);
+  }
+
+  mark(chosen, caption) {
+    this.tiles.forEach((tile, i) => {
+      tile.style.opacity = chosen < 0 || i === chosen ? 1 : 0.35;
+      tile.querySelector("figcaption").textContent = caption(i);
+    });
+  }
+
+  tintOnly(index, pictures) {
+    for (const picture of this.pictures) picture.querySelector("canvas").width = 0;
+    for (const i of pictures) {
+      const [image, canvas] = ["img", "canvas"].map((tag) => this.pictures[i].querySelector(tag));
+      const { colour } = this.map.references[index];
+      if (image) tint(canvas, image, this.map, i, index + 1, colour);
+    }
+  }
+}
+
+// Returns the function that shows a run's map.
+function addMap(node) {
+  const element = addDrawing(node, "drawn_map", MAP_HEIGHT);
+  return ({ retrieval_map: maps }) => {
+    if (!maps) return;
+    new MapDrawing(element, maps[0]);
+    growToFit(node, element, MAP_HEIGHT);
+  };
+}
+
+// The strength over sampling, as the values of Apply Reference Retrieval and Retrieval Controls say.
+
+const CURVE_HEIGHT = 64;
+const POINTS = 100;
+const NUMBERS = "numbers";
+
+// As CURVES and StrengthCurve in retrieval_core/sampling/controls.py.
+const CURVES = {
+  constant: { factors: [1], smooth: false },
+  "ease in": { factors: [0, 1], smooth: true },
+  "ease out": { factors: [1, 0], smooth: true },
+  "ease in and out": { factors: [0, 1, 0], smooth: true },
+};
+
+export function parseCurve(text) {
+  const named = CURVES[text.trim().toLowerCase()];
+  if (named) return named;
+  const factors = text.split(",").map((part) => (part.trim() ? Number(part) : NaN));
+  return factors.every(Number.isFinite) ? { factors, smooth: false } : null;
+}
+
+export function factorAt({ factors, smooth }, position) {
+  const last = factors.length - 1;
+  const index = Math.min(Math.max(position, 0), 1) * last;
+  const left = Math.min(Math.floor(index), Math.max(last - 1, 0));
+  const right = Math.min(left + 1, last);
+  let t = index - left;
+  if (smooth) t = t * t * (3 - 2 * t);
+  return factors[left] * (1 - t) + factors[right] * t;
+}
+
+// A widget's value, or undefined if a link gives it.
+function readValue(node, name) {
+  const input = node.inputs.find((given) => given.widget?.name === name);
+  if (input?.link != null) return undefined;
+  return node.widgets.find((widget) => widget.name === name).value;
+}
+
+// The curve of Retrieval Controls, or a sentence that says why it is not known.
+function readCurve(controls) {
+  const kind = readValue(controls, "strength_curve");
+  const text = kind === NUMBERS ? readValue(controls, "curve_numbers") : kind;
+  if (text === undefined) return "The curve comes from a link.";
+  return parseCurve(text) ?? `'${text}' is not numbers with commas between them.`;
+}
+
+// {curve, strength, start, end} of a node, or a sentence that says why it is not known.
+function readSchedule(node) {
+  let curve = CURVES.constant;
+  if (node.comfyClass === "RetrievalControls") {
+    curve = readCurve(node);
+    return typeof curve === "string" ? curve : { curve, strength: 1, start: 0, end: 1 };
+  }
+  const slot = node.inputs.findIndex((input) => input.name === "controls");
+  if (node.inputs[slot]?.link != null) {
+    const controls = node.getInputNode(slot);
+    if (controls?.comfyClass !== "RetrievalControls") return "The curve comes from a link.";
+    curve = readCurve(controls);
+    if (typeof curve === "string") return curve;
+  }
+  const names = ["strength", "start_percent", "end_percent"];
+  const [strength, start, end] = names.map((name) => readValue(node, name));
+  if ([strength, start, end].includes(undefined)) return "Strength, start or end come from a link.";
+  if (start > end) return `Retrieval starts at ${start} and ends at ${end}, which is before it.`;
+  return { curve, strength, start, end };
+}
+
+function makePath({ curve, strength, start, end }, top) {
+  const points = [[0, 0], [start, 0]];
+  for (let i = 0; i <= POINTS; i++) {
+    points.push([start + ((end - start) * i) / POINTS, strength * factorAt(curve, i / POINTS)]);
+  }
+  points.push([end, 0], [1, 0]);
+  return "M" + points.map(([x, y]) => `${100 * x} ${50 - (46 * y) / top}`).join("L");
+}
+
+function makeSvg(schedule) {
+  const { curve, strength } = schedule;
+  const top = Math.max(1, strength * Math.max(...curve.factors));
+  const line = (d, stroke, width, fill, dash = "") =>
+    `<path d="${d}" fill="${fill}" stroke="${stroke}" stroke-width="${width}"
+      stroke-dasharray="${dash}" vector-effect="non-scaling-stroke"/>`;
+  const one = 50 - 46 / top;
+  return `<svg viewBox="0 0 100 52" preserveAspectRatio="none">
+    ${line(`M0 ${one}L100 ${one}`, "#888", 1, "none", "3 3")}
+    ${line(makePath(schedule, top), "#4dd0c0", 1.5, "#4dd0c033")}</svg>`;
+}
+
+function describeSchedule({ curve, strength, start, end }) {
+  const factors = curve.factors.map((factor) => strength * factor);
+  const [low, high] = [Math.min(...factors), Math.max(...factors)];
+  const number = (value) => Number(value.toFixed(2));
+  const amount = low === high ? number(low) : `${number(low)} to ${number(high)}`;
+  return `strength ${amount}, from ${percent(start)} to ${percent(end)} of sampling`;
+}
+
+const curves = new Set();
+let drawingSoon = false;
+
+function drawCurve(node, element) {
+  const schedule = readSchedule(node);
+  const text = typeof schedule === "string" ? schedule : describeSchedule(schedule);
+  const svg = typeof schedule === "string" ? "" : makeSvg(schedule);
+  if (element.dataset.drawn === text + svg) return;
+  element.dataset.drawn = text + svg;
+  element.innerHTML = svg;
+  element.append(make("div", { className: svg ? "note" : "warning", textContent: text }));
+  growToFit(node, element, CURVE_HEIGHT);
+}
+
+// Draws all curves anew in the next frame: one node's values show on others.
+function drawCurvesSoon() {
+  if (drawingSoon) return;
+  drawingSoon = true;
+  requestAnimationFrame(() => {
+    drawingSoon = false;
+    for (const [node, element] of curves) drawCurve(node, element);
+  });
+}
+
+function addCurve(node) {
+  const element = addDrawing(node, "drawn_curve", CURVE_HEIGHT, true);
+  const entry = [node, element];
+  curves.add(entry);
+  for (const widget of node.widgets) on(widget, "callback", drawCurvesSoon);
+  on(node, "onConfigure", drawCurvesSoon);
+  on(node, "onConnectionsChange", drawCurvesSoon);
+  on(node, "onRemoved", () => curves.delete(entry));
+  drawCurvesSoon();
+}
+
+// What the drawings share: a widget without a value, pictures of the host's temp folder.
+
+function addStyle() {
+  if (document.getElementById("retrieval-style")) return;
+  const href = new URL("retrieval.css", import.meta.url);
+  document.head.append(make("link", { id: "retrieval-style", rel: "stylesheet", href }));
+}
+
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+const heightOf = (element, height) => (element.hasChildNodes() ? height : 0);
+
+// Adds an element below a node's widgets, `minHeight` pixels high unless it is empty. It has no value,
+// in workflows and in prompts. No input may have its name, by which Nodes 2.0 tells widgets apart.
+// `hideOnZoom`: it is left out where the canvas is so small that the host leaves out text.
+function addDrawing(node, name, minHeight, hideOnZoom = false) {
+  addStyle();
+  const element = make("div", { className: "retrieval" });
+  const widget = node.addDOMWidget(name, "retrieval_drawing", element, {
+    serialize: false,
+    hideOnZoom,
+    getMinHeight: () => heightOf(element, minHeight),
+  });
+  widget.serialize = false;
+  widget.serializeValue = () => undefined;
+  return element;
+}
+
+// Makes room for what an element now shows; a node is never made smaller.
+function growToFit(node, element, minHeight) {
+  element.style.minHeight = `${heightOf(element, minHeight)}px`;
+  const [width, height] = node.computeSize();
+  const size = [Math.max(node.size[0], width), Math.max(node.size[1], height)];
+  if (size[0] > node.size[0] || size[1] > node.size[1]) node.setSize(size);
+  node.setDirtyCanvas(true, true);
+}
+
+// Runs a function before what a node does itself on an event.
+function on(node, event, act) {
+  const earlier = node[event];
+  node[event] = function (...given) {
+    act(...given);
+    return earlier?.apply(this, given);
+  };
+}
+
+// A picture, or a label where its file is gone: the temp folder is emptied when the host starts.
+function makePicture(file, missing) {
+  const gone = () => make("div", { className: "gone", textContent: missing });
+  if (!file) return gone();
+  const image = make("img", { src: api.apiURL(`/view?${new URLSearchParams(file)}`) });
+  image.draggable = false;
+  image.addEventListener("error", () => image.replaceWith(gone()), { once: true });
+  return image;
+}
+
+function percent(share) {
+  return `${Math.round(100 * share)} %`;
+}

@@ -27,7 +27,7 @@ from ...retrieval_core.paperdoll.bundle import BASE_FILE, RETRIEVAL_FILE, find_b
 from ...retrieval_core.paperdoll.draw import render
 from ...retrieval_core.paperdoll.model import PaperdollModel, load_base
 from ...retrieval_core.paperdoll.text import TextEncoder, Tokenizer
-from ...retrieval_core.paperdoll.vae import PATCH, PatchVAE
+from ...retrieval_core.paperdoll.vae import PatchVAE
 from ...retrieval_core.paperdoll.world import (
     SIZE,
     Figure,
@@ -199,14 +199,14 @@ class HostVAE(comfy.sd.VAE):
             log.removeFilter(_keep_in_log)
         self.first_stage_model = vae.eval()
         self.latent_channels = vae.channels
-        self.downscale_ratio = self.upscale_ratio = PATCH
+        self.downscale_ratio = self.upscale_ratio = vae.patch
         self.process_input = lambda image: image
         self.process_output = lambda image: image.clamp(0.0, 1.0)
         self.working_dtypes = DTYPES
         # Pixels in and out, and the patches between them.
         self.memory_used_encode = lambda shape, dtype: 24 * shape[2] * shape[3] * dtype.itemsize
         self.memory_used_decode = lambda shape, dtype: (
-            24 * shape[2] * shape[3] * PATCH**2 * dtype.itemsize
+            24 * shape[2] * shape[3] * vae.patch**2 * dtype.itemsize
         )
         # The transform is held in buffers, which a partial load leaves behind.
         self.disable_offload = True

@@ -79,13 +79,17 @@ def limit_tokens(
         measure: from features [G, N, F] and their basis [D, F] (`project_tokens`, P = 1) to the
             importance [G, N] of all tokens; None: importance is the tokens' weight.
     """
+    # Distances need float32 where training computes in half precision; CUDA has no QR in it either.
+    exact = torch.autocast(site.tokens.device.type, enabled=False)
     with torch.no_grad():
-        features, bases = project_tokens(site)
+        with exact:
+            features, bases = project_tokens(site)
         importance = weights = site.weights
         if measure is not None:
             floor = _LEAST_SHARE / weights.shape[1]
             importance = measure(features, bases[0]).clamp_min(floor) * (weights > 0)
-        selected, labels = choose_tokens(features, importance, budget)
+        with exact:
+            selected, labels = choose_tokens(features, importance, budget)
     return _merge(site, selected, labels, importance)
 
 

@@ -1,13 +1,17 @@
-"""`python -m retrieval_core.paperdoll.ablation run.toml`: the paper's ablation on paper dolls.
+"""`python -m retrieval_core.paperdoll.ablation RUN.toml`: the paper's ablation on paper dolls.
 
 Each row of Tables 3 and 4 is a run of `train_from_data_set` with the settings of `run.toml` and its
 own changes, all of the same number of steps; adapters of IP-Adapter's kind are trained on the same
 batches for the same time. Rows are measured on held-out characters: attribute match (in place of
 CLIP-I), text following (CLIP-T) and diversity (the VQA score). The same command again goes on.
+
+With `--row NAME`, which may be repeated, only these rows are made, so that several processes can
+share the work once the latents are cached. A GPU is used if there is one.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -87,30 +91,46 @@ PAPER = {
 Read = Callable[[Sequence[Case], str], list[Attributes]]
 
 
-def run_rows(config: RunConfig) -> dict[str, dict[str, float]] | None:
-    """Trains and measures all rows in folders below `config.out`; None if interrupted.
+def list_rows() -> list[str]:
+    """Names of all rows: the paper's, then the adapters."""
+    return [*ROWS, *(f"adapter, {count} tokens" for count in GRIDS)]
 
-    Writes `ablation.json` after each row, and skips the rows that it has.
+
+def run_rows(config: RunConfig, names: Sequence[str]) -> dict[str, dict[str, float]] | None:
+    """Trains and measures rows in `config.out`; None if interrupted.
+
+    Writes the figures of a row to a file named after it, and reads them where there is one.
     """
-    path = config.out / "ablation.json"
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name, changes in ROWS.items():
-        if name not in rows:
-            row = replace(config, out=config.out / name.replace(", ", "-").replace(" ", "-"))
-            trained = train(replace(row, **changes), make_base(config.base))
-            if trained is None:
+    rows = {}
+    for name in names:
+        folder = config.out / name.replace(", ", "-").replace(" ", "-")
+        path = folder.with_name(f"{folder.name}.json")
+        if not path.is_file():
+            measured = make_row(config, name, folder)
+            if measured is None:
                 return None
-            rows[name] = measure_row(make_network_reader(config.base, trained), changes["task"])
-            write_text(path, json.dumps(rows, indent=2) + "\n")
-    for count in GRIDS:
-        name = f"adapter, {count} tokens"
-        if name not in rows:
-            settings = replace(config, **ROWS["recon"])
-            adapter, steps = prepare_adapter(settings, count)
-            measured = measure_row(make_adapter_reader(config.base, adapter), settings.task)
-            rows[name] = measured | {"steps": steps}
-            write_text(path, json.dumps(rows, indent=2) + "\n")
+            write_text(path, json.dumps(measured, indent=2) + "\n")
+        rows[name] = json.loads(path.read_text(encoding="utf-8"))
     return rows
+
+
+def make_row(config: RunConfig, name: str, folder: Path) -> dict[str, float] | None:
+    """Trains a row of `list_rows` in a folder and measures it; None if interrupted."""
+    if name in ROWS:
+        row = replace(config, out=folder, **ROWS[name])
+        trained = train(row, make_base(config.base))
+        if trained is None:
+            return None
+        return measure_row(make_network_reader(config.base, trained), row.task)
+    settings = replace(config, **ROWS["recon"])
+    (count,) = [count for count in GRIDS if name == f"adapter, {count} tokens"]
+    adapter, steps = prepare_adapter(settings, count)
+    measured = measure_row(make_adapter_reader(config.base, adapter), settings.task)
+    return measured | {"steps": steps}
+
+
+def choose_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def measure_row(read: Read, task: str) -> dict[str, float]:
@@ -129,14 +149,17 @@ def measure_row(read: Read, task: str) -> dict[str, float]:
 
 def make_network_reader(base: Path, network: Path) -> Read:
     """Reads figures that a trained network's file gives."""
-    trained = load(network, "paperdoll", dtype=torch.float32).eval().requires_grad_(False)
-    bundle = Bundle(load_base(base), trained, load_judge(find_bundled(JUDGE_FILE)))
+    device, judge = choose_device(), load_judge(find_bundled(JUDGE_FILE))
+    trained = load(network, "paperdoll", dtype=torch.float32, device=device)
+    trained = trained.eval().requires_grad_(False)
+    bundle = Bundle(load_base(base).to(device), trained, judge)
     return lambda cases, title: read_figures(bundle, Sampling(), SEED, cases, title)
 
 
 def make_adapter_reader(base: Path, adapter: ImageAdapter) -> Read:
     """Reads figures that an adapter gives."""
-    model, judge = load_base(base), load_judge(find_bundled(JUDGE_FILE))
+    model, judge = load_base(base).to(choose_device()), load_judge(find_bundled(JUDGE_FILE))
+    adapter = adapter.to(model.device)
 
     def draw(batch: Sequence[Case], noise: Tensor) -> Tensor:
         return draw_with_adapter(model, adapter, batch, noise, Sampling())
@@ -152,17 +175,21 @@ def draw_with_adapter(
     noise: Tensor,
     how: Sampling,
 ) -> Tensor:
-    """Pictures [B, 3, 64, 64] of cases; only conditional rows see the image tokens."""
-    unet, schedule, count = base.unet, base.schedule, len(cases)
+    """Pictures [B, 3, 64, 64] of cases; only conditional rows see the image tokens.
+
+    Base and adapter are on one device, noise and pictures on the CPU.
+    """
+    unet, schedule, count, device = base.unet, base.schedule, len(cases), base.device
     shown = [reference for case in cases for reference in case.references]
-    latents = base.vae.encode(torch.stack([reference.image for reference in shown]))
+    latents = base.vae.encode(torch.stack([reference.image for reference in shown]).to(device))
     concepts = base.text.encode([reference.concept for reference in shown])
-    used = torch.ones(count, len(shown) // count, dtype=torch.bool)
+    used = torch.ones(count, len(shown) // count, dtype=torch.bool, device=device)
     tokens = adapter.embed(unet, latents, concepts, used)
     cond, uncond = base.text.encode([c.prompt for c in cases]), base.text.encode([""] * count)
 
     def denoise(x: Tensor, timestep: int) -> Tensor:
-        sigma, at = schedule.sigmas()[timestep], torch.full((count,), timestep)
+        sigma = schedule.sigmas()[timestep]
+        at = torch.full((count,), timestep, device=device)
         scaled = x / (1 + sigma**2).sqrt()
         with adapter.attached(unet, tokens):
             positive = unet(scaled, at, cond)
@@ -170,7 +197,8 @@ def draw_with_adapter(
         prediction = negative + how.cfg * (positive - negative)
         return schedule.denoised(prediction, x, sigma.expand(count))
 
-    return base.vae.decode(sample(denoise, noise, schedule, how.steps, how.sampler))
+    latents = sample(denoise, noise.to(device), schedule, how.steps, how.sampler)
+    return base.vae.decode(latents).cpu()
 
 
 def prepare_adapter(config: RunConfig, count: int) -> tuple[ImageAdapter, int]:
@@ -192,15 +220,19 @@ def prepare_adapter(config: RunConfig, count: int) -> tuple[ImageAdapter, int]:
     adapter = ImageAdapter(base.unet, count)
     seconds = [time_steps(config, cache, one) for one in (None, adapter)]
     steps = round(config.steps * seconds[0] / seconds[1])
-    adapter = ImageAdapter(base.unet, count)
-    trained = train_adapter(replace(config, steps=steps), base, cache, adapter)
+    adapter, device = ImageAdapter(base.unet, count), choose_device()
+    base.unet.to(device)
+    trained = train_adapter(replace(config, steps=steps), base, cache, adapter.to(device))
     save_safetensors(path, trained, {"format": "paperdoll_adapter", "steps": str(steps)})
     load_strictly(adapter, trained, f"adapter '{path}'")
     return adapter, steps
 
 
 def time_steps(config: RunConfig, cache: LatentCache, adapter: ImageAdapter | None) -> float:
-    """Processor seconds of the forward and backward passes of 3 steps; None: of the network."""
+    """Processor seconds of the forward and backward passes of 3 steps; None: of the network.
+
+    On the CPU in any case, where other processes do not change what is measured.
+    """
     config = replace(config, steps=4, warmup_steps=0)
     base = make_base(config.base)
     objective = make_objective(config, base) if adapter is None else None
@@ -208,7 +240,7 @@ def time_steps(config: RunConfig, cache: LatentCache, adapter: ImageAdapter | No
     for batch in make_loader(cache, config):
         batch = batch.to("cpu", torch.float32)
         start = time.process_time()
-        with _autocast(config):
+        with _autocast(config, "cpu"):
             if objective is not None:
                 loss = objective(batch, *_draw_noise(config, base, batch))["loss"]
             else:
@@ -222,14 +254,15 @@ def train_adapter(
     config: RunConfig, base: Base, cache: LatentCache, adapter: ImageAdapter
 ) -> Mapping[str, Tensor]:
     """Trains an adapter with the paper's objective; its averaged weights."""
-    parameters = dict(adapter.named_parameters())
+    parameters, device = dict(adapter.named_parameters()), adapter.norm.weight.device
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=config.weight_decay)
     average = ExponentialMovingAverage(parameters, config.ema_decay or 0.0)
     for step, batch in enumerate(make_loader(cache, config)):
         rate = scale_learning_rate(step, config.steps, config.warmup_steps)
         optimizer.param_groups[0]["lr"] = config.learning_rate * rate
-        with _autocast(config):
-            loss = measure_adapter_loss(config, base, adapter, batch.to("cpu", torch.float32))
+        batch = batch.to(device, torch.float32)
+        with _autocast(config, device.type):
+            loss = measure_adapter_loss(config, base, adapter, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_norm)
@@ -258,14 +291,15 @@ def measure_adapter_loss(
 
 
 def _draw_noise(config: RunConfig, base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
-    return draw_noise(
+    timesteps, noise = draw_noise(
         config.seed, batch.numbers, batch.latents.shape[1:], base.schedule.steps, 0.0,
         config.noise_power,
     )  # fmt: skip
+    return timesteps.to(batch.latents.device), noise.to(batch.latents.device)
 
 
-def _autocast(config: RunConfig) -> torch.autocast:
-    return torch.autocast("cpu", HALF.get(config.precision), config.precision in HALF)
+def _autocast(config: RunConfig, device: str) -> torch.autocast:
+    return torch.autocast(device, HALF.get(config.precision), config.precision in HALF)
 
 
 def compare_orders(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -302,12 +336,18 @@ def describe_rows(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Returns the exit code: 130 if interrupted."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--row", action="append", choices=list_rows())
+    options, settings = parser.parse_known_args(given)
 
     def work() -> int:
-        rows = run_rows(read_config(given))
+        rows = run_rows(read_config(settings), options.row or list_rows())
         if rows is None:
             return 130
-        print("\n".join([*describe_rows(rows), "", *compare_orders(rows)]))
+        lines = describe_rows(rows)
+        if options.row is None:
+            lines += ["", *compare_orders(rows)]
+        print("\n".join(lines))
         return 0
 
     return run_command(work)

@@ -98,8 +98,12 @@ def render_in_scene(figure: Figure, scene: Scene, rng: np.random.Generator) -> R
 
 def to_images(pixels: np.ndarray) -> Tensor:
     """uint8 [..., H, W, 3] to float32 [N, 3, H, W] in 0..1, leading dimensions flattened."""
-    flat = torch.from_numpy(np.ascontiguousarray(pixels)).flatten(0, -4)
-    return flat.movedim(-1, 1).float() / 255
+    return scale_pixels(torch.from_numpy(np.ascontiguousarray(pixels)).flatten(0, -4))
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in 0..1."""
+    return pixels.movedim(-1, 1).float() / 255
 
 
 def stack_images(renderings: Sequence[Rendering]) -> Tensor:
@@ -125,18 +129,25 @@ def tokenize(prompts: Sequence[str]) -> Tensor:
     return torch.tensor([tokenizer(prompt) for prompt in prompts])
 
 
-@dataclass(frozen=True)
 class BaseBatches:
     """Pictures and tags for the base model; a batch depends on the seed and the step only.
 
     pairs: every other batch has half as many pictures, twice as wide, of two characters in one
-    scene.
+    scene. device: holds all pictures in its memory, and is given the batches.
     """
 
-    characters: Characters
-    size: int
-    seed: int
-    pairs: bool = False
+    def __init__(
+        self,
+        characters: Characters,
+        size: int,
+        seed: int,
+        pairs: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        self.characters, self.size, self.seed = characters, size, seed
+        self.pairs, self.device = pairs, device
+        images = np.stack([drawn.image for each in characters for drawn in each])
+        self.images = torch.from_numpy(images).to(device)  # of character i from EACH * i on
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images [B, 3, 64, 64] or [B / 2, 3, 64, 128] in 0..1 and token ids, a row an image."""
@@ -145,9 +156,10 @@ class BaseBatches:
             return self._pairs(rng)
         count = len(self.characters)
         who, which = rng.integers(count, size=self.size), rng.integers(EACH, size=self.size)
-        shown = [self.characters[i][j] for i, j in zip(who, which)]
-        prompts = [write_prompt(r.figure.scene, rng, BASE_TEXT_DROP) for r in shown]
-        return stack_images(shown), tokenize(prompts)
+        scenes = [self.characters[i][j].figure.scene for i, j in zip(who, which)]
+        prompts = [write_prompt(scene, rng, BASE_TEXT_DROP) for scene in scenes]
+        chosen = torch.from_numpy(EACH * who + which).to(self.device)
+        return scale_pixels(self.images[chosen]), tokenize(prompts).to(self.device)
 
     def _pairs(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         pictures, prompts = [], []
@@ -159,7 +171,8 @@ class BaseBatches:
                 np.concatenate([render_in_scene(f, scene, rng).image for f in figures], 1)
             )
             prompts.append(write_prompt(scene, rng, BASE_TEXT_DROP))
-        return to_images(np.stack(pictures)), tokenize(prompts)
+        images, ids = to_images(np.stack(pictures)), tokenize(prompts)
+        return images.to(self.device), ids.to(self.device)
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,12 @@ def _batch_groups(
     encode: Callable[[Tensor, Tensor], Features],
 ) -> Tokens:
     flat = [reference for group in groups for reference in group]
-    used = torch.ones(len(groups), len(groups[0]), dtype=torch.bool)
+    used = torch.ones(len(groups), len(groups[0]), dtype=torch.bool, device=base.device)
     unmasked = torch.ones(flat[0].image.shape[-2:])
-    masks = torch.stack([unmasked if r.mask is None else r.mask for r in flat])
+    masks = torch.stack([unmasked if r.mask is None else r.mask for r in flat]).to(base.device)
     with torch.inference_mode():
-        latents = base.vae.encode(torch.stack([reference.image for reference in flat]))
+        images = torch.stack([reference.image for reference in flat]).to(base.device)
+        latents = base.vae.encode(images)
         context = base.text.encode([reference.concept for reference in flat])
         return batch_features(encode(latents, context), latents.shape[2:], used, masks)
 
@@ -164,11 +165,16 @@ def sample_pictures(
     applied: Sequence[Application],
     how: Sampling,
 ) -> Tensor:
-    """Pictures as `generate`'s, from the base model with `unet` in place of its U-Net."""
+    """Pictures as `generate`'s, from the base model with `unet` in place of its U-Net.
+
+    noise and pictures are on the CPU, wherever the base is.
+    """
     with torch.inference_mode():
+        noise = noise.to(base.device)
         cond, uncond = base.text.encode(prompts), base.text.encode([""] * len(prompts))
         denoise = make_guided_denoiser(unet, base.schedule, cond, uncond, how.cfg, applied)
-        return base.vae.decode(sample(denoise, noise, base.schedule, how.steps, how.sampler))
+        latents = sample(denoise, noise, base.schedule, how.steps, how.sampler)
+        return base.vae.decode(latents).cpu()
 
 
 def draw_noise(base: PaperdollModel, seed: int, index: int, width: int = 1) -> Tensor:

@@ -54,7 +54,8 @@ class ImageAdapter(nn.Module):
             latents: [G * R, C, H, W], clean. context: [G * R, L, D]. used: bool [G, R].
         """
         with torch.no_grad():
-            emb = unet.embed(torch.zeros(len(latents)), None, latents.dtype)
+            still = torch.zeros(len(latents), device=latents.device)
+            emb = unet.embed(still, None, latents.dtype)
             features = unet.encode(latents, emb, context)[-1]
         grid = F.adaptive_avg_pool2d(features, self.edge).flatten(2).transpose(1, 2)
         tokens = self.norm(self.project(grid).reshape(len(latents), self.count, self.width))

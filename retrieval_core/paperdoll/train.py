@@ -4,6 +4,9 @@ Stages, each resumable: `base` (U-Net and text encoder), `critic` (classifies at
 latents), `retrieval` (the paper's network on that base, with the critic's loss), `pairs` (continues
 both, every other batch with two characters in a picture twice as wide; its files are bundled),
 `judge` (classifies attributes of pictures). Without --stage all run in that order.
+
+`--stage base --recipe second --device cuda --out DIR` trains another base model of the same world,
+to measure by; with a copy of the bundled judge in DIR, the measurements take it as --weights DIR.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import RetrievalError
 from ..files import check_format, read_safetensors, save_safetensors
 from ..network.controlnet import RetrievalControlNet, load
-from ..network.unet import load_strictly
+from ..network.unet import UNetConfig, load_strictly
 from ..training.attributes import AttributeReader
 from ..training.critic import Critic, blur_undecided
 from ..training.objective import retrieval_loss
@@ -43,8 +46,9 @@ from .batches import (
 from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
 from .draw import PARTS
 from .judge import Judge, index_truth
-from .model import PaperdollModel, load_base
-from .vae import PatchVAE
+from .model import CONFIG, SECOND_CONFIG, SECOND_PATCH, PaperdollModel, load_base
+from .text import LENGTH
+from .vae import PATCH, PatchVAE
 
 STAGES = ("base", "critic", "retrieval", "pairs", "judge")
 # Lower for the network's encoder and the decoder, which start as copies of trained layers.
@@ -72,6 +76,24 @@ class RetrievalOptions:
     drawing: float = 0.3
 
 
+@dataclass(frozen=True)
+class BaseRecipe:
+    """A base model's form and the settings of its training; patch: see `PatchVAE`."""
+
+    config: UNetConfig
+    patch: int
+    steps: int
+    batch: int
+    rate: float
+    checkpoint_every: int
+
+
+RECIPES = {
+    "bundled": BaseRecipe(CONFIG, PATCH, 6000, 64, 1.4e-3, 250),
+    "second": BaseRecipe(SECOND_CONFIG, SECOND_PATCH, 3000, 256, 1.6e-3, 2000),
+}
+
+
 class BaseTraining(nn.Module):
     """The base model's diffusion loss on pictures and tags."""
 
@@ -82,9 +104,10 @@ class BaseTraining(nn.Module):
 
     def loss(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         images, ids = batch
+        device = generator.device
         latents = self.vae.encode(images)
-        steps = torch.randint(self.schedule.steps, (len(ids),), generator=generator)
-        eps = torch.randn(latents.shape, generator=generator)
+        steps = torch.randint(self.schedule.steps, (len(ids),), generator=generator, device=device)
+        eps = torch.randn(latents.shape, generator=generator, device=device)
         prediction = self.unet(self.schedule.noised(latents, eps, steps), steps, self.text(ids))
         target = self.schedule.target(latents, eps, steps)
         return retrieval_loss(prediction, target, channel_weights=weigh_channels(self.vae))
@@ -169,29 +192,62 @@ def make_critic(base: PaperdollModel) -> Critic:
 
 
 def train_base(
-    out: Path, settings: TrainingSettings, characters: int, start: Path | None = None
+    out: Path,
+    settings: TrainingSettings,
+    characters: int,
+    start: Path | None = None,
+    recipe: BaseRecipe = RECIPES["bundled"],
+    device: str = "cpu",
 ) -> PaperdollModel:
-    """Trains and saves the base model; returns it with its averaged weights.
+    """Trains and saves the base model; returns it with its averaged weights, on the CPU.
 
     Args:
-        start: folder of a trained model to continue from with pairs; None: from scratch.
+        start: folder of a trained model to continue from with pairs; None: from scratch, by
+            `recipe`.
+
+    Raises:
+        KeyboardInterrupt: interrupted; the run is saved, and the model as it is.
     """
     data = render_characters(settings.seed, characters)
     torch.manual_seed(settings.seed)
     if start is None:
-        model = PaperdollModel()
+        model = PaperdollModel(recipe.config, recipe.patch)
         model.initialise()
-        model.vae = PatchVAE.fit(stack_images(sum(data[:200], [])), model.vae.channels)
+        pictures = stack_images(sum(data[:200], []))
+        model.vae = PatchVAE.fit(pictures, model.vae.channels, recipe.patch)
     else:
         model = load_base(start / BASE_FILE)
         model.requires_grad_(True)
     owner = make_norms_contiguous(BaseTraining(model))
-    batches = BaseBatches(data, settings.batch_size, settings.seed, pairs=start is not None)
-    description = {"stage": "base", "pairs": start is not None, "characters": characters}
-    trainer = _train(owner, owner.loss, batches, settings, out, description)
+    pairs = start is not None
+    batches = BaseBatches(data, settings.batch_size, settings.seed, pairs, device)
+    description = {"stage": "base", "pairs": pairs, "characters": characters}
+    trainer = Trainer(
+        owner, owner.loss, batches, settings, out / "base", device=device, description=description
+    )
+    if model.device.type == "cuda" and not pairs:  # which have batches of two shapes
+        capture_unet(model, settings)
+    interrupted = trainer.run()
     with trainer.ema.swapped_in():
         model.save(out / BASE_FILE, torch.float16)
+    if interrupted:
+        raise KeyboardInterrupt
     return load_base(out / BASE_FILE)
+
+
+def capture_unet(model: PaperdollModel, settings: TrainingSettings) -> None:
+    """Records the passes of the model's U-Net as CUDA graphs.
+
+    Launching the kernels of so small a network one by one takes longer than running them.
+    """
+    unet, count, device = model.unet, settings.batch_size, model.device
+    shape = count, unet.config.in_channels, model.latent_size, model.latent_size
+    noised = torch.randn(shape, device=device)
+    steps = torch.zeros(count, dtype=torch.long, device=device)
+    context = torch.randn(count, LENGTH, unet.config.context_dim, device=device)
+    half = settings.precision == "bfloat16"
+    with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+        torch.cuda.make_graphed_callables(unet, (noised, steps, context.requires_grad_()))
 
 
 def train_retrieval(
@@ -332,9 +388,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", choices=STAGES, action="append")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--characters", type=int, default=RetrievalOptions.characters)
-    parser.add_argument("--base-steps", type=int, default=6000)
-    parser.add_argument("--base-batch", type=int, default=64)
-    parser.add_argument("--base-rate", type=float, default=1.4e-3)
+    parser.add_argument("--recipe", choices=RECIPES, default="bundled", help="of the base")
+    parser.add_argument("--base-steps", type=int, help="default: the recipe's")
+    parser.add_argument("--base-batch", type=int, help="default: the recipe's")
+    parser.add_argument("--base-rate", type=float, help="default: the recipe's")
+    parser.add_argument(
+        "--device", default="cpu", help="of the stage base, such as cuda; the others run on CPUs"
+    )
     parser.add_argument("--critic-steps", type=int, default=1500)
     parser.add_argument("--retrieval-steps", type=int, default=8500)
     parser.add_argument("--retrieval-batch", type=int, default=8, help="characters a step")
@@ -358,10 +418,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = options.out
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = True  # all batches have the same shapes
     stages = options.stage or list(STAGES)
+    chosen = {name: getattr(options, f"base_{name}") for name in ("steps", "batch", "rate")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    recipe = replace(RECIPES[options.recipe], **chosen)
 
     def settings(
-        steps: int, batch: int, rate: float, precision: Precision = options.precision
+        steps: int,
+        batch: int,
+        rate: float,
+        precision: Precision = options.precision,
+        checkpoint_every: int = 250,
     ) -> TrainingSettings:
         return TrainingSettings(
             steps,
@@ -372,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
             ema_decay=0.998,
             precision=precision,
             seed=options.seed,
-            checkpoint_every=250,
+            checkpoint_every=checkpoint_every,
         )
 
     retrieval = RetrievalOptions(
@@ -380,8 +448,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         if "base" in stages:
-            base = settings(options.base_steps, options.base_batch, options.base_rate)
-            train_base(out, base, options.characters)
+            base = settings(
+                recipe.steps, recipe.batch, recipe.rate, checkpoint_every=recipe.checkpoint_every
+            )
+            train_base(out, base, options.characters, recipe=recipe, device=options.device)
         if "critic" in stages:
             critic = settings(options.critic_steps, 96, 2e-3)
             train_critic(out, critic, load_base(out / BASE_FILE), options.characters)
@@ -395,7 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "pairs" in stages:
             train_pairs(
                 out,
-                settings(options.pairs_base_steps, options.base_batch, options.pairs_rate),
+                settings(options.pairs_base_steps, recipe.batch, options.pairs_rate),
                 settings(
                     options.pairs_retrieval_steps, options.retrieval_batch, options.pairs_rate
                 ),

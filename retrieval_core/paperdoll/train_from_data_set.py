@@ -33,7 +33,7 @@ class DollCodec:
         self.vae = vae
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode(pixels / 2 + 0.5)
+        return self.vae.encode(pixels.to(self.vae.mean) / 2 + 0.5)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents) * 2 - 1

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from retrieval_core.bank.token_budget import AUTOMATIC, Budget, choose_budgets
-from retrieval_core.network.unet import SD15, UNetConfig
+from retrieval_core.network.unet import UNetConfig
 from tests.conftest import no_host_line
 
 from . import arithmetic, hosting, table
 from .timing import BASE, Sample, interleave, keep_heap, timed
 from .variants import Run, Variant, Workbench, variants
 
-QUICK_SIZE, SIZE = 128, 512
+QUICK_SIZE = 128
 QUICK_COUNTS, COUNTS = (1, 4), (1, 4, 16, 64)
 CFG = 7.0
 WARM_EDGE = 8
@@ -42,7 +42,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SIZE} pixels, fewer variants")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
-    parser.add_argument("--size", type=int, help=f"edge of the picture in pixels ({SIZE})")
+    parser.add_argument("--base", choices=hosting.BASES, default="sd15")
+    parser.add_argument("--size", type=int, help="edge of the picture in pixels (the base's own)")
     parser.add_argument("--rounds", type=int, default=3, help="steps measured of each variant")
     parser.add_argument("--references", type=int, nargs="+", help=f"their numbers {COUNTS}")
     parser.add_argument(
@@ -52,7 +53,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="on the CPU, though there is a GPU")
     options = parser.parse_args(given)
     if options.size is None:
-        options.size = QUICK_SIZE if options.quick else SIZE
+        options.size = QUICK_SIZE if options.quick else hosting.BASES[options.base][2]
     options.references = options.references or (QUICK_COUNTS if options.quick else COUNTS)
     if options.size < 64 or options.size % 64:
         raise Refused(f"The size is {options.size} pixels; give a multiple of 64, at least 64.")
@@ -142,6 +143,9 @@ def prepare(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
     unet = bench.model.model.diffusion_model
     latent = torch.randn(1, 4, bench.latent, bench.latent).to(device, kind)
     context = bench.positive[0][0].to(device, kind)
+    y = None
+    if bench.config.adm_in_channels is not None:
+        y = torch.zeros(1, bench.config.adm_in_channels, device=device, dtype=kind)
     steps = torch.zeros(1, device=device)
     encoded = bench.references(BANK_OF).encoded
 
@@ -151,7 +155,7 @@ def prepare(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
     def run_encoder() -> None:
         handle = unet.middle_block[-1].register_forward_hook(reached)
         try:
-            unet(latent, steps, context=context, transformer_options={})
+            unet(latent, steps, context=context, y=y, transformer_options={})
         except _Reached:
             pass
         finally:
@@ -171,7 +175,7 @@ def prepare(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
 
     works = {
         "encoding one reference": (
-            lambda: encode_references(network.network, latent, context),
+            lambda: encode_references(network.network, latent, context, y),
             1.0,
         ),
         f"making the bank of {BANK_OF}, default budget": (
@@ -193,10 +197,14 @@ def prepare(bench: Workbench, rounds: int) -> list[dict[str, Any]]:
     return [table.once(title, series[title], floor) for title, (_, floor) in works.items()]
 
 
-def measure(options: argparse.Namespace, show: bool, config: UNetConfig = SD15) -> dict[str, Any]:
-    """Everything measured, as one JSON-able object."""
+def measure(
+    options: argparse.Namespace, show: bool, config: UNetConfig | None = None
+) -> dict[str, Any]:
+    """Everything measured, as one JSON-able object. config: a U-Net of another shape."""
     import comfy.model_management as management
 
+    called, own, _ = hosting.BASES[options.base]
+    config = config or own
     bench = Workbench(hosting.base_model(config), config, options.size)
     picked = {v.key: v for v in chosen(variants(bench, options.references), options.only)}
     about: dict[str, tuple[int | None, int]] = {BASE: (0, 0)}
@@ -236,7 +244,8 @@ def measure(options: argparse.Namespace, show: bool, config: UNetConfig = SD15) 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "dtype": str(bench.model.model.get_dtype()).removeprefix("torch."),
-        "base": "SD 1.5, random weights",
+        "base": f"{called}, random weights",
+        "dynamic VRAM": getattr(bench.model, "is_dynamic", bool)(),  # 0.8.0 lacks it
         "pixels": options.size,
         "rounds": options.rounds,
         "rows a call": sorted(set(rows)),
@@ -264,7 +273,7 @@ def start_host(cpu: bool) -> None:
 def main(given: Sequence[str] | None = None) -> int:
     try:
         options = arguments(given)
-        bench = Workbench(None, SD15, options.size)
+        bench = Workbench(None, hosting.BASES[options.base][1], options.size)
         found = chosen(variants(bench, options.references), options.only)
         if options.list:
             print("\n".join(variant.key for variant in found))

@@ -43,7 +43,7 @@ def once(title: str, series: Series, floor: float) -> dict[str, Any]:
 
 def text(result: dict[str, Any]) -> str:
     """The table, under a line about the machine and the model."""
-    about = ("host", "torch", "device", "threads", "dtype", "base", "pixels", "rounds")
+    about = ("host", "torch", "device", "threads", "dtype", "dynamic VRAM", "base", "pixels")
     lines = [", ".join(f"{name} {result[name]}" for name in about)]
     lines.append(
         f"Rows in one call of the U-Net: {result['rows a call']}; "

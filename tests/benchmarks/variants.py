@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retrieval_core.bank.encoding import select_tokens
-from retrieval_core.network.unet import UNetConfig
+from retrieval_core.network.unet import SD15, UNetConfig
 from retrieval_core.training_free.attention_layers import list_self_attention_layers
 from retrieval_core.training_free.training_free_network import name_site
 
@@ -21,6 +21,7 @@ from .hosting import randomise
 MASKED_SHARE = 0.4
 ROWS = {"both": 2, "cond": 1}
 FULL, MASKED, BUDGET = "full", "masked", "budget"
+_POOLED = 1280  # width of SDXL's pooled text
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,12 @@ class Variant:
     external: bool = False
 
 
-def conditioning(seed: int, width: int) -> list:
+def conditioning(seed: int, config: UNetConfig) -> list:
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, arithmetic.TEXT_TOKENS, width, generator=generator), {}]]
+    width, more = config.context_dim, {}
+    if config.adm_in_channels is not None:
+        more = {"pooled_output": torch.randn(1, _POOLED, generator=generator)}
+    return [[torch.randn(1, arithmetic.TEXT_TOKENS, width, generator=generator), more]]
 
 
 class Workbench:
@@ -67,21 +71,23 @@ class Workbench:
     def __init__(self, model: Any, config: UNetConfig, size: int):
         self.model, self.config, self.size = model, config, size
         self.latent = size // 8
-        self.positive = conditioning(1, config.context_dim)
-        self.negative = conditioning(2, config.context_dim)
+        self.positive = conditioning(1, config)
+        self.negative = conditioning(2, config)
         self._references: dict[tuple[str, int, bool], Any] = {}
 
     @cached_property
     def network(self) -> Any:
         """A retrieval network managed by the host, in the dtypes that the host would choose."""
         from retrieval_pack.nodes.host import attention, loading, trained_network
+        from retrieval_pack.nodes.host.base_model import detect_base
         from retrieval_pack.retrieval_core.network.controlnet import Card, RetrievalControlNet
 
         count = sum(p.numel() for p in self.model.model.diffusion_model.parameters())
-        weights, compute = loading.choose_types("sd15", torch.float16, count)
+        base = detect_base(self.model).name
+        weights, compute = loading.choose_types(base, torch.float16, count)
         made = RetrievalControlNet(
             self.config,
-            Card("sd15"),
+            Card(base),
             operations=loading.OPERATIONS,
             attend=attention.attend,
             dtype=weights,
@@ -292,7 +298,7 @@ def variants(bench: Workbench, counts: Sequence[int]) -> list[Variant]:
             )
         )
     found.append(Variant("controlnet", "ControlNet (the host's own)", bench.controlnet))
-    if external.checkout(external.IP_ADAPTER) is not None:
+    if bench.config == SD15 and external.checkout(external.IP_ADAPTER) is not None:
         for count in counts:
             found.append(
                 Variant(

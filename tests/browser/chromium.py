@@ -26,11 +26,13 @@ class Page:
 
     Attributes:
         errors: texts of console errors, uncaught exceptions and failed requests, as they come.
+        requests: addresses that were asked for, as they come.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse):
         self.loop, self.socket = loop, socket
         self.errors: list[str] = []
+        self.requests: list[str] = []
         self._last = 0
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
@@ -79,6 +81,8 @@ class Page:
             case "Log.entryAdded" if given["entry"]["level"] == "error":
                 entry = given["entry"]
                 self.errors.append(f"{entry['text']} {entry.get('url', '')}")
+            case "Network.requestWillBeSent":
+                self.requests.append(given["request"]["url"])
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited if it is a promise."""

@@ -43,6 +43,7 @@ class HostPage:
         chosen = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en", **settings}
         self.server.post("/settings", chosen)
         self.browser.errors.clear()
+        self.browser.requests.clear()
         self.browser.go(self.server.address)
         self.wait_ready()
         self.run("app.graph.clear(), 1")

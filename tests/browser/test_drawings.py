@@ -17,6 +17,7 @@ from retrieval_core.sampling.controls import CURVES, parse_curve
 needs_weights = pytest.mark.skipif(
     not has_weights(), reason="retrieval_core/paperdoll/weights has no files yet"
 )
+LOADER = "RetrievalControlNetLoader"
 # A character of its own for each run: what the host has cached tells the page nothing.
 _characters = itertools.count(100)
 
@@ -167,10 +168,27 @@ def test_a_file_that_is_gone_from_the_library_is_said_to_be(page):
     page.screenshot("file gone")
 
 
+def test_a_file_that_is_new_in_the_folder_is_listed_when_the_lists_are_reloaded(any_page):
+    folder = any_page.server.log.parent / "models" / "retrieval_controlnet"
+    new = f"new in {any_page.host}.safetensors"
+    any_page.run(f"app.graph.add(LiteGraph.createNode('{LOADER}')), 1")
+    set_value(any_page, LOADER, "network", "file")
+    file = f"{find(LOADER)}.widgets.find((one) => one.name === 'network.file')"
+    assert any_page.run(f"{file}.options.values") == []
+    folder.mkdir(exist_ok=True)
+    (folder / new).touch()
+    any_page.run("app.refreshComboInNodes().then(() => 1)")
+    assert any_page.run(f"[{file}.value, ...{file}.options.values]") == [new, new]
+    for choice in ("Hugging Face hub", "file"):
+        set_value(any_page, LOADER, "network", choice)
+    assert any_page.run(f"[{file}.value, ...{file}.options.values]") == [new, new]
+    (folder / new).unlink()
+
+
 def test_the_curve_is_the_samplers(page):
     page.open()
     texts = [*CURVES, "1, 0.5, 0", "0.3", "2,0.1,1e-1,3"]
-    module = f"import('/extensions/{NAME}/strength_curve.js')"
+    module = f"import('/extensions/{NAME}/retrieval.js')"
     positions = [i / 20 for i in range(21)]
     drawn = page.run(
         f"""{module}.then(({{ parseCurve, factorAt }}) => {json.dumps(texts)}.map((text) =>

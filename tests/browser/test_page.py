@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from serving import PACK, has_weights
+from serving import NAME, PACK, has_weights
 from workflows import FOLDER, example
 
 WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -54,6 +54,21 @@ def missing(page) -> list[str]:
         .filter((node) => !node.isSubgraphNode?.() &&
             !(node.type in LiteGraph.registered_node_types)).map((node) => node.type)"""
     )
+
+
+def test_the_page_waits_for_one_file_of_ours(page):
+    """And for none of the host's scripts; styles, help and pictures come with the nodes."""
+    page.open()
+    ours = f"{page.server.address}/extensions/{NAME}/"
+
+    def requested() -> list[str]:
+        asked = page.browser.requests
+        return [url for url in asked if url.startswith(ours) or "/scripts/" in url]
+
+    assert requested() == [f"{ours}retrieval.js"]
+    add(page, ["RetrievalMap"])
+    page.wait("document.getElementById('retrieval-style').sheet")
+    assert requested() == [f"{ours}retrieval.js", f"{ours}retrieval.css"]
 
 
 def test_every_node_can_be_added(any_page, node_info):

@@ -1,4 +1,6 @@
-"""Puts ComfyUI on the path, on the CPU, and the pack into it as the host would (any folder name).
+"""Puts ComfyUI on the path, and the pack into it as the host would (any folder name).
+
+It runs on the CPU; with RETRIEVAL_ON_GPU=1 on the GPU, with dynamic VRAM where the host has it.
 
 This folder is only collected where a host was found (see tests/conftest.py).
 """
@@ -14,6 +16,7 @@ import pytest
 
 # Layers start without weights, as with dynamic VRAM, the newer host's default on NVIDIA cards.
 LAZY_LAYERS = bool(os.environ.get("RETRIEVAL_LAZY_LAYERS"))
+ON_GPU = bool(os.environ.get("RETRIEVAL_ON_GPU"))
 PACK = Path(__file__).resolve().parents[2]
 NAME = "retrieval_pack"
 # Of the pack's extra packages for data sets, those that this Python lacks.
@@ -37,7 +40,11 @@ def _start_host() -> None:
     sys.path.insert(0, str(_find_comfyui()))
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = not ON_GPU
+    if ON_GPU:
+        from tests.helpers.dynamic_vram import enable_dynamic_vram
+
+        enable_dynamic_vram()
     if LAZY_LAYERS:
         import comfy.memory_management
 

@@ -142,7 +142,7 @@ def has_weights() -> bool:
 
 @contextlib.contextmanager
 def running(comfyui: Path, base: Path) -> Iterator[Server]:
-    """The host's server on the CPU; everything it writes lies in `base`."""
+    """The host's server, on the device of the tests; everything it writes lies in `base`."""
     install(base)
     for name in ("input", "output", "temp", "user", "models"):
         (base / name).mkdir()
@@ -154,7 +154,8 @@ def running(comfyui: Path, base: Path) -> Iterator[Server]:
         ("--base-directory", base),
         ("--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}"),
     ]
-    line = [sys.executable, "-c", RUN, comfyui / "main.py", "--cpu", "--port", port]
+    line = [sys.executable, "-c", RUN, comfyui / "main.py", "--port", port]
+    line += [] if os.environ.get("RETRIEVAL_ON_GPU") else ["--cpu"]
     line += ["--disable-api-nodes", *(part for pair in folders for part in pair)]
     with log.open("wb") as written:
         process = subprocess.Popen(

@@ -123,8 +123,13 @@ def test_rows_are_trained_and_measured_once(folder, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "PAPER", {n: ablation.PAPER[n] for n in few})
     given = list_arguments(folder, "ablation", sheet_every="none", checkpoint_every=1)
     assert ablation.main(given) == 0
-    rows = json.loads((folder / "ablation" / "ablation.json").read_text())
-    assert list(rows) == [*few, "recon", "adapter, 4 tokens"]
+    rows = {
+        name: json.loads((folder / "ablation" / f"{file}.json").read_text())
+        for name, file in (
+            ("recon", "recon"), ("recon, lock both", "recon-lock-both"), ("compose", "compose"),
+            ("adapter, 4 tokens", "adapter-4-tokens"),
+        )
+    }  # fmt: skip
     assert rows["adapter, 4 tokens"]["steps"] >= 2  # its step is the cheaper one
     assert all(0 <= row[m] <= 100 for row in rows.values() for m in ablation.MEASURES)
     trained = load(folder / "ablation" / "recon-lock-both" / "recon-lock-both.safetensors")
@@ -134,3 +139,6 @@ def test_rows_are_trained_and_measured_once(folder, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "prepare_adapter", None)
     assert ablation.main(given) == 0
     assert capsys.readouterr().out.strip() in shown
+    assert ablation.main([*given, "--row", "compose", "--row", "recon"]) == 0
+    *_, one, other = capsys.readouterr().out.splitlines()
+    assert one in shown and one.startswith("compose ") and other.startswith("recon ")

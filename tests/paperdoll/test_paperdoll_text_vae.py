@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from refusal import sentence
 from safetensors.torch import load_file, save_file
 
@@ -137,22 +138,34 @@ def test_decoding_a_figure_twice_changes_nothing_more(vae):
     assert (twice - once).abs().mean() < 2e-3  # only where colours were clamped to 0..1
 
 
-def test_the_principal_components_are_those_of_the_patches():
-    """Against numpy's singular value decomposition of all 4x4 patches, cut out with loops."""
-    images = pictures(6, 5)
+@pytest.mark.parametrize("edge", [4, 2])
+def test_the_principal_components_are_those_of_the_patches(edge):
+    """Against numpy's singular value decomposition of all patches, cut out with loops."""
+    images, inside, across = pictures(6, 5), range(edge), range(64 // edge)
     patches = np.array([
-        [image[c, 4 * y + i, 4 * x + j] for c in range(3) for i in range(4) for j in range(4)]
-        for image in images.double().numpy() for y in range(16) for x in range(16)
+        [image[c, edge * y + i, edge * x + j] for c in range(3) for i in inside for j in inside]
+        for image in images.double().numpy() for y in across for x in across
     ])  # fmt: skip
     mean = patches.mean(0)
     _, sizes, vectors = np.linalg.svd(patches - mean, full_matrices=False)
     stds = sizes / math.sqrt(len(patches))
-    vae = PatchVAE.fit(images, 8)
+    vae = PatchVAE.fit(images, 8, edge)
     np.testing.assert_allclose(vae.mean.numpy(), mean, atol=1e-6)
     likeness = np.abs(vectors[:8] @ vae.basis.double().numpy().T)
     np.testing.assert_allclose(likeness, np.eye(8), atol=1e-3)
-    expected = 2 / np.sqrt(stds[0] * stds[:8])
+    expected = edge / 2 / np.sqrt(stds[0] * stds[:8])
     np.testing.assert_allclose(vae.scale.numpy(), expected, rtol=1e-5)
+
+
+def test_smaller_patches_lose_less_and_hide_as_well_under_noise(vae):
+    """Of an area's mean colour, a noise level hides as much whatever the patches' size."""
+    small, images = PatchVAE.fit(pictures(120, 0), 8, 2), pictures(60, 1)
+    latents = small.encode(images)
+    assert latents.shape == (60, 8, 32, 32)
+    errors = [(one.decode(one.encode(images)) - images).square().mean() for one in (small, vae)]
+    assert errors[0] < errors[1]
+    means = F.avg_pool2d(latents, 2)[:, 0]  # of 4 noises of deviation 1, with deviation 1 / 2
+    assert means.std() / 0.5 == pytest.approx(float(vae.encode(images)[:, 0].std()), rel=0.1)
 
 
 def test_fitting_is_deterministic():
@@ -195,6 +208,19 @@ def test_the_base_model_comes_back_with_the_same_bits(saved, model):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert {key.split(".")[0] for key in load_file(saved)} == {"model", "text", "vae"}
+
+
+def test_a_base_with_smaller_patches_comes_back_with_the_same_bits(tmp_path):
+    torch.manual_seed(0)
+    made = PaperdollModel(TINY, 2)
+    made.vae = PatchVAE.fit(pictures(20, 7), TINY.in_channels, 2)
+    made.save(tmp_path / "small.safetensors")
+    loaded = load_base(tmp_path / "small.safetensors")
+    assert loaded.vae.patch == 2 and loaded.latent_size == 32
+    assert all(torch.equal(v, made.state_dict()[k]) for k, v in loaded.state_dict().items())
+    assert loaded.noise(1, torch.Generator().manual_seed(0)).shape == (1, 6, 32, 32)
+    images = pictures(3, 8)
+    assert torch.equal(loaded.vae.encode(images), made.vae.encode(images))
 
 
 def test_in_half_precision_only_the_trained_weights_are_rounded(tmp_path, model):
@@ -247,6 +273,8 @@ def test_a_truncated_file_and_a_broken_configuration_are_refused(saved):
     config = json.dumps({**asdict(TINY), "model_channels": 7})
     sentence(load_base, rewritten(saved, config=config))
     assert "'config'" in sentence(load_base, rewritten(saved, config="{"))
+    message = sentence(load_base, rewritten(saved, config=json.dumps(asdict(TINY)), patch="3"))
+    assert "'3' pixels a patch" in message
     saved.write_bytes(saved.read_bytes()[:1000])
     assert "not a whole safetensors file" in sentence(load_base, saved)
     assert "There is no file" in sentence(load_base, saved.with_name("other.safetensors"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -10,7 +12,16 @@ import torch
 from retrieval_core.files import read_safetensors, save_safetensors
 from retrieval_core.network.controlnet import load
 from retrieval_core.paperdoll import train
-from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE, load_bundle
+from retrieval_core.paperdoll.batches import BaseBatches
+from retrieval_core.paperdoll.bundle import (
+    BASE_FILE,
+    JUDGE_FILE,
+    RETRIEVAL_FILE,
+    find_bundled,
+    load_bundle,
+)
+from retrieval_core.paperdoll.measure_training_free import main as measure_training_free
+from retrieval_core.paperdoll.model import PATCH, SECOND_CONFIG, load_base
 
 SMALL = (
     "--characters 8 --base-steps 2 --base-batch 4 --critic-steps 2 --retrieval-steps 2 "
@@ -77,6 +88,35 @@ def test_a_finished_run_is_not_trained_again(trained, capsys):
         torch.equal(tensors[key], value)
         for key, value in read_safetensors(trained / "again")[0].items()
     )
+
+
+def test_the_second_base_is_trained_and_measured_as_the_first(trained, tmp_path, capsys):
+    assert load_base(trained / BASE_FILE).vae.patch == PATCH
+    assert run(tmp_path, "--stage", "base", "--recipe", "second", "--base-batch", "2") == 0
+    base = load_base(tmp_path / BASE_FILE)
+    assert base.unet.config == SECOND_CONFIG and base.latent_size == 32
+    (tmp_path / JUDGE_FILE).write_bytes(find_bundled(JUDGE_FILE).read_bytes())
+    capsys.readouterr()
+    given = f"--weights {tmp_path} --count 2 --steps 1 --json".split()
+    assert measure_training_free(given) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert 0 <= lines["without retrieval"]["attribute match"]["mean"] <= 100
+
+
+def test_an_interrupted_base_is_written_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    def stop(self, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step)
+
+    batch = BaseBatches.batch
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseBatches, "batch", stop)
+        assert run(tmp_path, "--stage", "base") == 130
+    assert "the same command again" in capsys.readouterr().out
+    early = (tmp_path / BASE_FILE).read_bytes()
+    assert load_base(tmp_path / BASE_FILE).vae.basis.any()
+    assert run(tmp_path, "--stage", "base") == 0
+    assert (tmp_path / BASE_FILE).read_bytes() != early
 
 
 def test_pairs_without_the_stages_before_are_refused(tmp_path, capsys):

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from refusal import sentence
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_objective import make, make_batch, normal
 from tiny_run import TinyBase, set_up
+from torch.overrides import TorchFunctionMode
 
 from retrieval_core.bank.encoding import encode_references
 from retrieval_core.bank.site_bank import make_network_bank
@@ -72,6 +74,46 @@ def test_recomputed_activations_give_the_same_gradients(tmp_path):
     again, recomputed = gradients(make(tmp_path, checkpoint_activations=True))
     assert torch.equal(loss, again)
     assert all(torch.equal(recomputed[name], value) for name, value in found.items())
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Autocast with CUDA's rules on the CPU, whose own are more lenient, and its refusals."""
+
+    HALF = F.linear, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.baddbmm, torch.einsum
+    FLOAT = F.layer_norm, F.group_norm, F.softmax, torch.Tensor.softmax, torch.cdist
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        dtype = None
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.bfloat16 if func in self.HALF else None
+            dtype = torch.float32 if func in self.FLOAT else dtype
+
+        def cast(value):
+            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(dtype) if dtype and floating else value
+
+        args, kwargs = [cast(a) for a in args], {n: cast(v) for n, v in (kwargs or {}).items()}
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        if func in (F.linear, F.conv2d, F.layer_norm, F.group_norm, torch.linalg.qr):
+            assert len({v.dtype for v in given}) == 1, (func, [v.dtype for v in given])
+        assert func is not torch.linalg.qr or given[0].dtype == torch.float32
+        return func(*args, **kwargs)
+
+
+def test_a_step_with_merged_tokens_obeys_the_rules_of_cudas_autocast(tmp_path):
+    objective = make(tmp_path, precision="bf16", token_budget=4)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), CudaAutocast():
+        loss = run(objective)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_which_tokens_merge_does_not_depend_on_autocast():
+    tokens = normal(1, 1, 32, 8)
+    site = SiteTokens(tokens, None, torch.zeros(32, dtype=torch.long))
+    plain = limit_tokens(site, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(limit_tokens(site, 6).tokens, plain.tokens)
 
 
 def test_frozen_matrices_are_halved_and_the_rest_is_not(tmp_path):
