@@ -7,7 +7,7 @@ it, as ConsiStory's feature injection does with the output of self-attention (ar
 x_i[p] <- x_i[p] + strength * s_i[p] * (sum_jq A_ip,jq x_j[q] - x_i[p]),
 A_ip = softmax over j != i, q with s_j[q] >= 0.5 of sharpness * cos(f_i[p], f_j[q]).
 
-f are the features x less the mean of all subjects, and s in 0..1 is `find_subjects`. The first
+f are the features x less the mean of all subjects, and s in 0..1 is `cluster_subjects`. The first
 pictures can be anchors: the others look at them alone, and they at each other.
 """
 
@@ -27,7 +27,7 @@ from ..errors import RetrievalError
 from ..network.unet import UNet, UNetConfig
 
 STRENGTH = 1.0
-END = 0.5
+END = 0.4
 SHARPNESS = 30.0
 # Positions that a picture looks at, of all other pictures together; more are thinned out to a grid.
 _MOST_POSITIONS = 4096
@@ -88,7 +88,7 @@ class ConsistentBatch:
         if len(x) < 2 or self.strength == 0:
             return x
         size = tuple(x.shape[2:])
-        subjects = find_subjects(x)
+        subjects = cluster_subjects(x)
         tokens = x.flatten(2).transpose(1, 2)
         wide = tokens.float()
         mean = (subjects[..., None] * wide).sum((0, 1)) / subjects.sum().clamp_min(_LEAST)
@@ -120,7 +120,7 @@ def choose_grid(size: tuple[int, int], pictures: int) -> Tensor:
     return torch.arange(height * width).view(size)[step // 2 :: step, step // 2 :: step].flatten()
 
 
-def find_subjects(x: Tensor) -> Tensor:
+def cluster_subjects(x: Tensor) -> Tensor:
     """How much each position of features [B, C, H, W] shows the subject: [B, H * W] of 0..1.
 
     Two-means of the features' directions in each picture. One cluster starts as the upper border

@@ -25,6 +25,7 @@ def test_there_are_the_promised_workflows():
         "Demo - Face of one, clothes of another",
         "Demo - Two characters",
         "Demo - How different the pictures are",
+        "Demo - New character",
         "Same character (SD 1.5)",
         "Face of one, clothes of another (SD 1.5)",
         "Two characters (SD 1.5)",

@@ -26,6 +26,7 @@ DEMOS = {
     "Demo - Face of one, clothes of another": ("Demo - Face of one, clothes of another", 0),
     "Demo - Two characters": ("Demo - Two characters", 0),
     "Demo - How different the pictures are": ("Demo - How different the pictures are", 0),
+    "Demo - New character": ("Demo - New character", 0),
     "Same character (SD 1.5)": ("Demo - Same character", 20),
     "Same character (SDXL)": ("Demo - Same character", 31),
     "Face of one, clothes of another (SD 1.5)": ("Demo - Face of one, clothes of another", 20),
@@ -34,7 +35,8 @@ DEMOS = {
 
 
 def run(server, node_info: dict, demo: str, shift: int) -> tuple[list[Image.Image], ...]:
-    """A demo workflow's references, and its results with plots, as they were drawn."""
+    """A demo workflow's references, and its results with plots, as they were drawn; without
+    references the base model's pictures in their place."""
     prompt = api_form(example(demo), node_info)
     for key, node in prompt.items():
         if node["class_type"] == "RetrievalPaperdollReference":
@@ -47,16 +49,18 @@ def run(server, node_info: dict, demo: str, shift: int) -> tuple[list[Image.Imag
     time.sleep(1)
     entry = server.run(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]
-    references, results = [], []
+    references, results, plain = [], [], []
     for key, node in prompt.items():
         if node["class_type"] in ("PreviewImage", "SaveImage"):
             source = prompt[node["inputs"]["images"][0]]["class_type"]
             pictures = [Image.fromarray(picture) for picture in server.images(entry, key)]
             if source == "RetrievalPaperdollReference":
                 references += pictures
-            elif "without" not in node["inputs"].get("filename_prefix", ""):
+            elif "without" in node["inputs"].get("filename_prefix", ""):
+                plain += [shrink(picture) for picture in pictures]
+            else:
                 results += [shrink(picture) for picture in pictures]
-    return references, results
+    return references or plain, results
 
 
 def shrink(picture: Image.Image) -> Image.Image:
@@ -119,7 +123,9 @@ def test_draw(name, server, node_info):
     demo, shift = DEMOS[name]
     references, results = run(server, node_info, demo, shift)
     label = "above: references, below: drawn by the demo model"
-    if name != demo:
+    if name == "Demo - New character":
+        label = "the demo model: above without, below with Consistent Pictures"
+    elif name != demo:
         label = f"{name[name.index('(') + 1 : -1]} workflow; pictures of the demo model"
     picture = compose(references, results, label)
     picture.save(FOLDER / f"{name}.jpg", quality=90, optimize=True)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from refusal import sentence
+from torch.utils.flop_counter import FlopCounterMode
 
 from retrieval_core.network.unet import SD15, SDXL, UNet, UNetConfig
 from retrieval_core.training_free import consistent_batch
@@ -14,7 +15,7 @@ from retrieval_core.training_free.consistent_batch import (
     SHARPNESS,
     ConsistentBatch,
     choose_grid,
-    find_subjects,
+    cluster_subjects,
     list_shared_blocks,
     share_subjects,
 )
@@ -69,7 +70,7 @@ def test_sharing_is_the_formula(anchors, seen, logits, monkeypatch):
     monkeypatch.setattr(consistent_batch, "_MOST_LOGITS", logits)
     x = rand(3, 6, 3, 4)
     found = ConsistentBatch(0.7, anchors=anchors).share(x)
-    expected = plain_share(x, find_subjects(x), 0.7, seen)
+    expected = plain_share(x, cluster_subjects(x), 0.7, seen)
     # Subjects and logits are float32 by design.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - x)[1].abs().max() > 1e-2
@@ -100,7 +101,7 @@ def draw_features(figure, seed, background=0):
 def test_subjects_are_found_also_where_the_lower_border_cuts_them_off(bottom):
     figure = torch.zeros(12, 12)
     figure[2:bottom, 4:9] = 1
-    found = find_subjects(draw_features(figure, 3)).view(12, 12)
+    found = cluster_subjects(draw_features(figure, 3)).view(12, 12)
     assert torch.equal(found > 0.5, figure.bool())
 
 
@@ -168,6 +169,34 @@ def test_batches_drawn_at_once_stay_apart_and_negative_prompts_are_untouched(une
     torch.testing.assert_close(shared[2:4], alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(shared[4:], plain[4:], rtol=1e-4, atol=1e-5)
     assert ((shared - plain)[:4].flatten(1).abs().amax(1) > 1e-3).all()
+
+
+def count_operations(config, edge, rows):
+    """Operations of a step of `rows` pictures with both prompts, and of sharing in it."""
+    with torch.device("meta"):
+        made = UNet(config)
+        x, steps = torch.empty(2 * rows, 4, edge, edge), torch.empty(2 * rows)
+        context = torch.empty(2 * rows, 77, config.context_dim)
+        y = None if config.adm_in_channels is None else torch.empty(2 * rows, 2816)
+    streams = []
+    skips = list(config.site_channels().values())[-2::-1]
+    for index in list_shared_blocks(config):
+        made.output_blocks[index].register_forward_pre_hook(
+            lambda block, given, skip=skips[index]: streams.append(given[0][:rows, :-skip])
+        )
+    with torch.inference_mode(), FlopCounterMode(display=False) as base:
+        made(x, steps, context, y)
+    with torch.inference_mode(), FlopCounterMode(display=False) as sharing:
+        for stream in streams:
+            ConsistentBatch().share(stream)
+    return base.get_total_flops(), sharing.get_total_flops()
+
+
+@pytest.mark.parametrize(("config", "edge"), [(SD15, 64), (SDXL, 128)])
+@pytest.mark.parametrize("rows", [2, 4, 16])
+def test_sharing_costs_less_than_a_tenth_of_a_step(config, edge, rows):
+    base, sharing = count_operations(config, edge, rows)
+    assert 0 < sharing < 0.1 * base
 
 
 def test_bad_settings_are_refused_in_one_sentence():
