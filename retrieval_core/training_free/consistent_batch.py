@@ -7,8 +7,9 @@ it, as ConsiStory's feature injection does with the output of self-attention (ar
 x_i[p] <- x_i[p] + strength * s_i[p] * (sum_jq A_ip,jq x_j[q] - x_i[p]),
 A_ip = softmax over j != i, q with s_j[q] >= 0.5 of sharpness * cos(f_i[p], f_j[q]).
 
-f are the features x less the mean of all subjects, and s in 0..1 is `cluster_subjects`. The first
-pictures can be anchors: the others look at them alone, and they at each other.
+f are the features x less the mean of the subjects that are looked at, and s in 0..1 is
+`cluster_subjects`. The first pictures can be anchors: the others look at them alone, and they at
+each other.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class ConsistentBatch:
         subjects = cluster_subjects(x)
         tokens = x.flatten(2).transpose(1, 2)
         wide = tokens.float()
-        mean = (subjects[..., None] * wide).sum((0, 1)) / subjects.sum().clamp_min(_LEAST)
+        shown = subjects[: self.anchors or None]  # anchors depend on nothing but anchors
+        mean = (shown[..., None] * wide[: len(shown)]).sum((0, 1)) / shown.sum().clamp_min(_LEAST)
         directions = F.normalize(wide - mean, dim=-1).to(x)
         out = tokens.clone()
         for row in range(len(x)):

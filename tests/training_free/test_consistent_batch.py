@@ -29,11 +29,11 @@ def rand(*shape, seed=0):
 
 def plain_share(x, subjects, strength, seen):
     """The formula, one position at a time; seen: row -> the rows that it looks at."""
+    shown = {j for row in seen for j in row}
     rows, channels, height, width = x.shape
     tokens = [[x[i, :, y, z] for y in range(height) for z in range(width)] for i in range(rows)]
-    total = sum(float(s) for s in subjects.flatten())
-    mean = sum(float(subjects[i, p]) * t for i, row in enumerate(tokens) for p, t in enumerate(row))
-    mean = mean / total
+    total = sum(float(subjects[j].sum()) for j in shown)
+    mean = sum(float(subjects[j, p]) * t for j in shown for p, t in enumerate(tokens[j])) / total
 
     def direction(i, p):
         centred = tokens[i][p] - mean
@@ -82,6 +82,11 @@ def test_a_batch_of_one_and_the_only_anchor_are_untouched():
     followed = ConsistentBatch(anchors=1).share(torch.cat([x, more]))
     assert torch.equal(followed[:1], x)
     assert not torch.equal(followed[1:], more)
+
+
+def test_further_pictures_change_nothing_about_the_anchors():
+    x, batch = rand(4, 6, 4, 4), ConsistentBatch(anchors=2)
+    torch.testing.assert_close(batch.share(x)[:2], batch.share(x[:2]), rtol=0, atol=1e-12)
 
 
 def test_the_order_of_pictures_does_not_matter():
