@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import RetrievalError
 from ..network.controlnet import RetrievalControlNet
-from .tokens import EncodedReference, SiteTokens, Tokens
+from .tokens import MATCHED, EncodedReference, SiteTokens, Tokens
 
 # site -> (tokens [R, P, H * W, D] as in `EncodedReference`, (H, W)).
 Features = Mapping[str, tuple[Tensor, tuple[int, int]]]
@@ -53,7 +53,7 @@ def split_features(
     Args:
         latent_size: height and width of the latents.
         masks: one per reference, [H, W] of any size, above 0 inside; None: no mask. Tokens wholly
-            outside are dropped.
+            outside are dropped; at `MATCHED` their values are set to 0.
         weights: one per reference, 1 by default. concepts: recorded with each reference.
 
     Raises:
@@ -74,7 +74,10 @@ def split_features(
             if mask is not None:
                 if size not in inside:
                     inside[size] = select_tokens(mask, *size).flatten().to(batch.device)
-                tokens[site] = batch[i][:, inside[size]]
+                if site.startswith(MATCHED):
+                    tokens[site] = hide_values(batch[i], inside[size])
+                else:
+                    tokens[site] = batch[i][:, inside[size]]
         weight = 1.0 if weights is None else weights[i]
         concept = "figure" if concepts is None else concepts[i]
         encoded.append(EncodedReference(tokens, weight, concept, (height, width)))
@@ -102,7 +105,10 @@ def batch_features(
         inside = used.repeat_interleave(count, 1)
         if masks is not None:
             shown = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
-            inside = inside & shown.view_as(inside)
+            if site.startswith(MATCHED):
+                tokens = hide_values(tokens, shown.view_as(inside))
+            else:
+                inside = inside & shown.view_as(inside)
         bias = None
         if not bool(inside.all()):
             bias = tokens.new_zeros(inside.shape).masked_fill_(~inside, float("-inf"))
@@ -110,6 +116,12 @@ def batch_features(
         sites[site] = SiteTokens(tokens, bias, owner)
     height, width = latent_size
     return Tokens(sites, references, (height, width))
+
+
+def hide_values(tokens: Tensor, inside: Tensor) -> Tensor:
+    """Keys and values [..., 2, N, D] with values of 0 outside a mask [..., N]."""
+    keys, values = tokens.unbind(-3)
+    return torch.stack([keys, values * inside[..., None]], -3)
 
 
 def select_tokens(mask: np.ndarray | Tensor, height: int, width: int) -> Tensor:

@@ -20,6 +20,7 @@ from ..network.unet import UNet
 from ..sampling.applications import Application
 from ..sampling.attention_map import RecordedRetrieval, choose_map_site
 from ..sampling.frozen_site import freeze_sites
+from ..sampling.presets import BALANCED, PRESETS, Preset
 from ..sampling.sampler import Sampler, make_guided_denoiser, sample
 from ..training_free import JointRetrieval, TrainingFree, name_layers, record
 from .bundle import Bundle
@@ -79,11 +80,12 @@ def apply_training_free(
     network: TrainingFree,
     groups: Sequence[Sequence[PreparedReference]],
     strength: float,
-    guidance: Guidance,
+    guidance: Guidance = "cond",
     end: float = 1.0,
+    preset: Preset = PRESETS[BALANCED],
 ) -> JointRetrieval:
     """Joint retrieval from one group of references per row, as in `encode_groups`."""
-    tokens = _batch_groups(base, groups, partial(record, base.unet, base.schedule, network))
+    tokens = _batch_groups(base, groups, partial(_record, base, network))
     with torch.inference_mode():
         bank = make_bank(tokens, None, network.site_downsampling())
     return JointRetrieval(
@@ -92,9 +94,19 @@ def apply_training_free(
         end=end,
         guidance=guidance,
         names=name_layers(base.unet),
+        match_layer=network.match_layer,
+        preset=preset,
         timesteps=network.timesteps(),
         adain=network.adain,
     )
+
+
+def _record(
+    base: PaperdollModel, network: TrainingFree, latents: Tensor, context: Tensor
+) -> Features:
+    """The sites of a bank."""
+    features = record(base.unet, base.schedule, network, latents, context)
+    return {site: features[site] for site in network.site_channels()}
 
 
 def _batch_groups(
