@@ -140,6 +140,7 @@ def encode_references(
                 thumbnail = make_thumbnail(prepared[i].image)
                 progress(done, len(missing), thumbnail)
                 features, mask = network.encode(latent, context, pooled, size), prepared[i].mask
+                features = {site: features[site] for site in network.maker.sites}
                 (one,) = split_features(features, latent.shape[2:], [mask], concepts=[concept])
                 results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)
             progress(len(missing), len(missing))

@@ -16,6 +16,7 @@ from ...retrieval_core.bank.token_budget import Budget
 from ...retrieval_core.bank.tokens import Tokens
 from ...retrieval_core.network.unet import UNetConfig
 from ...retrieval_core.sampling.controls import Controls
+from ...retrieval_core.sampling.presets import Preset
 
 
 @dataclass(eq=False)
@@ -71,7 +72,13 @@ class ReferenceNetwork(ABC):
 
     @abstractmethod
     def apply(
-        self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
+        self,
+        model: Any,
+        references: Any,
+        controls: Controls,
+        scale: float,
+        preset: Preset,
+        **acting: Any,
     ) -> Any:
         """A clone of a MODEL that retrieves from `encoded_references.References`.
 

@@ -65,7 +65,7 @@ def take(keys: Tensor, bank: SiteBank, values: Tensor | None = None) -> Tensor:
     theirs = _describe(bank.keys[..., : keys.shape[-1]].to(wide), weights)
     own = _describe(keys.to(wide), keys.new_ones(keys.shape[:2], dtype=wide))
     if bias is not None:
-        bias = repeat_banks(bias, len(keys))[:, None]
+        bias = repeat_banks(bias[:, None], len(keys))
     theirs, values = (repeat_banks(t.to(wide), len(keys)) for t in (theirs, values))
     return F.scaled_dot_product_attention(own, theirs, values, attn_mask=bias, scale=SHARPNESS)
 

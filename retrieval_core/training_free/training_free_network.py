@@ -35,7 +35,8 @@ class TrainingFree:
     Attributes:
         config: the base U-Net's shape. base: its name, one of `controlnet.BASES`.
         base_fingerprint: of its weights.
-        layers: that attend to the references, see `choose_layers`. levels: number of noise levels a reference is encoded at.
+        layers: that attend to the references, see `choose_layers`.
+        levels: number of noise levels a reference is encoded at.
         adain: match statistics while sampling (`JointRetrieval`); encoding does not depend on it.
 
     Raises:
