@@ -143,7 +143,7 @@ class JointApplication:
         taken = sums.total / sums.seen.clamp_min(1)  # 0 where no prompt acts: nothing is taken
         parts = self.retrieval.pull_at(context.progress)
         shift = find_shift(x0, taken, text, self.retrieval.preset.yields, *parts)
-        return strength_at(self.retrieval, context) * shift
+        return min(strength_at(self.retrieval, context), 1.0) * shift
 
     def find_region(self, step: dict) -> Tensor | None:
         """The region at the resolution of the whole latent, or None for everywhere."""

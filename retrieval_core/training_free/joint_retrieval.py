@@ -52,8 +52,9 @@ class JointRetrieval(Application):
 
     Attributes:
         bank: with a site for each layer and noise level (`name_site`), and `MATCHED`.
-        strength: factor of the prediction's shift, and of the bank's tokens in the softmax of the
-            layers that attend to them; 0 switches retrieval off.
+        strength: factor of the bank's tokens in the softmax of the layers that attend to them, 1
+            is plain attention over both; up to 1 also of the prediction's shift. 0 switches
+            retrieval off.
         names: the U-Net's self-attention layers -> their names (`name_layers`).
         match_layer: name of the layer whose keys are matched. preset: of the latent pull.
         timesteps: the noise levels. steps: of the noise schedule.
@@ -118,7 +119,8 @@ class JointRetrieval(Application):
         taken, self._taken = self._taken, None
         if taken is None:
             return None
-        return strength * find_shift(x0, taken, text, self.preset.yields, *self.pull_at(progress))
+        shift = find_shift(x0, taken, text, self.preset.yields, *self.pull_at(progress))
+        return min(strength, 1.0) * shift
 
     def _find_level(self, progress: float) -> int:
         return find_nearest(self.timesteps, (1 - progress) * (self.steps - 1))

@@ -13,7 +13,7 @@ text, t = x0(prompt) - x0(negative prompt), this component is dropped:
 
 s_n = means E u_n + detail (u_n - E u_n)
 s_n <- s_n - yields min(<s_n, t_n>, 0) / <t_n, t_n> t_n
-x0_n <- x0_n + strength region_n s_n
+x0_n <- x0_n + min(strength, 1) region_n s_n
 
 The network is not evaluated once more for it.
 """

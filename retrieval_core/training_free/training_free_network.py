@@ -14,10 +14,10 @@ from ..network.controlnet import Card
 from ..network.fingerprint import fingerprint_weights
 from ..network.unet import MIDDLE, UNet, UNetConfig
 from ..sampling.controls import COMPOSITION, DETAIL, choose_group
-from .attention_layers import NO_LAYERS, Layer, choose_layers, list_self_attention_layers
+from .attention_layers import Layer, choose_layers, list_self_attention_layers
 from .latent_pull import choose_match_layer
 
-LAYERS = NO_LAYERS
+LAYERS = "all"
 LEVELS = 1
 MOST_LEVELS = 50
 MEANS, REST = "means", "rest"

@@ -163,7 +163,7 @@ def test_a_step_against_its_formula(unet, network, cfg):
     left[:, :6], right[:, 4:] = 1, 1
     applications = [
         apply(unet, network, references, 0.8, region=left),
-        apply(unet, network, references[::-1], 1.2, region=right),
+        apply(unet, network, references[::-1], 0.2, region=right),
     ]
     found = predict(unet, *applications, cfg=cfg)
     x0 = predict(unet, cfg=cfg)
@@ -172,7 +172,7 @@ def test_a_step_against_its_formula(unet, network, cfg):
     bank = make_bank(join_references(references), None, network.site_downsampling())
     taken = take(keys, bank.sites["match@750"]).mT.unflatten(2, (4, 4))
     shift = find_shift(x0, taken, text, FULL.yields, FULL.means, FULL.detail)
-    share = torch.tensor([0.8] * 4 + [1.0] * 2 + [1.2] * 2, dtype=torch.float64)
+    share = torch.tensor([0.8] * 4 + [0.5] * 2 + [0.2] * 2, dtype=torch.float64)
     torch.testing.assert_close(found, x0 + share * shift, rtol=1e-6, atol=1e-6)
 
 
@@ -256,13 +256,14 @@ def test_equal_tokens_merge_without_loss(unet, network):
     torch.testing.assert_close(predict(unet, merged), predict(unet, whole), rtol=1e-4, atol=1e-4)
 
 
-def test_equal_applications_are_one_and_a_strength_scales_the_shift(unet, network):
+def test_equal_applications_are_one_and_a_strength_up_to_1_scales_the_shift(unet, network):
     references, base = encode(unet, network, rand(2, 4, 8, 8, seed=3)), predict(unet)
     one = predict(unet, apply(unet, network, references))
     three = [apply(unet, network, references) for _ in range(3)]
     torch.testing.assert_close(predict(unet, *three), one)
     half = predict(unet, apply(unet, network, references, 0.5))
     torch.testing.assert_close(half - base, 0.5 * (one - base))
+    assert torch.equal(predict(unet, apply(unet, network, references, 4.0)), one)
 
 
 def test_nothing_moves_outside_a_region(unet, network):
