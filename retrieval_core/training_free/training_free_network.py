@@ -95,8 +95,8 @@ class TrainingFree:
         layers = list_self_attention_layers(self.config)
         match = layers[self.match_layer]
         values = self.config.out_channels * match.downsampling**2 + 1
-        held = {MATCHED: Layer(max(match.width, values), match.downsampling)}
-        held |= {name: layers[name] for name in self.names}
+        held = {name: layers[name] for name in self.names}
+        held[MATCHED] = Layer(max(match.width, values), match.downsampling)
         return {name_site(n, t): layer for t in self.timesteps() for n, layer in held.items()}
 
     def site_channels(self) -> dict[str, int]:
