@@ -16,11 +16,13 @@ from ...retrieval_core.bank.encoding import Features
 from ...retrieval_core.bank.site_bank import Bank, make_bank
 from ...retrieval_core.bank.token_budget import Budget
 from ...retrieval_core.bank.tokens import MATCHED, Tokens
+from ...retrieval_core.data.prepare import PreparedReference
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.sampling.controls import Controls
 from ...retrieval_core.sampling.presets import Preset
 from ...retrieval_core.training_free import JointRetrieval, TrainingFree, make_fixed_noise
 from ...retrieval_core.training_free.latent_pull import make_match_tokens
+from ...retrieval_core.training_free.subject_mask import find_subjects
 from ...retrieval_core.training_free.training_free_network import LAYERS, LEVELS, name_site
 from . import step_context
 from .attention import bind_attention
@@ -60,6 +62,10 @@ class TrainingFreeModel(ReferenceNetwork):
         noise, nothing = make_fixed_noise(latent.shape), torch.zeros_like(latent)
         guider.sample(noise, nothing, sampler, torch.ones(2), disable_pbar=True, seed=0)
         return sampler.recorded
+
+    def find_subject(self, features: Features, reference: PreparedReference) -> Tensor | None:
+        (mask,) = find_subjects(features, reference.image[None], [reference.mask])
+        return mask
 
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
         if budget is not None:

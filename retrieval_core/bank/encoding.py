@@ -80,7 +80,7 @@ def split_features(
                     tokens[site] = batch[i][:, inside[size]]
         weight = 1.0 if weights is None else weights[i]
         concept = "figure" if concepts is None else concepts[i]
-        encoded.append(EncodedReference(tokens, weight, concept, (height, width)))
+        encoded.append(EncodedReference(tokens, weight, concept, (height, width), mask=mask))
     return encoded
 
 

@@ -31,6 +31,8 @@ class EncodedReference:
         concept: what is to be taken ("face", "clothes", "figure", or tags).
         latent_size: height and width of the encoded latent.
         thumbnail: uint8 [h, w, 3], or None.
+        mask: [S, S] of the square that was encoded, above 0 where tokens were kept; None where all
+            were, and for references from a file.
     """
 
     tokens: Mapping[str, Tensor]
@@ -38,6 +40,7 @@ class EncodedReference:
     concept: str = "figure"
     latent_size: tuple[int, int] = (0, 0)
     thumbnail: Tensor | None = None
+    mask: Tensor | None = None
 
     def with_weight(self, weight: float) -> EncodedReference:
         """The same reference with another weight; RetrievalError as in `check_weight`."""
