@@ -141,8 +141,7 @@ class JointApplication:
         for taken, crop in found:
             sums.add(taken.to(x0.device), *crop)
         taken = sums.total / sums.seen.clamp_min(1)  # 0 where no prompt acts: nothing is taken
-        parts = self.retrieval.pull_at(context.progress)
-        shift = find_shift(x0, taken, text, self.retrieval.preset.yields, *parts)
+        shift = find_shift(x0, taken, text, *self.retrieval.pull_at(context.progress))
         return min(strength_at(self.retrieval, context), 1.0) * shift
 
     def find_region(self, step: dict) -> Tensor | None:

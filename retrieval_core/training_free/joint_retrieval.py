@@ -119,8 +119,7 @@ class JointRetrieval(Application):
         taken, self._taken = self._taken, None
         if taken is None:
             return None
-        shift = find_shift(x0, taken, text, self.preset.yields, *self.pull_at(progress))
-        return min(strength, 1.0) * shift
+        return min(strength, 1.0) * find_shift(x0, taken, text, *self.pull_at(progress))
 
     def _find_level(self, progress: float) -> int:
         return find_nearest(self.timesteps, (1 - progress) * (self.steps - 1))

@@ -8,11 +8,11 @@ u_n = sum_m w_nm c_m (z_m - x0_n)
 
 z_m is the latent of a reference in the f x f pixels of token m; c_m is 1 inside the reference's
 mask and 0 outside, so that what resembles the surroundings of a figure takes nothing. Means over a
-token's pixels, E u, and what remains move by different parts, and of a shift that runs against the
-text, t = x0(prompt) - x0(negative prompt), this component is dropped:
+token's pixels, E u, and what remains move by different parts, and where a shift runs against the
+text, t = x0(prompt) - x0(negative prompt), that component is dropped:
 
 s_n = means E u_n + detail (u_n - E u_n)
-s_n <- s_n - yields min(<s_n, t_n>, 0) / <t_n, t_n> t_n
+s_n <- s_n - min(<s_n, t_n>, 0) / <t_n, t_n> t_n
 x0_n <- x0_n + min(strength, 1) region_n s_n
 
 The network is not evaluated once more for it.
@@ -31,13 +31,20 @@ from ..sampling.joint_attention import repeat_banks
 from .attention_layers import list_self_attention_layers
 
 SHARPNESS = 30.0
+_DOWNSAMPLING = 2
 _LEAST = 1e-8
 
 
 def choose_match_layer(config: UNetConfig) -> str:
-    """The layer whose keys are matched: the decoder's first, the last without one there."""
-    layers = list(list_self_attention_layers(config))
-    return next((name for name in layers if name.startswith("output_")), layers[-1])
+    """The layer whose keys are matched: the decoder's first at half the latent's resolution.
+
+    It is fine enough to tell an eye from hair and early enough to tell what they are. Without one,
+    the U-Net's last.
+    """
+    layers = list_self_attention_layers(config)
+    decoder = [name for name in layers if name.startswith("output_")]
+    half = [name for name in decoder if layers[name].downsampling <= _DOWNSAMPLING]
+    return (half or list(layers)[-1:])[0]
 
 
 def make_match_tokens(keys: Tensor, latents: Tensor, size: tuple[int, int]) -> Tensor:
@@ -87,14 +94,14 @@ def split_owners(bank: SiteBank, latents: int, references: int) -> Tensor:
 
 
 def find_shift(
-    x0: Tensor, taken: Tensor, text: Tensor | None, yields: float, means: float, detail: float
+    x0: Tensor, taken: Tensor, text: Tensor | None, means: float, detail: float
 ) -> Tensor:
     """The shift s [B, C, H, W] of x0, see the module's formula; float32 or wider.
 
     Args:
         taken: (sum_m w_nm c_m z_m, sum_m w_nm c_m, ...), [B, V, h, w] at the layer's size.
         text: t [B, C, H, W], None where there is no negative prompt.
-        yields, means, detail: see the formula and `Preset`.
+        means, detail: the parts that move, see `Preset.pull_at`.
     """
     size, (height, width) = tuple(taken.shape[2:]), x0.shape[2:]
     own = split_patches(x0.to(taken.dtype), size)
@@ -104,11 +111,11 @@ def find_shift(
     shift = shift - found[..., count, None, None] * own
     mean = shift.mean(-1, keepdim=True)
     shift = means * mean + detail * (shift - mean)
-    if text is not None and yields:
+    if text is not None:
         text = split_patches(text.to(taken.dtype), size)
         along = (shift * text).sum((2, 3), keepdim=True).clamp_max(0)
         along = along / text.square().sum((2, 3), keepdim=True).clamp_min(_LEAST)
-        shift = shift - yields * along * text
+        shift = shift - along * text
     factor = -(-height // size[0])
     shape = {"h": size[0], "f": factor}
     return rearrange(shift, "b (h w) c (f g) -> b c (h f) (w g)", **shape)[..., :height, :width]

@@ -16,7 +16,7 @@ from retrieval_core.bank.tokens import join_references
 from retrieval_core.network.unet import SD15, SDXL, UNet, UNetConfig
 from retrieval_core.sampling.controls import GROUP_PRESETS, Controls, StrengthCurve
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
-from retrieval_core.sampling.presets import PRESETS, Preset
+from retrieval_core.sampling.presets import MEANS_END, PRESETS, Preset
 from retrieval_core.sampling.sampler import make_guided_denoiser, sample
 from retrieval_core.training_free import JointRetrieval, TrainingFree, name_layers, record
 from retrieval_core.training_free.latent_pull import (
@@ -30,7 +30,8 @@ from retrieval_core.training_free.latent_pull import (
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (1, 1), 2, 16, num_head_channels=16)
 SCHEDULE = NoiseSchedule()
-FULL = Preset(means=0.7, means_end=1.0, detail=0.4, detail_end=1.0, yields=1.0)
+FULL = Preset(strength=1.0, end=1.0, detail_end=0.5)
+MEANS = replace(FULL, detail_end=0.0)
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -48,7 +49,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def network(unet):
-    return TrainingFree.from_unet(unet, "paperdoll", levels=2)
+    return TrainingFree.from_unet(unet, "paperdoll", layers="none", levels=2)
 
 
 def encode(unet, network, latents, masks=None, weights=None):
@@ -84,9 +85,9 @@ def draw(unet, *applications):
     return sample(denoise, rand(2, 4, 8, 8, seed=7), SCHEDULE, 3)
 
 
-def test_the_matched_layer_is_the_decoders_first():
+def test_the_matched_layer_is_the_decoders_first_at_half_the_resolution():
     layers = [choose_match_layer(config) for config in (SD15, SDXL, CONFIG)]
-    assert layers == ["output_3.0", "output_0.0", "output_0.0"]
+    assert layers == ["output_6.0", "output_3.0", "output_0.0"]
     shallow = UNetConfig(32, (1, 2), (1, 1), (0, 0), 1, 16, num_head_channels=16)
     assert choose_match_layer(shallow) == "middle.0"
 
@@ -116,7 +117,7 @@ def test_the_shift_against_plain_float64(text):
     """Of latents of 4 x 6 pixels and tokens of 2 x 2, one token at a time."""
     x0, taken = rand(1, 3, 4, 6), rand(1, 13, 2, 3, seed=1)
     direction = rand(1, 3, 4, 6, seed=2) if text else None
-    found = find_shift(x0, taken, direction, 0.8, 0.7, 0.4)
+    found = find_shift(x0, taken, direction, 0.7, 0.4)
     dropped = 0
     for i in range(2):
         for j in range(3):
@@ -128,7 +129,7 @@ def test_the_shift_against_plain_float64(text):
                 t = direction[here]
                 along = float((s * t).sum())
                 dropped += along < 0
-                s = s - 0.8 * min(along, 0.0) / float((t * t).sum()) * t
+                s = s - min(along, 0.0) / float((t * t).sum()) * t
             torch.testing.assert_close(found[here], s)
     assert not text or 0 < dropped < 6
 
@@ -140,7 +141,7 @@ def test_pixels_of_tokens_where_the_size_does_not_divide():
     assert torch.equal(patches[0, 5].view(2, 2, 2), latents[0, :, 2:4, 2:4])
     corner = latents[0, :, 4, 6, None].expand(2, 4)
     assert torch.equal(patches[0, 11], corner)
-    assert find_shift(latents, rand(1, 9, 3, 4), None, 0.0, 1.0, 1.0).shape == latents.shape
+    assert find_shift(latents, rand(1, 9, 3, 4), None, 1.0, 1.0).shape == latents.shape
 
 
 @pytest.mark.parametrize("width", [4, 40])
@@ -171,7 +172,7 @@ def test_a_step_against_its_formula(unet, network, cfg):
     keys = read_keys(unet, network)
     bank = make_bank(join_references(references), None, network.site_downsampling())
     taken = take(keys, bank.sites["match@750"]).mT.unflatten(2, (4, 4))
-    shift = find_shift(x0, taken, text, FULL.yields, FULL.means, FULL.detail)
+    shift = find_shift(x0, taken, text, 1.0, 1.0)
     share = torch.tensor([0.8] * 4 + [0.5] * 2 + [0.2] * 2, dtype=torch.float64)
     torch.testing.assert_close(found, x0 + share * shift, rtol=1e-6, atol=1e-6)
 
@@ -205,15 +206,16 @@ def test_strength_zero_and_outside_the_schedule_are_bit_for_bit_the_base(unet, n
         "strength 0": apply(unet, network, references, 0.0),
         "no reference": apply(unet, network, []),
         "before the start": apply(unet, network, references, start=0.6),
-        "after the preset's ends": apply(
-            unet, network, references, preset=replace(FULL, means_end=0.1, detail_end=0.2)
-        ),
         "curve at 0": apply(unet, network, references, curve=StrengthCurve((0.0,))),
         "parts at 0": apply(unet, network, references, site_strength={"means": 0.0, "rest": 0.0}),
     }
     for name, one in off.items():
         assert torch.equal(predict(unet, one), base), name
     assert (predict(unet, apply(unet, network, references)) - base).abs().max() > 1e-3
+    late = {"timestep": round((1 - MEANS_END) * 999) - 1}
+    assert torch.equal(
+        predict(unet, apply(unet, network, references), **late), predict(unet, **late)
+    )
     assert torch.equal(draw(unet, apply(unet, network, references, 0.0)), draw(unet))
 
 
@@ -306,23 +308,26 @@ def test_saved_then_loaded_samples_bit_for_bit(unet, network, tmp_path):
 
 
 def test_groups_of_sites_choose_means_and_detail(unet, network):
-    base = predict(unet)
+    base = predict(unet, cfg=1.0)  # without a negative prompt nothing yields to the text
     references = encode(unet, network, rand(1, 4, 8, 8, seed=3))
 
     def moved(groups):
         strengths = Controls(groups=GROUP_PRESETS[groups]).site_strengths(network.groups())
-        preset = replace(FULL, yields=0.0)
-        one = apply(unet, network, references, preset=preset, site_strength=strengths)
-        return split_patches(predict(unet, one) - base, (4, 4))
+        one = apply(unet, network, references, site_strength=strengths)
+        return split_patches(predict(unet, one, cfg=1.0) - base, (4, 4))
 
     means, detail = moved("composition only"), moved("detail only")
     torch.testing.assert_close(means, means.mean(-1, keepdim=True).expand_as(means))
     assert detail.mean(-1).abs().max() < 1e-9 and detail.abs().max() > 1e-4
     torch.testing.assert_close(moved("all"), means + detail)
+    step = predict(unet, apply(unet, network, references, preset=MEANS), cfg=1.0) - base
+    torch.testing.assert_close(split_patches(step, (4, 4)), means)
 
 
 def test_presets_begin_with_the_prompt_and_end_with_the_character():
     assert list(PRESETS) == ["prompt first", "balanced", "character first"]
+    ends = [preset.detail_end for preset in PRESETS.values()]
+    assert ends == sorted(ends) and ends[-1] <= MEANS_END
     for preset in PRESETS.values():
-        assert preset.pull_at(0.0) == (preset.means, preset.detail)
-        assert preset.pull_at(preset.detail_end + 1e-6)[1] == 0.0
+        assert preset.pull_at(preset.detail_end - 1e-6)[1] == 1.0
+        assert preset.pull_at(preset.detail_end) == (float(preset.detail_end < MEANS_END), 0.0)
