@@ -26,6 +26,7 @@ from .recorder import RECORDERS
 from .step_context import (
     Area,
     StepContext,
+    Taken,
     chunk_areas,
     chunk_kinds,
     crop_region,
@@ -89,9 +90,12 @@ class JointApplication:
         context: StepContext | None = extra.get(step_context.STEP)
         bank = self._bank(k, context)[MATCHED]
         size = tuple(extra["activations_shape"][-2:])
+        step = extra.get(step_context.TAKEN)
+        if step is None or not self._pulls(context):
+            return
         # Another pack's guidance may run the layers again in a step: the first batch counts.
-        first, found = extra.get(step_context.TAKEN, {}).setdefault(self, (context, []))
-        if first is not context or not self._pulls(context):
+        first, found = step.found.setdefault(self, (context, []))
+        if first is not context:
             return
         kinds, areas = chunk_kinds(extra, context), chunk_areas(extra, context)
         for kind, area, keys in zip(kinds, areas, k.chunk(len(kinds)), strict=True):
@@ -128,13 +132,9 @@ class JointApplication:
             shares = shares * resize_region(region, shares)
         return torch.cat([1 - shares.sum(1, keepdim=True), shares], 1)
 
-    def shift(self, x0: Tensor, text: Tensor | None, step: dict) -> Tensor | None:
-        """The shift of a step's prediction, see `JointRetrieval.shift`; None if nothing was taken.
-
-        Args:
-            step: the step's `TAKEN`.
-        """
-        context, found = step.get(self, (None, ()))
+    def shift(self, x0: Tensor, text: Tensor | None, step: Taken) -> Tensor | None:
+        """The shift of a step's prediction (`find_shift`), or None if nothing was taken."""
+        context, found = step.found.get(self, (None, ()))
         if not found:
             return None
         sums = Shares()
@@ -144,9 +144,9 @@ class JointApplication:
         shift = find_shift(x0, taken, text, *self.retrieval.pull_at(context.progress))
         return min(strength_at(self.retrieval, context), 1.0) * shift
 
-    def find_region(self, step: dict) -> Tensor | None:
+    def find_region(self, step: Taken) -> Tensor | None:
         """The region at the resolution of the whole latent, or None for everywhere."""
-        return self._region(step[self][0], None)
+        return self._region(step.found[self][0], None)
 
     def _bank(self, q: Tensor, context: StepContext | None) -> dict[str, SiteBank]:
         """The layers' banks at the step's noise level, on the device of q."""
@@ -215,7 +215,7 @@ class LatentShift:
 
     def __call__(self, args: dict[str, Any]) -> Tensor:
         x0, text = args["denoised"], None
-        step = args["model_options"].get("transformer_options", {}).get(step_context.TAKEN, {})
+        step = args["model_options"].get("transformer_options", {}).get(step_context.TAKEN, Taken())
         if args.get("uncond") is not None:  # zeros take its place where cfg is 1
             text = args["cond_denoised"] - args["uncond_denoised"]
         found = [(one, one.shift(x0, text, step)) for one in self.applications]

@@ -1,8 +1,8 @@
 """Per-step context that ComfyUI does not pass to U-Net patches.
 
 Two wrappers put it into transformer_options: which rows are negative prompts, the crops of area
-conditionings, the size of the whole latent, and the sigmas of percentages of sampling; and a dict
-in which layers leave what a step's post-CFG function needs.
+conditionings, the size of the whole latent, and the sigmas of percentages of sampling; and where
+layers leave what a step's post-CFG function needs.
 """
 
 from __future__ import annotations
@@ -76,6 +76,17 @@ class StepContext:
         return (low + high) / 2
 
 
+@dataclass(eq=False)
+class Taken:
+    """What layers take of references in one step; an object, since the host copies options' dicts.
+
+    Attributes:
+        found: application -> the `StepContext` of the first batch, and the entries of its chunks.
+    """
+
+    found: dict[Any, tuple[StepContext, list[Any]]] = field(default_factory=dict)
+
+
 def strength_at(application: Application, context: StepContext | None) -> float:
     """The strength at a step by the host's percentages; the full one without a context."""
     if context is None:
@@ -140,7 +151,7 @@ def add_conditionings(
     """A PREDICT_NOISE wrapper that adds the guider's names of its conditionings, and `TAKEN`."""
     conds = getattr(executor.class_obj, "conds", None) or {}
     named = _with_option(model_options or {}, _CONDS, tuple(conds.items()))
-    return executor(x, timestep, _with_option(named, TAKEN, {}), seed)
+    return executor(x, timestep, _with_option(named, TAKEN, Taken()), seed)
 
 
 def add_context(
