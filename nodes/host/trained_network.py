@@ -100,8 +100,8 @@ class TrainedNetwork(ReferenceNetwork):
         preset: Preset,
         **acting: Any,
     ) -> Any:
-        acting["strength"] *= preset.strength
-        acting["end"] = max(acting["start"], min(acting["end"], preset.end))
+        names = ("strength", "start", "end")
+        acting["strength"], acting["end"] = preset.limit(*(acting[name] for name in names))
         retrieval = Retrieval(
             references.bank(controls.token_budget),
             sites=self._frozen,

@@ -36,6 +36,7 @@ class Sampling:
         token_budget: see `token_budget.choose_budgets`.
         end: fraction of sampling after which retrieval stops; below 1, pose follows the text a
             little better for the same attribute match.
+        preset: one of `PRESETS`.
     """
 
     steps: int = 16
@@ -45,6 +46,7 @@ class Sampling:
     guidance: Guidance | None = None
     token_budget: Budget = None
     end: float = 0.8
+    preset: str = BALANCED
 
 
 def encode_group(
@@ -132,6 +134,7 @@ def apply_bank(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> R
     """
     recommended = network.card.recommended
     strength = how.strength if how.strength is not None else float(recommended["strength"])
+    strength, end = PRESETS[how.preset].limit(strength, 0.0, how.end)
     guidance = how.guidance or recommended["guidance"]
     site = choose_map_site(network.config)
     with torch.inference_mode():
@@ -142,7 +145,7 @@ def apply_bank(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> R
         bank,
         strength=strength,
         guidance=guidance,
-        end=how.end,
+        end=end,
         sites=freeze_sites(network),
         recorded=site,
         seen=seen,

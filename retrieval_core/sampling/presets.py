@@ -26,6 +26,10 @@ class Preset:
         """The parts that means and detail move at a progress of sampling."""
         return float(progress < MEANS_END), float(progress < self.detail_end)
 
+    def limit(self, strength: float, start: float, end: float) -> tuple[float, float]:
+        """Strength and end of a trained network that is to act from start to end."""
+        return self.strength * strength, max(start, min(end, self.end))
+
 
 BALANCED = "balanced"
 PRESETS = {

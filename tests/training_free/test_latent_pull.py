@@ -330,4 +330,7 @@ def test_presets_begin_with_the_prompt_and_end_with_the_character():
     assert ends == sorted(ends) and ends[-1] <= MEANS_END
     for preset in PRESETS.values():
         assert preset.pull_at(preset.detail_end - 1e-6)[1] == 1.0
+        strength, end = preset.limit(0.8, 0.2, 0.9)
+        assert strength == 0.8 * preset.strength and end == min(0.9, preset.end)
+        assert preset.limit(0.8, 0.95, 1.0)[1] == max(0.95, preset.end)
         assert preset.pull_at(preset.detail_end) == (float(preset.detail_end < MEANS_END), 0.0)
