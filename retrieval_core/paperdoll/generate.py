@@ -85,9 +85,13 @@ def apply_training_free(
     guidance: Guidance = "cond",
     end: float = 1.0,
     preset: Preset = PRESETS[BALANCED],
+    least: float = 0.0,
 ) -> JointRetrieval:
-    """Joint retrieval from one group of references per row, as in `encode_groups`."""
-    tokens = _batch_groups(base, groups, partial(_record, base, network))
+    """Joint retrieval from one group of references per row, as in `encode_groups`.
+
+    least: see `select_tokens`.
+    """
+    tokens = _batch_groups(base, groups, partial(_record, base, network), least)
     with torch.inference_mode():
         bank = make_bank(tokens, None, network.site_downsampling())
     return JointRetrieval(
@@ -115,6 +119,7 @@ def _batch_groups(
     base: PaperdollModel,
     groups: Sequence[Sequence[PreparedReference]],
     encode: Callable[[Tensor, Tensor], Features],
+    least: float = 0.0,
 ) -> Tokens:
     flat = [reference for group in groups for reference in group]
     used = torch.ones(len(groups), len(groups[0]), dtype=torch.bool, device=base.device)
@@ -124,7 +129,7 @@ def _batch_groups(
         images = torch.stack([reference.image for reference in flat]).to(base.device)
         latents = base.vae.encode(images)
         context = base.text.encode([reference.concept for reference in flat])
-        return batch_features(encode(latents, context), latents.shape[2:], used, masks)
+        return batch_features(encode(latents, context), latents.shape[2:], used, masks, least)
 
 
 def apply_bank(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> RecordedRetrieval:
