@@ -25,7 +25,7 @@ COLOUR, POSITION = 0.03, 0.2  # standard deviations: of 0..1, and of the picture
 SHARPNESS = 4.0  # logits of a standard deviation of the map
 EDGE_WEIGHT = 10.0  # of cells at the picture's edges, as far as they are background
 # Largest variance within subject and background, as a share of the map's, that counts as found.
-MOST_WITHIN = 0.2
+MOST_WITHIN = 0.18
 LEAST_AREA, MOST_AREA = 0.02, 0.95
 # Share of a token that must be subject (`select_tokens`): those at the subject's edges have read
 # the background too, which a mask given beforehand would have filled.

@@ -567,7 +567,7 @@ def in_the_host(
     for i in range(count):
         mask = selected[i : i + 1] if masks else None
         more = references.encode_references(
-            net, drawn[i : i + 1], vae, clip, "face", weights[i], mask
+            net, drawn[i : i + 1], vae, clip, "face", weights[i], mask, automatic=False
         )
         refs = references.References(net, (*refs.encoded, *more))
     patched = apply_references(model, refs, strength, start, end, **kw)
