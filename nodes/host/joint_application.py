@@ -88,15 +88,16 @@ class JointApplication:
             k: keys of `match_layer`, [B, N, D].
         """
         context: StepContext | None = extra.get(step_context.STEP)
-        bank = self._bank(k, context)[MATCHED]
-        size = tuple(extra["activations_shape"][-2:])
-        step = extra.get(step_context.TAKEN)
-        if step is None or not self._pulls(context):
+        if context is not None and not self._pulls(context):
+            return
+        bank, step = self._bank(k, context)[MATCHED], extra.get(step_context.TAKEN)
+        if step is None:
             return
         # Another pack's guidance may run the layers again in a step: the first batch counts.
         first, found = step.found.setdefault(self, (context, []))
         if first is not context:
             return
+        size = tuple(extra["activations_shape"][-2:])
         kinds, areas = chunk_kinds(extra, context), chunk_areas(extra, context)
         for kind, area, keys in zip(kinds, areas, k.chunk(len(kinds)), strict=True):
             height, width = area[:2] if area else context.shape

@@ -551,7 +551,7 @@ def test_references_of_another_base_choice_or_network_are_refused(unet, network,
     others = (
         TrainingFree.from_unet(random_unet(1), "paperdoll", layers="all", levels=2).maker,
         TrainingFree.from_unet(unet, "paperdoll", layers="all", levels=3).maker,
-        TrainingFree.from_unet(unet, "paperdoll", levels=2).maker,
+        TrainingFree.from_unet(unet, "paperdoll", layers="none", levels=2).maker,
         TrainingFree.from_unet(unet, "paperdoll", layers="decoder", levels=2).maker,
         describe_maker(trained),
     )
