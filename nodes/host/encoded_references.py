@@ -21,6 +21,7 @@ from ...retrieval_core.data.placing import Region, place_region
 from ...retrieval_core.data.prepare import PreparedReference, digest_reference, prepare
 from ...retrieval_core.data.sample import NEUTRAL
 from ...retrieval_core.errors import RetrievalError
+from ...retrieval_core.training_free.subject_mask import LEAST_COVERED
 from .base_model import NATIVE_SIZE, check_given, identify_model
 from .loading import make_progress
 from .reference_network import ReferenceNetwork
@@ -151,8 +152,10 @@ def encode_references(
                 features = network.encode(latent, context, pooled, size)
                 if found[i]:
                     reference = _mask_subject(network, features, reference)
+                features = {site: features[site] for site in network.maker.sites}
+                least = LEAST_COVERED if reference is not prepared[i] else 0.0
                 (one,) = split_features(
-                    features, latent.shape[2:], [reference.mask], concepts=[concept]
+                    features, latent.shape[2:], [reference.mask], concepts=[concept], least=least
                 )
                 thumbnail = make_thumbnail(reference.image)
                 results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)

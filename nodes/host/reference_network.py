@@ -17,6 +17,7 @@ from ...retrieval_core.bank.tokens import Tokens
 from ...retrieval_core.data.prepare import PreparedReference
 from ...retrieval_core.network.unet import UNetConfig
 from ...retrieval_core.sampling.controls import Controls
+from ...retrieval_core.sampling.presets import Preset
 
 
 @dataclass(eq=False)
@@ -80,7 +81,13 @@ class ReferenceNetwork(ABC):
 
     @abstractmethod
     def apply(
-        self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
+        self,
+        model: Any,
+        references: Any,
+        controls: Controls,
+        scale: float,
+        preset: Preset,
+        **acting: Any,
     ) -> Any:
         """A clone of a MODEL that retrieves from `encoded_references.References`.
 

@@ -1,7 +1,7 @@
 """Token storage: features of one encoded reference, and the batched form that a bank is made from.
 
 Tokens are the retrieval encoder's features f_s at every site. In the training-free mode they are
-the keys and values of the base model's self-attention.
+the keys and values of the base model's self-attention, and at the site `MATCHED` keys and latents.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RetrievalError
+
+# Sites of this layer and a noise level, in the training-free mode, keep the keys of tokens outside
+# a mask, with values of 0: see `training_free.latent_pull`.
+MATCHED = "match"
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..bank.encoding import split_features
 from ..data.prepare import PreparedReference
 from ..training_free import TrainingFree, record
-from ..training_free.subject_mask import find_subjects
+from ..training_free.subject_mask import LEAST_COVERED, find_subjects
 from .bundle import BASE_FILE, JUDGE_FILE, find_bundled
 from .cases import Case, make_character_case
-from .generate import Sampling
+from .generate import Sampling, apply_training_free, sample_pictures
 from .judge import compute_chance, load_judge
 from .measure import (
     draw_in_batches,
@@ -33,7 +33,6 @@ from .measure import (
     print_result,
     to_percent,
 )
-from .measure_training_free import generate_pictures
 from .model import PaperdollModel, load_base
 
 ENOUGH = 0.85
@@ -118,9 +117,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "chance of the references' background": round(100 * compute_chance("background"), 1),
     }
 
-    def add_line(name: str, shown: Sequence[Case], network: TrainingFree | None = network) -> None:
+    def add_line(
+        name: str, shown: Sequence[Case], retrieve: bool = True, least: float = 0.0
+    ) -> None:
         def draw(batch: Sequence[Case], noise: Tensor) -> Tensor:
-            return generate_pictures(base, batch, noise, Sampling(), network)
+            applied, groups = [], [case.references for case in batch]
+            if retrieve:
+                applied.append(apply_training_free(base, network, groups, 1.0, "cond", least=least))
+            prompts = [case.prompt for case in batch]
+            return sample_pictures(base, base.unet, prompts, noise, applied, Sampling())
 
         read = judge.read(draw_in_batches(base, options.seed, shown, draw, name))
         result[name] = {
@@ -130,9 +135,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
 
     if not options.no_pictures:
-        add_line("without retrieval", cases, None)
+        add_line("without retrieval", cases, retrieve=False)
         add_line("without masks", cases)
-        add_line("masks found", found)
+        add_line("masks found", found, least=LEAST_COVERED)
         masked = [make_character_case(options.seed, i, masked=True) for i in range(options.count)]
         add_line("true masks", masked)
     return result

@@ -20,14 +20,16 @@ from ..bank.encoding import Features
 MOST_TOKENS = 32 * 32  # of a layer that is asked; finer layers tell textures, not things
 CHANNELS = 256  # of keys; more tell no more of their similarity
 STEPS = 2  # of diffusion
-PIXELS = 64  # most, along an edge, that are compared by colour; of small pictures three quarters
-SOURCES = 12  # edge of the grid of pixels that those attend to
+PIXELS, CELL = 64, 4  # edge of the picture whose colours are compared, and of its cells
 COLOUR, POSITION = 0.03, 0.2  # standard deviations: of 0..1, and of the picture's edge
-SHARPNESS = 3.0  # logits of a standard deviation of the map
-EDGE_WEIGHT = 10.0  # of sources at the picture's edges, as far as they are background
+SHARPNESS = 4.0  # logits of a standard deviation of the map
+EDGE_WEIGHT = 10.0  # of cells at the picture's edges, as far as they are background
 # Largest variance within subject and background, as a share of the map's, that counts as found.
-MOST_WITHIN = 0.2
+MOST_WITHIN = 0.18
 LEAST_AREA, MOST_AREA = 0.02, 0.95
+# Share of a token that must be subject (`select_tokens`): those at the subject's edges have read
+# the background too, which a mask given beforehand would have filled.
+LEAST_COVERED = 0.3
 
 
 def find_subjects(
@@ -73,22 +75,16 @@ def _find_subject(
 ) -> Tensor | None:
     """`find_subjects` of one reference, from keys [N, D] of layers of height x width tokens."""
     inside = torch.ones(image.shape[1:]) if content is None else content
-    count = min(PIXELS, len(inside) * 3 // 4)
-    points = torch.linspace(0, len(inside) - 1, count).round().long()
-    # Of large pictures means, since their grain is no edge; of small ones single pixels.
-    large = len(inside) >= 2 * count
-    colours = _pool(image, (count, count)) if large else image[:, points][:, :, points]
-    seen = inside[points][:, points] > 0
-    depth = _measure_depth(seen)
+    small = _pool(inside, (PIXELS, PIXELS))
+    depth = _measure_depth(small > 0.5)
     shown = _diffuse(layers, _pool(inside, size), _pool(depth, size))
-    shown = _draw_edges(shown, colours, inside, points, depth)
-    values = shown[seen][::3]
+    shown = _draw_edges(shown, _pool(image, (PIXELS, PIXELS)), small, depth)
+    values = shown[small > 0.5][::5]
     if len(values) < 2:
         return None
     threshold, within = _split(values)
-    (shown,) = F.interpolate(
-        shown[None, None], inside.shape, mode="bilinear", align_corners=not large
-    )[0]
+    if shown.shape != inside.shape:
+        shown = F.interpolate(shown[None, None], inside.shape, mode="bilinear")[0, 0]
     mask = (shown > threshold) & (inside > 0)
     area = mask.sum() / (inside > 0).sum()
     return mask if within < MOST_WITHIN and LEAST_AREA < area < MOST_AREA else None
@@ -118,28 +114,38 @@ def _measure_depth(inside: Tensor) -> Tensor:
     return torch.minimum(down[:, None], torch.minimum(right, 1 - right)).clamp_min(0)
 
 
-def _draw_edges(
-    shown: Tensor, colours: Tensor, inside: Tensor, points: Tensor, depth: Tensor
-) -> Tensor:
-    """The map as a share of subject in 0..1 [P, P], with the picture's edges: each of P x P
-    pixels takes the mean of a coarser grid of pixels, by colour and position.
+def _draw_edges(shown: Tensor, image: Tensor, inside: Tensor, depth: Tensor) -> Tensor:
+    """The map [h, w] as a share of subject in 0..1 [P, P], with the edges of the image [3, P, P].
+
+    One pixel of each cell attends to those of all cells by colour and position; then every pixel
+    attends to those of its own and the eight cells around it.
 
     Args:
-        colours: [3, P, P]. points: [P] their rows and columns. depth: see `_measure_depth`.
+        inside, depth: [P, P], see `_measure_depth`.
     """
-    place = (points + 0.5) / (len(inside) * POSITION)
-    right = place.expand(len(points), -1)
-    pixels = torch.cat([colours / COLOUR, torch.stack([right.T, right])])
-    grid = torch.linspace(0, len(points) - 1, 2 * SOURCES + 1).round().long()[1::2]
-    sources = pixels[:, grid][:, :, grid].flatten(1)
-    share = F.interpolate(shown[None, None], (SOURCES, SOURCES), mode="bilinear")[0, 0]
+    place = (torch.arange(PIXELS) + 0.5) / (PIXELS * POSITION)
+    right = place.expand(PIXELS, -1)
+    pixels = torch.cat([image / COLOUR, torch.stack([right.T, right])])
+    middle = slice(CELL // 2, None, CELL)
+    inside, depth = inside[middle, middle], depth[middle, middle]
+    share = F.interpolate(shown[None, None], inside.shape, mode="bilinear")[0, 0]
     share = (SHARPNESS * share).sigmoid()
-    weight = _pool(inside, (SOURCES, SOURCES))
-    edge = depth[grid][:, grid] < 1 / SOURCES
-    weight = weight * (1 + EDGE_WEIGHT * edge * (1 - share))
-    bias = weight.flatten().log() - sources.square().sum(0) / 2
-    attention = torch.addmm(bias, pixels.flatten(1).T, sources).softmax(1)
-    return (attention @ share.flatten()).view(len(points), -1)
+    edge = depth * len(inside) < 1
+    weight = inside * (1 + EDGE_WEIGHT * edge * (1 - share))
+    cells = pixels[:, middle, middle].flatten(1)
+    square = cells.square().sum(0) / 2
+    attention = torch.addmm(weight.flatten().log() - square, cells.T, cells).softmax(1)
+    share = attention @ share.flatten()
+    bias = (inside > 0.5).flatten().float().log() - square
+    around = torch.cat([cells, bias[None], share[None]]).view(1, -1, *inside.shape)
+    around = F.unfold(F.pad(around, (1, 1, 1, 1), mode="replicate"), 3)
+    around = around.view(len(pixels) + 2, 9, -1, 1)
+    own = pixels.unflatten(1, (-1, CELL)).unflatten(3, (-1, CELL)).transpose(2, 3)
+    own = own.reshape(len(pixels), 1, -1, CELL**2)
+    attention = (around[-2] + (around[:-2] * own).sum(0)).softmax(0)
+    drawn = (attention * around[-1]).sum(0)
+    drawn = drawn.view(*inside.shape, CELL, CELL).transpose(1, 2)
+    return drawn.reshape(PIXELS, PIXELS)
 
 
 def _split(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from retrieval_core.bank.encoding import select_tokens
 from retrieval_core.training_free.subject_mask import find_subjects
 
 SIZE = 64
@@ -118,3 +119,17 @@ def test_the_decoder_is_asked_at_the_lowest_noise_level_and_not_at_every_size():
     assert torch.equal(found, again)
     encoder = {site.replace("output", "input"): keys for site, keys in features.items()}
     assert find_subjects(encoder, paint(subject)[None], [None])[0] is not None
+
+
+def test_tokens_at_the_edges_are_left_out_and_one_always_stays():
+    mask = torch.zeros(2, 8, 8)
+    mask[0, :5, :5] = 1  # of 2 x 2 tokens: one full, two covered by a quarter, one touched
+    mask[1, 0, 0] = 1
+    assert select_tokens(mask, 2, 2).tolist() == [
+        [[True, True], [True, True]],
+        [[True, False], [False, False]],
+    ]
+    alone = [[True, False], [False, False]]
+    assert select_tokens(mask, 2, 2, 0.3).tolist() == [alone, alone]
+    assert select_tokens(mask[0], 2, 2, 0.2).tolist() == [[True, True], [True, False]]
+    assert not select_tokens(torch.zeros(8, 8), 2, 2, 0.3).any()
