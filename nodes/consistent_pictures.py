@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..retrieval_core.errors import RetrievalError
-from ..retrieval_core.training_free.consistent_batch import END, STRENGTH
+from ..retrieval_core.training_free.consistent_batch import END, START, STRENGTH
 from .socket_types import CATEGORY, make_schema
 
 MOST_ANCHORS = 64
@@ -55,12 +55,12 @@ class RetrievalConsistentPictures(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "start_percent",
-                    default=0.0,
+                    default=START,
                     min=0.0,
                     max=1.0,
                     step=0.001,
                     tooltip="The part of sampling at which the pictures start to look at each "
-                    "other.",
+                    "other; later leaves poses that no prompt names more different.",
                 ),
                 io.Float.Input(
                     "end_percent",

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from ..errors import RetrievalError
 from ..sampling.sampler import make_guided_denoiser
-from ..training_free.consistent_batch import END, STRENGTH, ConsistentBatch, share_subjects
+from ..training_free.consistent_batch import (
+    END,
+    START,
+    STRENGTH,
+    ConsistentBatch,
+    share_subjects,
+)
 from .bundle import BASE_FILE, JUDGE_FILE, find_bundled
 from .generate import Sampling, draw_noise, sample_pictures
 from .judge import SCENE, Attributes, load_judge
@@ -92,7 +98,7 @@ def measure_step(base: PaperdollModel, batch: int, how: Sampling) -> float:
     noise = base.noise(batch, torch.Generator().manual_seed(0))
     text = base.text.encode([""] * batch)
     denoise = make_guided_denoiser(base.unet, base.schedule, text, text, how.cfg)
-    timestep, ratios = base.schedule.steps - 1, []
+    timestep, ratios = int((1 - (START + END) / 2) * base.schedule.steps), []
     for _ in range(TIMED_STEPS):
         seconds = []
         for sharing in (nullcontext(), share_subjects(base.unet, ConsistentBatch(), 1, batch)):
@@ -154,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="pictures of a batch")
     parser.add_argument("--one-prompt", action="store_true", help="for all pictures of a batch")
     parser.add_argument("--strength", type=float, nargs="+", default=[STRENGTH])
-    parser.add_argument("--start", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--start", type=float, nargs="+", default=[START])
     parser.add_argument("--end", type=float, nargs="+", default=[END])
     parser.add_argument("--anchors", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=Sampling.steps)

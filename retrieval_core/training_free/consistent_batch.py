@@ -28,10 +28,10 @@ from ..errors import RetrievalError
 from ..network.unet import UNet, UNetConfig
 
 STRENGTH = 1.0
-END = 0.4
+START, END = 0.0, 0.4
 SHARPNESS = 30.0
 # Positions that a picture looks at, of all other pictures together; more are thinned out to a grid.
-_MOST_POSITIONS = 4096
+_MOST_POSITIONS = 2048
 _MOST_LOGITS = 1 << 24  # in memory at once
 _COPIES = 4  # of the features: in float32, less the mean, their directions, the result
 _ITERATIONS = 5
@@ -55,7 +55,7 @@ class ConsistentBatch:
     """
 
     strength: float = STRENGTH
-    start: float = 0.0
+    start: float = START
     end: float = END
     anchors: int = 0
 

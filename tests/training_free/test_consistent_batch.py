@@ -129,8 +129,8 @@ def test_no_background_arrives_and_the_own_one_stays():
 def test_a_picture_looks_at_no_more_positions_than_the_limit(size, pictures):
     grid = choose_grid(size, pictures)
     assert len(grid.unique()) == len(grid) and grid.max() < size[0] * size[1]
-    assert len(grid) * pictures <= 1.1 * 4096
-    if size[0] * size[1] * pictures <= 4096:
+    assert len(grid) * pictures <= 1.1 * 2048
+    if size[0] * size[1] * pictures <= 2048:
         assert len(grid) == size[0] * size[1]
 
 
