@@ -207,8 +207,8 @@ class Workbench:
         return added, bank.nbytes()
 
     def without_training(self, count: int, what: str, rows: str) -> Run:
-        """The training-free mode's default, as `trained`: all self-attention layers attend to the
-        references, and one is matched; `rows` does not concern the match."""
+        """The training-free mode's default, as `trained`: the decoder's self-attention layers
+        attend to the references, and one is matched; `rows` does not concern the match."""
         from retrieval_pack.nodes.host.apply import apply_references
 
         network = self.training_free
