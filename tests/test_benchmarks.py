@@ -216,13 +216,6 @@ def test_the_list_needs_no_host(capsys, monkeypatch):
     assert "/nowhere" in capsys.readouterr().err
 
 
-def test_without_a_host_it_says_so(capsys, monkeypatch):
-    line = "Host tests (tests/host) skipped: no ComfyUI was found; to run them, set it."
-    monkeypatch.setattr(step_cost, "no_host_line", lambda: line)
-    assert step_cost.main(["--quick"]) == 2
-    assert capsys.readouterr().err.startswith("It needs ComfyUI: no ComfyUI was found")
-
-
 def test_the_quality_benchmark_needs_a_host_and_a_whole_checkout(capsys, monkeypatch):
     monkeypatch.delenv("ADVANCED_CONTROLNET_PATH", raising=False)
     monkeypatch.setattr(step_cost, "no_host_line", lambda: "Host tests (tests/host) skipped: none.")
@@ -250,3 +243,10 @@ def test_a_small_unets_blocks_answer_to_sd15s_numbers():
             for i in range(count)
             for name in ("weight", "bias")
         ]
+
+
+def test_without_a_host_it_says_so(capsys, monkeypatch):
+    line = "Host tests (tests/host) skipped: no ComfyUI was found; to run them, set it."
+    monkeypatch.setattr(step_cost, "no_host_line", lambda: line)
+    assert step_cost.main(["--quick"]) == 2
+    assert capsys.readouterr().err.startswith("It needs ComfyUI: no ComfyUI was found")
