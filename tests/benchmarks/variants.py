@@ -274,7 +274,9 @@ class Workbench:
 
     def reference_mode(self) -> Run:
         """Advanced-ControlNet's reference attention, in the checkout that the environment names."""
-        positive, negative = external.reference_only(self.positive, self.negative, self.latent)
+        generator = torch.Generator().manual_seed(7)
+        latent = torch.randn(1, 4, self.latent, self.latent, generator=generator)
+        positive, negative = external.reference_only(self.positive, self.negative, [latent])
         return Run(self.model, positive, negative, None)
 
 
