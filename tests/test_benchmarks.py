@@ -175,7 +175,17 @@ def result() -> dict:
         table.entry("t", "trained", slow, 20, 7 << 20, 100),
         table.entry("o", "other pack", slow, None, 0, 100),
     ]
-    about = ("host", "torch", "device", "threads", "dtype", "dynamic VRAM", "base", "pixels", "memory")
+    about = (
+        "host",
+        "torch",
+        "device",
+        "threads",
+        "dtype",
+        "dynamic VRAM",
+        "base",
+        "pixels",
+        "memory",
+    )
     once = [table.once("making it", timing.Series([Sample(2.0, 1)], [1.1, 1.0, 1.2]), 1.05)]
     return {
         **dict.fromkeys(about, "x"), "rows a call": [2], "base operations a step": 100,
