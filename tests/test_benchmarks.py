@@ -16,7 +16,7 @@ from retrieval_core.network.unet import SD15, UNet, UNetConfig, UNetEncoder, att
 from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.frozen_site import freeze_site
 from retrieval_core.training_free.latent_pull import take
-from tests.benchmarks import arithmetic, step_cost, table, timing
+from tests.benchmarks import arithmetic, external, reference_quality, step_cost, table, timing
 from tests.benchmarks.timing import BASE, Sample
 
 SMALL = UNetConfig(32, (1, 2), (1, 2), (1, 1), 1, 16, num_heads=4)
@@ -175,7 +175,17 @@ def result() -> dict:
         table.entry("t", "trained", slow, 20, 7 << 20, 100),
         table.entry("o", "other pack", slow, None, 0, 100),
     ]
-    about = ("host", "torch", "device", "threads", "dtype", "base", "pixels", "rounds", "memory")
+    about = (
+        "host",
+        "torch",
+        "device",
+        "threads",
+        "dtype",
+        "dynamic VRAM",
+        "base",
+        "pixels",
+        "memory",
+    )
     once = [table.once("making it", timing.Series([Sample(2.0, 1)], [1.1, 1.0, 1.2]), 1.05)]
     return {
         **dict.fromkeys(about, "x"), "rows a call": [2], "base operations a step": 100,
@@ -225,6 +235,35 @@ def test_the_list_needs_no_host(capsys, monkeypatch):
     monkeypatch.setenv("IPADAPTER_PLUS_PATH", "/nowhere")
     assert step_cost.main(["--list"]) == 2
     assert "/nowhere" in capsys.readouterr().err
+
+
+def test_the_quality_benchmark_needs_a_host_and_a_whole_checkout(capsys, monkeypatch):
+    monkeypatch.delenv("ADVANCED_CONTROLNET_PATH", raising=False)
+    monkeypatch.setattr(step_cost, "no_host_line", lambda: "Host tests (tests/host) skipped: none.")
+    assert reference_quality.main([]) == 2
+    assert capsys.readouterr().err == "It needs ComfyUI: none.\n"
+    monkeypatch.setenv("ADVANCED_CONTROLNET_PATH", "/nowhere")
+    assert reference_quality.main([]) == 2
+    assert "/nowhere" in capsys.readouterr().err
+
+
+def test_a_small_unets_blocks_answer_to_sd15s_numbers():
+    """Each block once, in order; with twelve blocks, each by its own number."""
+    for count in (6, 9, 12):
+        unet = nn.Module()
+        unet.input_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(count))
+        unet.output_blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(count))
+        blocks = list(unet.output_blocks)
+        with external.number_blocks_as_sd15(unet):
+            found = [unet.output_blocks[i] for i in range(12)]
+            assert list(unet.output_blocks) == blocks
+        assert [block for block in found if block in blocks] == blocks
+        assert list(unet.state_dict()) == [
+            f"{half}.{i}.{name}"
+            for half in ("input_blocks", "output_blocks")
+            for i in range(count)
+            for name in ("weight", "bias")
+        ]
 
 
 def test_without_a_host_it_says_so(capsys, monkeypatch):

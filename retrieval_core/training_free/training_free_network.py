@@ -17,7 +17,7 @@ from ..sampling.controls import COMPOSITION, DETAIL, choose_group
 from .attention_layers import Layer, choose_layers, list_self_attention_layers
 from .latent_pull import choose_match_layer
 
-LAYERS = "all"
+LAYERS = "decoder"
 LEVELS = 1
 MOST_LEVELS = 50
 MEANS, REST = "means", "rest"

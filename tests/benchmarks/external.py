@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,7 @@ IP_ADAPTER, ADVANCED_CONTROLNET = "IPADAPTER_PLUS_PATH", "ADVANCED_CONTROLNET_PA
 # Widths of SD 1.5's cross-attention layers in IP-Adapter's order: input, output, middle.
 _WIDTHS = (320, 320, 640, 640, 1280, 1280, *(1280,) * 3, *(640,) * 3, *(320,) * 3, 1280)
 _CLIP_TOKENS, _CLIP_WIDTH, _TOKENS = 257, 1280, 16
+_BLOCKS = 12  # in each half of SD 1.5's U-Net
 
 
 def checkout(variable: str) -> Path | None:
@@ -73,16 +76,50 @@ def ip_adapter_plus(model: Any, count: int) -> Any:
     return patched
 
 
-def reference_only(positive: list, negative: list, latent: int) -> tuple[list, list]:
-    """The conditionings with Advanced-ControlNet's reference attention on one picture."""
+def reference_only(
+    positive: list,
+    negative: list,
+    latents: Sequence[torch.Tensor],
+    kind: str = "reference_attn",
+    fidelity: float = 0.5,
+) -> tuple[list, list]:
+    """The conditionings with Advanced-ControlNet's reference mode, one ControlNet for each latent.
+
+    Args:
+        latents: [B, C, H, W] each; with several rows, each is the reference of a picture.
+        kind: as its node offers it. fidelity: its style fidelity.
+    """
     name = _package(ADVANCED_CONTROLNET).__name__
     from nodes import ControlNetApplyAdvanced
 
     module = sys.modules[f"{name}.adv_control.control_reference"]
-    options = module.ReferenceOptions.create_combo("reference_attn", 0.5, 1.0)
-    control = module.ReferenceAdvanced(ref_opts=options, timestep_keyframes=None)
-    hint = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(7))
-    wrapped = module.ReferencePreprocWrapper(condhint=hint)
-    return ControlNetApplyAdvanced().apply_controlnet(
-        positive, negative, control, wrapped, 1.0, 0.0, 1.0
-    )[:2]
+    options = module.ReferenceOptions.create_combo(kind, fidelity, 1.0)
+    for latent in latents:
+        control = module.ReferenceAdvanced(ref_opts=options, timestep_keyframes=None)
+        wrapped = module.ReferencePreprocWrapper(condhint=latent)
+        positive, negative = ControlNetApplyAdvanced().apply_controlnet(
+            positive, negative, control, wrapped, 1.0, 0.0, 1.0
+        )[:2]
+    return positive, negative
+
+
+class _SpreadBlocks(torch.nn.ModuleList):
+    """A U-Net's blocks under the numbers of SD 1.5's twelve, each at the same part of the depth.
+
+    A number that has no block of its own gives a module that never runs.
+    """
+
+    def __getitem__(self, number: int) -> torch.nn.Module:
+        here, following = (i * len(self) // _BLOCKS for i in (number, number + 1))
+        return super().__getitem__(here) if following > here else torch.nn.Identity()
+
+
+@contextmanager
+def number_blocks_as_sd15(unet: Any) -> Iterator[None]:
+    """Lets Advanced-ControlNet, which names SD 1.5's blocks by number, run a smaller U-Net."""
+    halves = unet.input_blocks, unet.output_blocks
+    unet.input_blocks, unet.output_blocks = (_SpreadBlocks(half) for half in halves)
+    try:
+        yield
+    finally:
+        unet.input_blocks, unet.output_blocks = halves

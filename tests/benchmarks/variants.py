@@ -207,8 +207,8 @@ class Workbench:
         return added, bank.nbytes()
 
     def without_training(self, count: int, what: str, rows: str) -> Run:
-        """The training-free mode's default, as `trained`: all self-attention layers attend to the
-        references, and one is matched; `rows` does not concern the match."""
+        """The training-free mode's default, as `trained`: the decoder's self-attention layers
+        attend to the references, and one is matched; `rows` does not concern the match."""
         from retrieval_pack.nodes.host.apply import apply_references
 
         network = self.training_free
@@ -274,7 +274,9 @@ class Workbench:
 
     def reference_mode(self) -> Run:
         """Advanced-ControlNet's reference attention, in the checkout that the environment names."""
-        positive, negative = external.reference_only(self.positive, self.negative, self.latent)
+        generator = torch.Generator().manual_seed(7)
+        latent = torch.randn(1, 4, self.latent, self.latent, generator=generator)
+        positive, negative = external.reference_only(self.positive, self.negative, [latent])
         return Run(self.model, positive, negative, None)
 
 

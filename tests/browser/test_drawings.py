@@ -330,4 +330,5 @@ def test_the_classic_canvas_draws_what_is_not_hovered_over(page):
     page.browser.move(1, 1)
     page.browser.move(800, 900)
     page.wait(f"{overlaid}.length === 0", 20)
+    hover(page, "RetrievalEncodeReferences", drawn)
     assert page.errors() == []
