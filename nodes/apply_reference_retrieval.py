@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..retrieval_core.errors import RetrievalError
+from ..retrieval_core.sampling.presets import BALANCED, PRESETS
 from .socket_types import (
     ADVANCED,
     CATEGORY,
@@ -87,6 +88,14 @@ class RetrievalApplyReferences(io.ComfyNode):
                     tooltip="From Retrieval Controls: the strength over the steps and by kind of "
                     "site, the region's edges, the token budget. Without it, their defaults.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=BALANCED,
+                    optional=True,
+                    tooltip="What gives way where the prompt and the references disagree, and how "
+                    "much of the references' detail is kept.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )
@@ -121,6 +130,7 @@ class RetrievalApplyReferences(io.ComfyNode):
         guidance: str,
         region: Any = None,
         controls: Any = None,
+        preset: str = BALANCED,
     ) -> io.NodeOutput:
         from .host.apply import apply_references
 
@@ -128,6 +138,6 @@ class RetrievalApplyReferences(io.ComfyNode):
             return io.NodeOutput(model)
         rows = None if guidance == RECOMMENDED else guidance
         patched = apply_references(
-            model, references, strength, start_percent, end_percent, rows, region, controls
+            model, references, strength, start_percent, end_percent, rows, region, controls, preset
         )
         return io.NodeOutput(patched)

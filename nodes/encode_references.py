@@ -18,6 +18,7 @@ from .socket_types import (
 
 TAGS = "tags"
 SUBJECT, BACKGROUND = "subject", "background"
+AUTOMATIC, OFF = "automatic", "off"
 
 
 class RetrievalEncodeReferences(io.ComfyNode):
@@ -98,8 +99,23 @@ class RetrievalEncodeReferences(io.ComfyNode):
                     optional=True,
                     tooltip="References to add these to, encoded by the same network.",
                 ),
+                io.Combo.Input(
+                    "subject_mask",
+                    options=[AUTOMATIC, OFF],
+                    default=AUTOMATIC,
+                    optional=True,
+                    tooltip="Training-free, and without a mask: the base model itself tells the "
+                    "subject from the background, which is left out. A trained network leaves it "
+                    "out by itself.",
+                ),
             ],
-            outputs=[ReferencesType.Output(display_name="references")],
+            outputs=[
+                ReferencesType.Output(display_name="references"),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="What was taken of each image, white, by the mask given or found.",
+                ),
+            ],
         )
 
     @classmethod
@@ -126,6 +142,7 @@ class RetrievalEncodeReferences(io.ComfyNode):
         mask_marks: str = SUBJECT,
         mask: Any = None,
         references: Any = None,
+        subject_mask: str = AUTOMATIC,
     ) -> io.NodeOutput:
         from .host import encoded_references as host
         from .host.page_display import show_references
@@ -135,10 +152,22 @@ class RetrievalEncodeReferences(io.ComfyNode):
             words = concept["tags"]
         earlier = host.list_earlier(references, network)
         encoded = host.encode_references(
-            network, images, vae, clip, words, weight, mask, size, mask_marks
+            network,
+            images,
+            vae,
+            clip,
+            words,
+            weight,
+            mask,
+            size,
+            mask_marks,
+            subject_mask == AUTOMATIC,
         )
-        shown = show_references(encoded, network, cls)
-        return io.NodeOutput(host.References(network, (*earlier, *encoded)), ui=shown)
+        return io.NodeOutput(
+            host.References(network, (*earlier, *encoded)),
+            host.draw_masks(encoded, *images.shape[1:3]),
+            ui=show_references(encoded, network, cls),
+        )
 
 
 def make_tags_input() -> io.Input:

@@ -114,8 +114,9 @@ def list_training_free_inputs() -> list[io.Input]:
             "layers",
             options=list(LAYER_CHOICES),
             default=LAYERS,
-            tooltip="The self-attention layers that look at the references. Fewer cost less time "
-            "and memory; on the demo model the decoder's do nearly all of it.",
+            tooltip="The self-attention layers that look at the references while the model draws. "
+            "Fewer cost less time and memory. With none, only each step's prediction is moved "
+            "towards the references at corresponding places.",
         ),
         io.Int.Input(
             "noise_levels",

@@ -15,6 +15,7 @@ from retrieval_core.network.retrieval_site import RetrievalSite
 from retrieval_core.network.unet import SD15, UNet, UNetConfig, UNetEncoder, attention
 from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.frozen_site import freeze_site
+from retrieval_core.training_free.latent_pull import take
 from tests.benchmarks import arithmetic, external, reference_quality, step_cost, table, timing
 from tests.benchmarks.timing import BASE, Sample
 
@@ -125,6 +126,16 @@ def test_the_floor_of_the_training_free_mode_is_attention_to_the_appended_tokens
     assert counted.total - alone == arithmetic.self_attention_operations({"a": (20, 32, 7)}, 2)
 
 
+def test_the_floor_of_the_match_is_attention_of_one_head():
+    """The operations of two products: keys with keys, and shares with values."""
+    counted = FlopCounterMode(display=False)
+    keys, bank = torch.randn(2, 20, 32), SiteBank(*torch.randn(2, 1, 7, 48), None, torch.zeros(7))
+    with counted:
+        take(keys, bank)
+    products = arithmetic.match_operations(2, 20, 32, 48, 7)
+    assert products <= counted.get_total_flops() <= 1.1 * products
+
+
 def test_the_floors_of_sd15():
     """The figures of the plan: one reference adds a tenth, and a row half of two rows."""
     base = arithmetic.base_operations(SD15, 2, 64, 64)
@@ -164,7 +175,17 @@ def result() -> dict:
         table.entry("t", "trained", slow, 20, 7 << 20, 100),
         table.entry("o", "other pack", slow, None, 0, 100),
     ]
-    about = ("host", "torch", "device", "threads", "dtype", "base", "pixels", "rounds", "memory")
+    about = (
+        "host",
+        "torch",
+        "device",
+        "threads",
+        "dtype",
+        "dynamic VRAM",
+        "base",
+        "pixels",
+        "memory",
+    )
     once = [table.once("making it", timing.Series([Sample(2.0, 1)], [1.1, 1.0, 1.2]), 1.05)]
     return {
         **dict.fromkeys(about, "x"), "rows a call": [2], "base operations a step": 100,

@@ -101,7 +101,7 @@ const TILES_HEIGHT = 120;
 function makeTile(reference) {
   const lines = [reference.concept, `weight ${Number(reference.weight.toFixed(2))}`];
   if (reference.kept < 1) lines.push(`mask keeps ${percent(reference.kept)}`);
-  const caption = make("figcaption", { innerText: lines.join("\n") });
+  const caption = make("figcaption", { textContent: lines.join("\n") });
   const missing = reference.image
     ? "The picture is gone from the temp folder; run again."
     : "No picture was saved with this reference.";
@@ -426,7 +426,7 @@ function drawCurvesSoon() {
 }
 
 function addCurve(node) {
-  const element = addDrawing(node, "drawn_curve", CURVE_HEIGHT, true);
+  const element = addDrawing(node, "drawn_curve", CURVE_HEIGHT);
   const entry = [node, element];
   curves.add(entry);
   for (const widget of node.widgets) on(widget, "callback", drawCurvesSoon);
@@ -438,10 +438,14 @@ function addCurve(node) {
 
 // What the drawings share: a widget without a value, pictures of the host's temp folder.
 
+let styles = null;
+
 function addStyle() {
-  if (document.getElementById("retrieval-style")) return;
+  if (styles) return;
   const href = new URL("retrieval.css", import.meta.url);
-  document.head.append(make("link", { id: "retrieval-style", rel: "stylesheet", href }));
+  styles = make("link", { id: "retrieval-style", rel: "stylesheet", href });
+  styles.addEventListener("load", () => app.canvas.setDirty(true));
+  document.head.append(styles);
 }
 
 function make(tag, properties = {}, ...children) {
@@ -454,17 +458,17 @@ const heightOf = (element, height) => (element.hasChildNodes() ? height : 0);
 
 // Adds an element below a node's widgets, `minHeight` pixels high unless it is empty. It has no value,
 // in workflows and in prompts. No input may have its name, by which Nodes 2.0 tells widgets apart.
-// `hideOnZoom`: it is left out where the canvas is so small that the host leaves out text.
-function addDrawing(node, name, minHeight, hideOnZoom = false) {
+function addDrawing(node, name, minHeight) {
   addStyle();
   const element = make("div", { className: "retrieval" });
   const widget = node.addDOMWidget(name, "retrieval_drawing", element, {
     serialize: false,
-    hideOnZoom,
+    hideOnZoom: false,
     getMinHeight: () => heightOf(element, minHeight),
   });
   widget.serialize = false;
   widget.serializeValue = () => undefined;
+  drawStill(node, widget);
   return element;
 }
 
@@ -475,6 +479,133 @@ function growToFit(node, element, minHeight) {
   const size = [Math.max(node.size[0], width), Math.max(node.size[1], height)];
   if (size[0] > node.size[0] || size[1] > node.size[1]) node.setSize(size);
   node.setDirtyCanvas(true, true);
+}
+
+// The classic canvas: in every frame the host places each element over it anew, which takes longer
+// than all else that the frame adds. So an element is there while the pointer is over its node;
+// otherwise the canvas draws a still of it, a bitmap of what the browser lays out.
+
+let hovered = null; // the node under the pointer
+
+// Draws a widget's element as a still unless the pointer is over its node.
+function drawStill(node, widget) {
+  const { element, isVisible } = widget;
+  let still = null;
+  let taken = ""; // size, zoom and colour of the still
+  on(node, "onMouseEnter", () => (hovered = node));
+  on(node, "onMouseLeave", () => (hovered = null));
+  widget.isVisible = () => hovered === node && isVisible.call(widget);
+  on(widget, "draw", (context, _, nodeWidth, y) => {
+    if (hovered === node || !element.hasChildNodes() || !styles.sheet) return;
+    const { margin } = widget;
+    const [width, height] = [nodeWidth - 2 * margin, widget.computedHeight - 2 * margin];
+    const zoom = Math.min(2 ** Math.ceil(Math.log2(context.getTransform().a)), 4);
+    const wanted = [width, height, zoom, LiteGraph.WIDGET_TEXT_COLOR].join();
+    if (!still || taken !== wanted) still = takeStill(element, width, height, zoom);
+    taken = wanted;
+    context.drawImage(still, margin, y + margin, still.width / zoom, still.height / zoom);
+  });
+  const drop = () => {
+    if (still) node.setDirtyCanvas(true);
+    still = null;
+  };
+  const every = { subtree: true, childList: true, characterData: true, attributes: true };
+  new MutationObserver(drop).observe(element, every);
+  element.addEventListener("load", drop, true);
+}
+
+// A bitmap of an element laid out in a box of the page that is not seen, or higher if it needs more.
+function takeStill(element, width, height, zoom) {
+  const stage = make("div", { className: "retrieval-stage" }, element);
+  Object.assign(stage.style, { width: `${width}px`, height: `${height}px` });
+  document.body.append(stage);
+  const box = element.getBoundingClientRect();
+  const still = make("canvas", { width: width * zoom, height: box.height * zoom });
+  const context = still.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.scale(zoom, zoom);
+  context.translate(-box.x, -box.y);
+  paint(context, element);
+  stage.remove();
+  element.remove();
+  return still;
+}
+
+// Draws a laid-out element at its place on the page: box, picture or curve, and what is in it.
+function paint(context, element) {
+  const style = getComputedStyle(element);
+  const box = element.getBoundingClientRect();
+  context.save();
+  paintBox(context, box, style);
+  if (["img", "canvas"].includes(element.localName)) paintPicture(context, element, box);
+  for (const child of element.childNodes) {
+    if (child.localName === "path") paintPath(context, child, box);
+    else if (child instanceof Text) paintText(context, child, style);
+    else paint(context, child);
+  }
+  context.restore();
+}
+
+// The box of an element; what is drawn next stays in it if nothing may overflow it.
+function paintBox(context, { x, y, width, height }, style) {
+  const [border, radius] = [parseFloat(style.borderTopWidth), parseFloat(style.borderRadius)];
+  context.beginPath();
+  context.roundRect(x, y, width, height, radius);
+  context.fillStyle = style.backgroundColor;
+  context.fill();
+  if (style.overflowY !== "visible") context.clip();
+  if (!border) return;
+  context.beginPath();
+  context.roundRect(x + border / 2, y + border / 2, width - border, height - border, radius);
+  context.strokeStyle = style.borderTopColor;
+  context.lineWidth = border;
+  context.stroke();
+}
+
+// Fits an image or a canvas into its box.
+function paintPicture(context, picture, box) {
+  const { naturalWidth: width = picture.width, naturalHeight: height = picture.height } = picture;
+  if (!width) return;
+  const scale = Math.min(box.width / width, box.height / height);
+  const [across, down] = [width * scale, height * scale];
+  const [x, y] = [box.x + (box.width - across) / 2, box.y + (box.height - down) / 2];
+  context.drawImage(picture, x, y, across, down);
+}
+
+// A path of an <svg>, which is stretched over its box; its lines are not.
+function paintPath(context, path, box) {
+  const { width, height } = path.ownerSVGElement.viewBox.baseVal;
+  const stretch = [box.width / width, 0, 0, box.height / height, box.x, box.y];
+  const placed = new Path2D();
+  placed.addPath(new Path2D(path.getAttribute("d")), new DOMMatrix(stretch));
+  const [fill, stroke] = [path.getAttribute("fill"), path.getAttribute("stroke")];
+  if (fill !== "none") {
+    context.fillStyle = fill;
+    context.fill(placed);
+  }
+  context.strokeStyle = stroke;
+  context.lineWidth = path.getAttribute("stroke-width");
+  context.setLineDash(path.getAttribute("stroke-dasharray").split(" ").map(Number));
+  context.stroke(placed);
+}
+
+// Draws a text where the browser broke it into lines.
+function paintText(context, text, style) {
+  const range = document.createRange();
+  const lines = new Map(); // by the bottom of its letters: the line's left edge and its letters
+  for (let i = 0; i < text.length; i++) {
+    range.setStart(text, i);
+    range.setEnd(text, i + 1);
+    const [box] = range.getClientRects();
+    if (!box?.width) continue;
+    const line = lines.get(box.bottom) ?? { left: box.left, letters: "" };
+    line.letters += text.data[i];
+    lines.set(box.bottom, line);
+  }
+  context.font = style.font;
+  context.fillStyle = style.color;
+  context.textBaseline = "bottom";
+  for (const [bottom, { left, letters }] of lines) context.fillText(letters, left, bottom);
 }
 
 // Runs a function before what a node does itself on an event.

@@ -11,6 +11,7 @@ from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.network.controlnet import Guidance
 from ...retrieval_core.sampling.applications import Application
 from ...retrieval_core.sampling.controls import Controls
+from ...retrieval_core.sampling.presets import BALANCED, PRESETS
 from ...retrieval_core.sampling.regions import soften
 from .base_model import check_fit, detect_base
 from .encoded_references import References
@@ -25,6 +26,7 @@ def apply_references(
     guidance: Guidance | None = None,
     region: Tensor | None = None,
     controls: Controls | None = None,
+    preset: str = BALANCED,
 ) -> Any:
     """A clone of a MODEL that retrieves from the references; the input model is left as it was.
 
@@ -32,7 +34,7 @@ def apply_references(
         strength: 1 is what the network's file recommends, 0 the model unchanged.
         guidance: rows that retrieve; None for what the network's file recommends.
         region: [H, W] or [1, H, W] in 0..1 of any size, or None for everywhere.
-        controls: None for the defaults.
+        controls: None for the defaults. preset: one of `PRESETS`.
 
     Raises:
         RetrievalError: another base, no reference of a weight above 0, a bad region, or see
@@ -52,7 +54,7 @@ def apply_references(
     Application(Bank(), **acting)  # its checks hold also where nothing will act
     if strength == 0 or not any(controls.groups) or not references.encoded:
         return model.clone()
-    return network.apply(model, references, controls, strength, **acting)
+    return network.apply(model, references, controls, strength, PRESETS[preset], **acting)
 
 
 def _check_region(region: Tensor) -> Tensor:

@@ -9,15 +9,19 @@ from typing import Any
 
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...retrieval_core.bank.encoding import split_features
+from ...retrieval_core.bank.encoding import Features, split_features
 from ...retrieval_core.bank.site_bank import Bank, SiteBank
 from ...retrieval_core.bank.thumbnails import draw_thumbnails, make_thumbnail
 from ...retrieval_core.bank.token_budget import Budget
 from ...retrieval_core.bank.tokens import EncodedReference, check_weight, join_references
+from ...retrieval_core.data.placing import Region, place_region
 from ...retrieval_core.data.prepare import PreparedReference, digest_reference, prepare
+from ...retrieval_core.data.sample import NEUTRAL
 from ...retrieval_core.errors import RetrievalError
+from ...retrieval_core.training_free.subject_mask import LEAST_COVERED
 from .base_model import NATIVE_SIZE, check_given, identify_model
 from .loading import make_progress
 from .reference_network import ReferenceNetwork
@@ -73,7 +77,8 @@ class References:
         return self.network.make_bank(tokens, None).sites[site]
 
 
-# The references encoded last, by network, models, concept, size and pixels, for as long as the host
+# The references encoded last, by network, models, concept, size, pixels and whether the subject is
+# found, for as long as the host
 # runs; the least recently used go first beyond `CACHED_BYTES`.
 cache: OrderedDict[tuple, EncodedReference] = OrderedDict()
 CACHED_BYTES = 256 << 20
@@ -109,6 +114,7 @@ def encode_references(
     masks: Tensor | None = None,
     size: int = 0,
     mask_marks: str = "subject",
+    automatic: bool = True,
 ) -> tuple[EncodedReference, ...]:
     """Encodes a batch of images, one reference an image, on the host's device.
 
@@ -118,18 +124,22 @@ def encode_references(
         concept: the text that says what to take. weight: of every reference of the batch.
         size: edge in pixels that references are scaled to; 0 for the base model's own.
         mask_marks: what is white in the masks.
+        automatic: find the subject of images without a mask (`ReferenceNetwork.find_subject`).
 
     Raises:
         RetrievalError: no images, a mask that selects nothing, or a VAE or CLIP of another base.
     """
     weight = check_weight(weight)
     size = size or NATIVE_SIZE[network.base]
-    prepared = _prepare(images, masks, mask_marks, concept, size)
+    subjects = _list_subjects(images, masks, mask_marks)
+    pairs = zip(images, subjects, strict=True)
+    prepared = [prepare(i[..., :3].float(), m, concept, size=size) for i, m in pairs]
+    found = [automatic and subject is None for subject in subjects]
     made_by: tuple = ()
     if vae is not None and clip is not None:
         made_by = (identify_model(vae.patcher), identify_model(clip.patcher), clip.layer_idx)
     shared = (network.maker.fingerprint, network.identity, made_by, concept, size)
-    keys = [(*shared, digest_reference(reference)) for reference in prepared]
+    keys = [(*shared, f, digest_reference(r)) for r, f in zip(prepared, found, strict=True)]
     results = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if results[key] is None and keys.index(key) == i]
     if missing:
@@ -137,10 +147,17 @@ def encode_references(
         with torch.inference_mode():
             context, pooled, latents = _encode_inputs(network, chosen, vae, clip, concept)
             for done, (i, latent) in enumerate(zip(missing, latents.split(1), strict=True)):
-                thumbnail = make_thumbnail(prepared[i].image)
-                progress(done, len(missing), thumbnail)
-                features, mask = network.encode(latent, context, pooled, size), prepared[i].mask
-                (one,) = split_features(features, latent.shape[2:], [mask], concepts=[concept])
+                reference = prepared[i]
+                progress(done, len(missing), make_thumbnail(reference.image))
+                features = network.encode(latent, context, pooled, size)
+                if found[i]:
+                    reference = _mask_subject(network, features, reference)
+                features = {site: features[site] for site in network.maker.sites}
+                least = LEAST_COVERED if reference is not prepared[i] else 0.0
+                (one,) = split_features(
+                    features, latent.shape[2:], [reference.mask], concepts=[concept], least=least
+                )
+                thumbnail = make_thumbnail(reference.image)
                 results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)
             progress(len(missing), len(missing))
     for key, reference in results.items():
@@ -157,25 +174,47 @@ def draw_references(references: Sequence[EncodedReference]) -> Tensor | None:
     return None if shown is None else shown[None].float() / 255
 
 
-def _prepare(
-    images: Tensor, masks: Tensor | None, mask_marks: str, concept: str, size: int
-) -> list[PreparedReference]:
+def draw_masks(references: Sequence[EncodedReference], height: int, width: int) -> Tensor:
+    """What was kept of images [height, width]: a MASK [R, height, width]."""
+    masks = torch.ones(len(references), height, width)
+    for drawn, mask in zip(masks, (reference.mask for reference in references), strict=True):
+        if mask is not None:
+            left, top, right, bottom = place_region(Region((0, 0, width, height)), len(mask)).inside
+            shown = mask[None, None, top:bottom, left:right].float()
+            drawn.copy_(F.interpolate(shown, (height, width), mode="bilinear")[0, 0])
+    return masks
+
+
+def _list_subjects(
+    images: Tensor, masks: Tensor | None, mask_marks: str
+) -> Sequence[Tensor | None]:
+    """The mask of each image's subject [H, W]; None where none was given."""
     if images.ndim != 4 or not images.numel():
         raise RetrievalError(
             f"The batch of reference images is empty (shape {list(images.shape)}); connect at "
             "least one image."
         )
-    subjects: Sequence[Tensor | None] = [None] * len(images)
-    if masks is not None:
-        masks = masks[None] if masks.ndim == 2 else masks.reshape(-1, *masks.shape[-2:])
-        if not masks.numel():
-            raise RetrievalError(
-                f"The batch of masks is empty (shape {list(masks.shape)}); connect a mask, or none."
-            )
-        fitted = comfy.utils.repeat_to_batch_size(masks, len(images))
-        subjects = [_subject(mask, mask_marks) for mask in fitted]
-    pairs = zip(images, subjects, strict=True)
-    return [prepare(i[..., :3].float(), m, concept, size=size) for i, m in pairs]
+    if masks is None:
+        return [None] * len(images)
+    masks = masks[None] if masks.ndim == 2 else masks.reshape(-1, *masks.shape[-2:])
+    if not masks.numel():
+        raise RetrievalError(
+            f"The batch of masks is empty (shape {list(masks.shape)}); connect a mask, or none."
+        )
+    fitted = comfy.utils.repeat_to_batch_size(masks, len(images))
+    return [_subject(mask, mask_marks) for mask in fitted]
+
+
+def _mask_subject(
+    network: ReferenceNetwork, features: Features, reference: PreparedReference
+) -> PreparedReference:
+    """A reference with the mask of its subject, grey outside, if the network tells it."""
+    subject = network.find_subject(features, reference)
+    if subject is None:
+        return reference
+    grey = reference.image.new_tensor(NEUTRAL)[:, None, None] / 255
+    image = torch.where(subject, reference.image, grey)
+    return replace(reference, image=image, mask=subject.float())
 
 
 def _subject(mask: Tensor, mask_marks: str) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import ui
 from torch import Tensor
 
-from ...retrieval_core.bank.tokens import EncodedReference
+from ...retrieval_core.bank.tokens import MATCHED, EncodedReference
 from ...retrieval_core.sheets import choose_colour
 from .recorder import Recorder
 from .reference_network import ReferenceNetwork
@@ -31,7 +31,9 @@ def measure_kept(reference: EncodedReference, network: ReferenceNetwork) -> floa
     factors = network.site_downsampling()
     site = min(reference.tokens, key=factors.__getitem__)
     height, width = (math.ceil(edge / factors[site]) for edge in reference.latent_size)
-    return reference.tokens[site].shape[1] / (height * width)
+    tokens = reference.tokens[site]
+    kept = int(tokens[1].any(-1).sum()) if site.startswith(MATCHED) else tokens.shape[1]
+    return kept / (height * width)
 
 
 def show_map(recorder: Recorder, pictures: Tensor, cls: Any) -> dict[str, list]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...retrieval_core.bank.tokens import EncodedReference
 from ...retrieval_core.sampling.attention_map import Shares, merge_shares
-from .step_context import Area, StepContext
+from .step_context import Area, StepContext, locate_crop
 
 RECORDERS = "retrieval_recorders"
 _KEY = "retrieval_map"
@@ -65,10 +65,7 @@ class Recorder:
             factor: latent pixels per position along an edge.
             area: the crop of the latent that the shares are of; None for all of it.
         """
-        crop: tuple = ()
-        if context is not None and area is not None:
-            canvas = (-(-context.shape[0] // factor), -(-context.shape[1] // factor))
-            crop = canvas, (area[2] // factor, area[3] // factor)
+        crop = locate_crop(factor, context, area)
         with self._lock:
             recorded = self.recorded.setdefault(id(application), Shares())
             if recorded.total is not None:

@@ -14,8 +14,10 @@ from ...retrieval_core.bank.encoding import Features
 from ...retrieval_core.bank.site_bank import Bank
 from ...retrieval_core.bank.token_budget import Budget
 from ...retrieval_core.bank.tokens import Tokens
+from ...retrieval_core.data.prepare import PreparedReference
 from ...retrieval_core.network.unet import UNetConfig
 from ...retrieval_core.sampling.controls import Controls
+from ...retrieval_core.sampling.presets import Preset
 
 
 @dataclass(eq=False)
@@ -65,13 +67,27 @@ class ReferenceNetwork(ABC):
             context: [1, L, D] of the concept. pooled: its pooled output where the CLIP has one.
         """
 
+    def find_subject(self, features: Features, reference: PreparedReference) -> Tensor | None:
+        """The subject of a reference without a mask, bool [S, S], from its features.
+
+        None where it is not told from a background, and for networks that leave the background
+        out by themselves.
+        """
+        return None
+
     @abstractmethod
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
         """The bank of the tokens, on the CPU; also made there if the device is out of memory."""
 
     @abstractmethod
     def apply(
-        self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
+        self,
+        model: Any,
+        references: Any,
+        controls: Controls,
+        scale: float,
+        preset: Preset,
+        **acting: Any,
     ) -> Any:
         """A clone of a MODEL that retrieves from `encoded_references.References`.
 

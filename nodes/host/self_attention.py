@@ -1,4 +1,4 @@
-"""Replacement of the host's self-attention layers: joint attention to banks, isolated regions."""
+"""Replacement of the host's self-attention layers: matching and joint attention, isolation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from ...retrieval_core.sampling.joint_attention import Source, attend_chunks
 from ...retrieval_core.training_free import list_self_attention_layers
 from . import step_context
 from .attention import bind_attention
-from .joint_application import JointApplication
-from .recorder import RECORDERS
+from .joint_application import JointApplication, attach_shift
 from .step_context import StepContext, chunk_areas, crop_region
 
 ATTN1 = "attn1"
@@ -70,15 +69,14 @@ class JointAttention:
         return torch.cat([theirs if not sources else ours for theirs, ours, sources in rows])
 
     def _sources(self, name: str, q: Tensor, k: Tensor, extra: dict) -> list[list[Source]]:
-        """The sources of each chunk of the batch at a layer, whose shares recorders add up."""
+        """The sources of each chunk of the batch at a layer, whose keys applications match."""
         chunks: list[list[Source]] = [[] for _ in chunk_areas(extra, None)]
         for application in self.applications:
+            if name == application.match_layer:
+                application.match(k, extra)
             if name not in application.names:
                 continue
             found = application.sources(name, q, extra)
-            if name == application.map_layer and any(found):
-                for recorder in extra.get(RECORDERS, ()):
-                    application.record(recorder, found, q, k, extra)
             for chunk, source in zip(chunks, found, strict=True):
                 if source is not None:
                     chunk.append(source)
@@ -125,13 +123,14 @@ def attach_joint_attention(
     if ours is not None:
         applications, regions = ours.applications + applications, ours.regions + regions
         before = {**ours.before, **before}
-    names = [name for one in applications for name in one.names]
+    names = [name for one in applications for name in (one.match_layer, *one.names)]
     if regions:
         names += list_self_attention_layers(config)
     patch = JointAttention(applications, regions, before)
     for name in dict.fromkeys(names):
         model.set_model_attn1_replace(patch, *parse_layer_name(name))
     model.add_callback_with_key(CallbacksMP.ON_CLEANUP, step_context.KEY, patch.cleanup)
+    attach_shift(model, applications)
 
 
 def parse_layer_name(name: str) -> tuple[str, int, int]:

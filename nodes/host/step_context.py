@@ -1,7 +1,8 @@
 """Per-step context that ComfyUI does not pass to U-Net patches.
 
 Two wrappers put it into transformer_options: which rows are negative prompts, the crops of area
-conditionings, the size of the whole latent, and the sigmas of percentages of sampling.
+conditionings, the size of the whole latent, and the sigmas of percentages of sampling; and where
+layers leave what a step's post-CFG function needs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .loading import reserve_memory
 
 KEY = "retrieval"
 STEP = "retrieval_step"
+TAKEN = "retrieval_taken"
 UNCOND = 1
 _CONDS = "retrieval_conds"
 _HALVINGS = 24
@@ -74,6 +76,17 @@ class StepContext:
         return (low + high) / 2
 
 
+@dataclass(eq=False)
+class Taken:
+    """What layers take of references in one step; an object, since the host copies options' dicts.
+
+    Attributes:
+        found: application -> the `StepContext` of the first batch, and the entries of its chunks.
+    """
+
+    found: dict[Any, tuple[StepContext, list[Any]]] = field(default_factory=dict)
+
+
 def strength_at(application: Application, context: StepContext | None) -> float:
     """The strength at a step by the host's percentages; the full one without a context."""
     if context is None:
@@ -110,6 +123,14 @@ def crop_region(region: Tensor, context: StepContext, area: Area | None) -> Tens
     return resized[y : y + height, x : x + width]
 
 
+def locate_crop(factor: int, context: StepContext | None, area: Area | None) -> tuple:
+    """The last arguments of `Shares.add` for a crop, with `factor` latent pixels a position."""
+    if context is None or area is None:
+        return ()
+    canvas = (-(-context.shape[0] // factor), -(-context.shape[1] // factor))
+    return canvas, (area[2] // factor, area[3] // factor)
+
+
 def attach(model: Any, application: Any) -> None:
     """Adds an application's `cleanup` and `nbytes` (a `RetrievalPatch` or a `JointApplication`) to
     a MODEL, and the two wrappers unless it has them."""
@@ -127,10 +148,10 @@ def attach(model: Any, application: Any) -> None:
 def add_conditionings(
     executor: Any, x: Any, timestep: Any, model_options: dict | None = None, seed: Any = None
 ) -> Any:
-    """A PREDICT_NOISE wrapper that adds the guider's names of its conditionings."""
+    """A PREDICT_NOISE wrapper that adds the guider's names of its conditionings, and `TAKEN`."""
     conds = getattr(executor.class_obj, "conds", None) or {}
     named = _with_option(model_options or {}, _CONDS, tuple(conds.items()))
-    return executor(x, timestep, named, seed)
+    return executor(x, timestep, _with_option(named, TAKEN, Taken()), seed)
 
 
 def add_context(

@@ -27,6 +27,7 @@ from ...retrieval_core.sampling.applications import Retrieval
 from ...retrieval_core.sampling.attention_map import choose_map_site
 from ...retrieval_core.sampling.controls import Controls, group_sites
 from ...retrieval_core.sampling.frozen_site import FrozenSite, freeze_sites
+from ...retrieval_core.sampling.presets import Preset
 from .attention import choose_attention
 from .base_model import check_fit, detect_base
 from .conditioning import make_vector_conditioning
@@ -91,8 +92,16 @@ class TrainedNetwork(ReferenceNetwork):
         return freeze_sites(self.network, lambda layer: read_weights(layer, self.compute_dtype))
 
     def apply(
-        self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
+        self,
+        model: Any,
+        references: Any,
+        controls: Controls,
+        scale: float,
+        preset: Preset,
+        **acting: Any,
     ) -> Any:
+        names = ("strength", "start", "end")
+        acting["strength"], acting["end"] = preset.limit(*(acting[name] for name in names))
         retrieval = Retrieval(
             references.bank(controls.token_budget),
             sites=self._frozen,
@@ -102,7 +111,7 @@ class TrainedNetwork(ReferenceNetwork):
         seen = references.site_bank(choose_map_site(self.config), controls.token_budget)
         patched = model.clone()
         attach_patch(patched, RetrievalPatch(self.config, retrieval, references.described(), seen))
-        self._apply_decoder(patched, scale)
+        self._apply_decoder(patched, scale * preset.strength)
         return patched
 
     def _apply_decoder(self, patched: Any, scale: float) -> None:

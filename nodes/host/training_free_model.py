@@ -15,10 +15,14 @@ from torch import Tensor
 from ...retrieval_core.bank.encoding import Features
 from ...retrieval_core.bank.site_bank import Bank, make_bank
 from ...retrieval_core.bank.token_budget import Budget
-from ...retrieval_core.bank.tokens import Tokens
+from ...retrieval_core.bank.tokens import MATCHED, Tokens
+from ...retrieval_core.data.prepare import PreparedReference
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.sampling.controls import Controls
+from ...retrieval_core.sampling.presets import Preset
 from ...retrieval_core.training_free import JointRetrieval, TrainingFree, make_fixed_noise
+from ...retrieval_core.training_free.latent_pull import make_match_tokens
+from ...retrieval_core.training_free.subject_mask import find_subjects
 from ...retrieval_core.training_free.training_free_network import LAYERS, LEVELS, name_site
 from . import step_context
 from .attention import bind_attention
@@ -59,6 +63,10 @@ class TrainingFreeModel(ReferenceNetwork):
         guider.sample(noise, nothing, sampler, torch.ones(2), disable_pbar=True, seed=0)
         return sampler.recorded
 
+    def find_subject(self, features: Features, reference: PreparedReference) -> Tensor | None:
+        (mask,) = find_subjects(features, reference.image[None], [reference.mask])
+        return mask
+
     def make_bank(self, tokens: Tokens, budget: Budget) -> Bank:
         if budget is not None:
             needed = _ALIVE * torch.float32.itemsize * tokens.count_largest()
@@ -67,7 +75,13 @@ class TrainingFreeModel(ReferenceNetwork):
         return make_bank_on_device(partial(make_bank, tokens, None, factors, budget))
 
     def apply(
-        self, model: Any, references: Any, controls: Controls, scale: float, **acting: Any
+        self,
+        model: Any,
+        references: Any,
+        controls: Controls,
+        scale: float,
+        preset: Preset,
+        **acting: Any,
     ) -> Any:
         """See `ReferenceNetwork`.
 
@@ -83,6 +97,8 @@ class TrainingFreeModel(ReferenceNetwork):
         retrieval = JointRetrieval(
             references.bank(controls.token_budget),
             site_strength=controls.site_strengths(self.network.groups()),
+            match_layer=self.network.match_layer,
+            preset=preset,
             timesteps=self.network.timesteps(),
             adain=self.network.adain,
             **acting,
@@ -108,7 +124,7 @@ def use_training_free(
 
 
 class _LayerRecorder(comfy.samplers.Sampler):
-    """A sampler that evaluates a latent once at each noise level and records the chosen layers.
+    """A sampler that evaluates a latent once at each noise level and records layers.
 
     The latent bypasses the guider, which would scale it a second time.
     """
@@ -119,10 +135,10 @@ class _LayerRecorder(comfy.samplers.Sampler):
         self.recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
 
     def attach(self, model: Any) -> Any:
-        """Clones the MODEL with recorders of its chosen layers."""
+        """Clones the MODEL with recorders of its layers."""
         clone = model.clone()
         replaced = clone.model_options["transformer_options"].get("patches_replace", {})
-        for name in self.network.names:
+        for name in self.network.recorded:
             block = parse_layer_name(name)
             before = replaced.get(ATTN1, {}).get(block)
             clone.set_model_attn1_replace(self._make_patch(name, before), *block)
@@ -137,7 +153,11 @@ class _LayerRecorder(comfy.samplers.Sampler):
             # Other packs' guidance may run the layers again with changes: the first pass counts.
             if site not in self.recorded:
                 height, width = extra["activations_shape"][-2:]
-                self.recorded[site] = torch.stack([k.cpu(), v.cpu()], 1), (height, width)
+                keys, size = k.cpu(), (height, width)
+                self.recorded[site] = torch.stack([keys, v.cpu()], 1), size
+                if name == self.network.match_layer:
+                    tokens = make_match_tokens(keys, self.latent.cpu(), size)
+                    self.recorded[name_site(MATCHED, self.level)] = tokens, size
             if before is not None:
                 return before(q, k, v, extra)
             return bind_attention(extra)(q, k, v, extra["n_heads"])

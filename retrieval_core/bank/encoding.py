@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import RetrievalError
 from ..network.controlnet import RetrievalControlNet
-from .tokens import EncodedReference, SiteTokens, Tokens
+from .tokens import MATCHED, EncodedReference, SiteTokens, Tokens
 
 # site -> (tokens [R, P, H * W, D] as in `EncodedReference`, (H, W)).
 Features = Mapping[str, tuple[Tensor, tuple[int, int]]]
@@ -47,14 +47,16 @@ def split_features(
     masks: Iterable[Tensor | None],
     weights: Sequence[float] | None = None,
     concepts: Sequence[str] | None = None,
+    least: float = 0.0,
 ) -> list[EncodedReference]:
     """Splits a batch of features into one `EncodedReference` per image, without masked tokens.
 
     Args:
         latent_size: height and width of the latents.
         masks: one per reference, [H, W] of any size, above 0 inside; None: no mask. Tokens wholly
-            outside are dropped.
+            outside are dropped; at `MATCHED` their values are set to 0.
         weights: one per reference, 1 by default. concepts: recorded with each reference.
+        least: see `select_tokens`.
 
     Raises:
         RetrievalError: a mask selects nothing.
@@ -73,11 +75,14 @@ def split_features(
             tokens[site] = batch[i]
             if mask is not None:
                 if size not in inside:
-                    inside[size] = select_tokens(mask, *size).flatten().to(batch.device)
-                tokens[site] = batch[i][:, inside[size]]
+                    inside[size] = select_tokens(mask, *size, least).flatten().to(batch.device)
+                if site.startswith(MATCHED):
+                    tokens[site] = hide_values(batch[i], inside[size])
+                else:
+                    tokens[site] = batch[i][:, inside[size]]
         weight = 1.0 if weights is None else weights[i]
         concept = "figure" if concepts is None else concepts[i]
-        encoded.append(EncodedReference(tokens, weight, concept, (height, width)))
+        encoded.append(EncodedReference(tokens, weight, concept, (height, width), mask=mask))
     return encoded
 
 
@@ -86,13 +91,14 @@ def batch_features(
     latent_size: Sequence[int],
     used: Tensor,
     masks: Tensor | None = None,
+    least: float = 0.0,
 ) -> Tokens:
     """The tokens of G banks of R references each; masked ones have a bias of -inf.
 
     Args:
         features: of all G * R references. latent_size: height and width of their latents.
         used: bool [G, R], False for dropped references.
-        masks: bool [G * R, h, w], None for whole references.
+        masks: bool [G * R, h, w], None for whole references. least: see `select_tokens`.
     """
     groups, references = used.shape
     sites = {}
@@ -101,8 +107,11 @@ def batch_features(
         count = batch.shape[2]
         inside = used.repeat_interleave(count, 1)
         if masks is not None:
-            shown = F.adaptive_max_pool2d(masks[:, None].float(), size) > 0
-            inside = inside & shown.view_as(inside)
+            shown = select_tokens(masks, *size, least).view_as(inside)
+            if site.startswith(MATCHED):
+                tokens = hide_values(tokens, shown)
+            else:
+                inside = inside & shown
         bias = None
         if not bool(inside.all()):
             bias = tokens.new_zeros(inside.shape).masked_fill_(~inside, float("-inf"))
@@ -112,10 +121,20 @@ def batch_features(
     return Tokens(sites, references, (height, width))
 
 
-def select_tokens(mask: np.ndarray | Tensor, height: int, width: int) -> Tensor:
-    """Tokens of a height x width grid that a mask [H, W] touches: bool [height, width].
+def hide_values(tokens: Tensor, inside: Tensor) -> Tensor:
+    """Keys and values [..., 2, N, D] with values of 0 outside a mask [..., N]."""
+    keys, values = tokens.unbind(-3)
+    return torch.stack([keys, values * inside[..., None]], -3)
+
+
+def select_tokens(mask: np.ndarray | Tensor, height: int, width: int, least: float = 0.0) -> Tensor:
+    """Tokens of a height x width grid that a mask [..., H, W] touches: bool [..., height, width].
 
     The edges need not divide.
+
+    Args:
+        least: share of a token that must be more than touched; the fullest tokens always are.
     """
     selected = (torch.as_tensor(mask) > 0).float()
-    return F.adaptive_max_pool2d(selected[None, None], (height, width))[0, 0] > 0
+    covered = F.adaptive_avg_pool2d(selected[None], (height, width))[0]
+    return (covered > least) | ((covered == covered.amax((-2, -1), keepdim=True)) & (covered > 0))

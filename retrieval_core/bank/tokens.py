@@ -1,7 +1,7 @@
 """Token storage: features of one encoded reference, and the batched form that a bank is made from.
 
 Tokens are the retrieval encoder's features f_s at every site. In the training-free mode they are
-the keys and values of the base model's self-attention.
+the keys and values of the base model's self-attention, and at the site `MATCHED` keys and latents.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from torch import Tensor
 
 from ..errors import RetrievalError
 
+# Sites of this layer and a noise level, in the training-free mode, keep the keys of tokens outside
+# a mask, with values of 0: see `training_free.latent_pull`.
+MATCHED = "match"
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedReference:
@@ -27,6 +31,8 @@ class EncodedReference:
         concept: what is to be taken ("face", "clothes", "figure", or tags).
         latent_size: height and width of the encoded latent.
         thumbnail: uint8 [h, w, 3], or None.
+        mask: [S, S] of the square that was encoded, above 0 where tokens were kept; None where all
+            were, and for references from a file.
     """
 
     tokens: Mapping[str, Tensor]
@@ -34,6 +40,7 @@ class EncodedReference:
     concept: str = "figure"
     latent_size: tuple[int, int] = (0, 0)
     thumbnail: Tensor | None = None
+    mask: Tensor | None = None
 
     def with_weight(self, weight: float) -> EncodedReference:
         """The same reference with another weight; RetrievalError as in `check_weight`."""

@@ -17,6 +17,7 @@ from ..evaluate.protocol import Run
 from ..network.fingerprint import fingerprint_weights
 from ..network.unet import UNet
 from ..sampling.applications import Application
+from ..sampling.presets import PRESETS
 from ..training_free import TrainingFree
 from .bundle import Bundle
 from .generate import (
@@ -98,4 +99,7 @@ class TrainingFreeMethod(PaperdollMethod):
 
     def apply(self, groups: Sequence[Sequence[PreparedReference]], weight: float) -> Application:
         guidance = self.how.guidance or self.network.card.recommended["guidance"]
-        return apply_training_free(self.base, self.network, groups, weight, guidance, self.how.end)
+        preset = PRESETS[self.how.preset]
+        return apply_training_free(
+            self.base, self.network, groups, weight, guidance, self.how.end, preset
+        )

@@ -20,6 +20,7 @@ from ..network.unet import UNet
 from ..sampling.applications import Application
 from ..sampling.attention_map import RecordedRetrieval, choose_map_site
 from ..sampling.frozen_site import freeze_sites
+from ..sampling.presets import BALANCED, PRESETS, Preset
 from ..sampling.sampler import Sampler, make_guided_denoiser, sample
 from ..training_free import JointRetrieval, TrainingFree, name_layers, record
 from .bundle import Bundle
@@ -35,6 +36,7 @@ class Sampling:
         token_budget: see `token_budget.choose_budgets`.
         end: fraction of sampling after which retrieval stops; below 1, pose follows the text a
             little better for the same attribute match.
+        preset: one of `PRESETS`.
     """
 
     steps: int = 16
@@ -44,6 +46,7 @@ class Sampling:
     guidance: Guidance | None = None
     token_budget: Budget = None
     end: float = 0.8
+    preset: str = BALANCED
 
 
 def encode_group(
@@ -79,11 +82,16 @@ def apply_training_free(
     network: TrainingFree,
     groups: Sequence[Sequence[PreparedReference]],
     strength: float,
-    guidance: Guidance,
+    guidance: Guidance = "cond",
     end: float = 1.0,
+    preset: Preset = PRESETS[BALANCED],
+    least: float = 0.0,
 ) -> JointRetrieval:
-    """Joint retrieval from one group of references per row, as in `encode_groups`."""
-    tokens = _batch_groups(base, groups, partial(record, base.unet, base.schedule, network))
+    """Joint retrieval from one group of references per row, as in `encode_groups`.
+
+    least: see `select_tokens`.
+    """
+    tokens = _batch_groups(base, groups, partial(_record, base, network), least)
     with torch.inference_mode():
         bank = make_bank(tokens, None, network.site_downsampling())
     return JointRetrieval(
@@ -92,15 +100,26 @@ def apply_training_free(
         end=end,
         guidance=guidance,
         names=name_layers(base.unet),
+        match_layer=network.match_layer,
+        preset=preset,
         timesteps=network.timesteps(),
         adain=network.adain,
     )
+
+
+def _record(
+    base: PaperdollModel, network: TrainingFree, latents: Tensor, context: Tensor
+) -> Features:
+    """The sites of a bank."""
+    features = record(base.unet, base.schedule, network, latents, context)
+    return {site: features[site] for site in network.site_channels()}
 
 
 def _batch_groups(
     base: PaperdollModel,
     groups: Sequence[Sequence[PreparedReference]],
     encode: Callable[[Tensor, Tensor], Features],
+    least: float = 0.0,
 ) -> Tokens:
     flat = [reference for group in groups for reference in group]
     used = torch.ones(len(groups), len(groups[0]), dtype=torch.bool, device=base.device)
@@ -110,7 +129,7 @@ def _batch_groups(
         images = torch.stack([reference.image for reference in flat]).to(base.device)
         latents = base.vae.encode(images)
         context = base.text.encode([reference.concept for reference in flat])
-        return batch_features(encode(latents, context), latents.shape[2:], used, masks)
+        return batch_features(encode(latents, context), latents.shape[2:], used, masks, least)
 
 
 def apply_bank(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> RecordedRetrieval:
@@ -120,6 +139,7 @@ def apply_bank(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> R
     """
     recommended = network.card.recommended
     strength = how.strength if how.strength is not None else float(recommended["strength"])
+    strength, end = PRESETS[how.preset].limit(strength, 0.0, how.end)
     guidance = how.guidance or recommended["guidance"]
     site = choose_map_site(network.config)
     with torch.inference_mode():
@@ -130,7 +150,7 @@ def apply_bank(network: RetrievalControlNet, tokens: Tokens, how: Sampling) -> R
         bank,
         strength=strength,
         guidance=guidance,
-        end=how.end,
+        end=end,
         sites=freeze_sites(network),
         recorded=site,
         seen=seen,

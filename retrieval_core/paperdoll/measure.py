@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..errors import RetrievalError
 from ..network.controlnet import RetrievalControlNet
+from ..sampling.presets import PRESETS
 from .batches import render_any, stack_images
 from .bundle import Bundle, load_bundle
 from .cases import Case, drop_prompt, make_character_case, make_composition_case
@@ -257,8 +258,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--guidance", choices=("cond", "both"))
     parser.add_argument("--end", type=float, default=Sampling.end)
     parser.add_argument("--token-budget", type=int, help="tokens a site, default: all")
+    parser.add_argument("--preset", choices=PRESETS, default=Sampling.preset)
     options = parser.parse_args(arguments)
-    names = ("steps", "cfg", "strength", "guidance", "token_budget", "end")
+    names = ("steps", "cfg", "strength", "guidance", "token_budget", "end", "preset")
     how = Sampling(**{name: getattr(options, name) for name in names})
     return print_result(
         options,

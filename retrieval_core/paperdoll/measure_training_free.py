@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from ..network.controlnet import GUIDANCES, Guidance
+from ..sampling.presets import BALANCED, PRESETS, Preset
+from ..training_free.attention_layers import NO_LAYERS
 from ..training_free.training_free_network import LAYERS, LEVELS, TrainingFree
 from .bundle import BASE_FILE, JUDGE_FILE, find_bundled
 from .cases import Case, make_character_case, make_composition_case
@@ -43,12 +45,20 @@ def generate_pictures(
     network: TrainingFree | None = None,
     strength: float = 1.0,
     guidance: Guidance = "cond",
+    preset: Preset = PRESETS[BALANCED],
+    references: int | None = None,
 ) -> Tensor:
-    """One picture per case, [B, 3, 64, 64] in 0..1, from unit noise; network None: no retrieval."""
+    """One picture per case, [B, 3, 64, 64] in 0..1, from unit noise; network None: no retrieval.
+
+    Args:
+        references: how many of each case's, the first ones; None for all.
+    """
     applied = []
     if network is not None:
-        groups = [case.references for case in cases]
-        applied.append(apply_training_free(base, network, groups, strength, guidance))
+        groups = [case.references[:references] for case in cases]
+        applied.append(
+            apply_training_free(base, network, groups, strength, guidance, preset=preset)
+        )
     prompts = [case.prompt for case in cases]
     return sample_pictures(base, base.unet, prompts, noise, applied, how)
 
@@ -77,18 +87,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
 
     add_line("without retrieval")
-    settings = product(options.levels, options.layers, options.strength, options.guidance)
-    for levels, layers, strength, guidance in settings:
-        network = TrainingFree(base.unet.config, "paperdoll", "", layers, levels, options.adain)
-        name = f"noise levels {levels}, {layers}, strength {strength:g}, {guidance}"
-        name += ", AdaIN" * options.adain
-        add_line(name, network=network, strength=strength, guidance=guidance)
+    layers = product(options.levels, options.layers, options.guidance)
+    settings = product(options.preset, options.references, options.strength, layers)
+    for preset, count, strength, (levels, chosen, guidance) in settings:
+        network = TrainingFree(base.unet.config, "paperdoll", "", chosen, levels, options.adain)
+        name = f"{preset}, {count} references, strength {strength:g}, noise levels {levels}"
+        if chosen != NO_LAYERS:
+            name += f", {chosen} layers attend, {guidance}" + ", AdaIN" * options.adain
+        add_line(
+            name,
+            network=network,
+            strength=strength,
+            guidance=guidance,
+            preset=PRESETS[preset],
+            references=count,
+        )
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("measure_training_free", 100)
     parser.add_argument("--task", choices=TASKS, default="same character")
+    parser.add_argument("--preset", choices=PRESETS, nargs="+", default=[BALANCED])
+    parser.add_argument("--references", type=int, choices=range(1, 5), nargs="+", default=[4])
     parser.add_argument("--levels", type=int, nargs="+", default=[LEVELS])
     parser.add_argument("--layers", nargs="+", default=[LAYERS])
     parser.add_argument("--strength", type=float, nargs="+", default=[1.0])

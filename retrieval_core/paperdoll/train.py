@@ -90,7 +90,7 @@ class BaseRecipe:
 
 RECIPES = {
     "bundled": BaseRecipe(CONFIG, PATCH, 6000, 64, 1.4e-3, 250),
-    "second": BaseRecipe(SECOND_CONFIG, SECOND_PATCH, 5000, 256, 1.6e-3, 2000),
+    "second": BaseRecipe(SECOND_CONFIG, SECOND_PATCH, 3000, 256, 1.6e-3, 2000),
 }
 
 

@@ -18,7 +18,7 @@ from .controls import CONSTANT, StrengthCurve
 from .frozen_site import FrozenSite, SiteRegion
 from .isolation import Partition, attend_apart, partition
 from .joint_attention import Source
-from .regions import find_active, resize_region
+from .regions import add_shifts, find_active, resize_region
 
 COND = 0
 
@@ -27,7 +27,8 @@ COND = 0
 class Application:
     """One application of a bank: when, where and how strongly it acts.
 
-    A subclass acts on the skip features (`add_retrieved`) or in self-attention (`source`).
+    A subclass acts on the skip features (`add_retrieved`), in self-attention (`source`) or on the
+    step's prediction (`observe`, `shift`).
 
     Attributes:
         bank: of the references, on the features' device and of their type.
@@ -92,6 +93,26 @@ class Application:
         self, layer: Attention, q: Tensor, size: tuple[int, int], progress: float, strength: float
     ) -> Source | None:
         """The bank that a self-attention layer of `size` (height, width) also attends to."""
+        return None
+
+    def observe(
+        self,
+        layer: Attention,
+        size: tuple[int, int],
+        k: Tensor,
+        cond_or_uncond: Sequence[int],
+        progress: float,
+    ) -> None:
+        """Sees the keys [B, H * W, D] of a self-attention layer, for `shift`."""
+
+    def shift(
+        self, x0: Tensor, text: Tensor | None, progress: float, strength: float
+    ) -> Tensor | None:
+        """The shift [B, C, H, W] of a step's prediction x0, or None.
+
+        Args:
+            text: x0 of the prompt less x0 of the negative prompt; None without one.
+        """
         return None
 
 
@@ -176,6 +197,7 @@ class Applications:
         ) -> Tensor:
             chunks: list[list[Source]] = [[] for _ in cond_or_uncond]
             for one, strength in acting:
+                one.observe(layer, size, k, cond_or_uncond, progress)
                 source = one.source(layer, q, size, progress, strength)
                 if source is not None:
                     for chunk, asks in zip(chunks, one.retrieves(cond_or_uncond), strict=True):
@@ -184,6 +206,15 @@ class Applications:
             return attend_apart(layer.attend, q, k, v, heads, chunks, partitions)
 
         return {"skip_hook": add_retrieved, "self_attention": attend}
+
+    def shift(self, x0: Tensor, text: Tensor | None, progress: float) -> Tensor:
+        """Shifts a step's prediction x0 [B, C, H, W]; see `Application.shift`."""
+        shifts = []
+        for one in self.applications:
+            found = one.shift(x0, text, progress, one.strength_at(progress))
+            if found is not None:
+                shifts.append((found, one.region))
+        return add_shifts(x0, shifts)
 
     def _find_partition(
         self, isolated: tuple[int, ...], size: tuple[int, int], device: torch.device

@@ -120,8 +120,8 @@ def _attend_jointly(
     rows, tokens, _ = k.shape
     if source.adain:
         v = _match_statistics(v, source.values, source.bias)
-    keys = torch.cat([k, _repeat_banks(source.keys, rows)], 1)
-    values = torch.cat([v, _repeat_banks(source.values, rows)], 1)
+    keys = torch.cat([k, repeat_banks(source.keys, rows)], 1)
+    values = torch.cat([v, repeat_banks(source.values, rows)], 1)
     if source.bias is None:
         return attend(q, keys, values, heads)
     mask = torch.cat([source.bias.new_zeros(len(source.bias), tokens), source.bias], 1)
@@ -141,12 +141,12 @@ def _match_statistics(own: Tensor, banks: Tensor, bias: Tensor | None) -> Tensor
     weights = (weights / weights.sum(1, keepdim=True))[..., None]
     mean = (weights * banks).sum(1, keepdim=True)
     deviation = (weights * (banks - mean).square()).sum(1, keepdim=True).sqrt()
-    mean, deviation = _repeat_banks(mean, len(own)), _repeat_banks(deviation, len(own))
+    mean, deviation = repeat_banks(mean, len(own)), repeat_banks(deviation, len(own))
     spread = tokens.std(1, keepdim=True, correction=0) + _LEAST_DEVIATION
     return ((tokens - tokens.mean(1, keepdim=True)) / spread * deviation + mean).to(own)
 
 
-def _repeat_banks(banks: Tensor, rows: int) -> Tensor:
+def repeat_banks(banks: Tensor, rows: int) -> Tensor:
     """Repeats [G, M, D] to [rows, M, D]; each bank serves rows / G consecutive rows."""
     if len(banks) == 1:
         return banks.expand(rows, -1, -1)

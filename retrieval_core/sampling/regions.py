@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,20 @@ def resize_region(region: Tensor, h: Tensor) -> Tensor:
     """Resizes a region [H, W] to the features' resolution, [1, 1, h, w]; its edges stay soft."""
     region = region.to(h.device, torch.float32)[None, None]  # halves have no antialiasing on CPUs
     return F.interpolate(region, size=h.shape[-2:], mode="bilinear", antialias=True).to(h)
+
+
+def add_shifts(x: Tensor, shifts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """x [B, C, H, W] with each shift added inside its region [h, w], None for everywhere.
+
+    Where overlapping regions sum to more than 1, they are scaled down to a sum of 1.
+    """
+    if not shifts:
+        return x
+    everywhere = x.new_ones(1, 1, *x.shape[-2:])
+    regions = [everywhere if r is None else resize_region(r, x) for _, r in shifts]
+    total = sum(regions).clamp_min(1)
+    moved = sum(shift * (r / total) for (shift, _), r in zip(shifts, regions, strict=True))
+    return x + moved.to(x)
 
 
 def find_active(region: Tensor, pool: int = 1) -> Tensor | None:

@@ -49,11 +49,12 @@ def make_guided_denoiser(
         steps = torch.full((rows.shape[0],), timestep, device=x.device)
         progress = 1 - timestep / (schedule.steps - 1)
         hooks = applied.hooks(range(chunks), progress)
-        prediction = unet(rows, steps, context, **hooks)
+        prediction, text, sigma = unet(rows, steps, context, **hooks), None, sigma.expand(len(x))
         if chunks == 2:
             positive, negative = prediction.chunk(2)
             prediction = negative + cfg * (positive - negative)
-        return schedule.denoised(prediction, x, sigma.expand(x.shape[0]))
+            text = schedule.denoised(positive, x, sigma) - schedule.denoised(negative, x, sigma)
+        return applied.shift(schedule.denoised(prediction, x, sigma), text, progress)
 
     return denoise
 

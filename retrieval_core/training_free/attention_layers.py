@@ -49,7 +49,8 @@ _CHOICES: dict[str, Callable[[str, Layer, int], bool]] = {
     "all but the finest": lambda name, layer, finest: layer.downsampling > finest,
     "finest": lambda name, layer, finest: layer.downsampling == finest,
 }
-LAYER_CHOICES = tuple(_CHOICES)
+NO_LAYERS = "none"
+LAYER_CHOICES = (NO_LAYERS, *_CHOICES)
 
 
 def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
@@ -61,6 +62,8 @@ def choose_layers(config: UNetConfig, choice: str) -> tuple[str, ...]:
     Raises:
         RetrievalError: an unknown name, or a choice that matches no layer of this U-Net.
     """
+    if choice.strip() == NO_LAYERS:
+        return ()
     layers = list_self_attention_layers(config)
     finest = min((layer.downsampling for layer in layers.values()), default=1)
     rule = _CHOICES.get(choice.strip())

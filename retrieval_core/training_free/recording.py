@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..bank.encoding import Features
+from ..bank.tokens import MATCHED
 from ..network.unet import Attention, UNet
 from ..sampling.noise_schedule import NoiseSchedule
 from .attention_layers import name_layers
+from .latent_pull import make_match_tokens
 from .training_free_network import TrainingFree, name_site
 
 
@@ -30,7 +32,7 @@ def record(
     latents: Tensor,
     context: Tensor,
 ) -> Features:
-    """Records keys and values of references at each noise level; one pass of the U-Net a level.
+    """Records the references' layers at each noise level; one pass of the U-Net a level.
 
     Args:
         unet: the base model's. schedule: its noise schedule.
@@ -38,9 +40,10 @@ def record(
         context: [R, L, D] text context of each reference.
 
     Returns:
-        `name_site` -> [R, 2, N, D] keys and values, and the layer's height and width.
+        `name_site` -> [R, 2, N, D] keys and values, and the layer's height and width; more than
+        the sites of a bank (`TrainingFree.recorded`).
     """
-    chosen = network.names
+    chosen = network.recorded
     wanted = {layer: name for layer, name in name_layers(unet).items() if name in chosen}
     noise = make_fixed_noise(latents.shape).to(latents)
     recorded: dict[str, tuple[Tensor, tuple[int, int]]] = {}
@@ -53,6 +56,9 @@ def record(
             if layer in wanted:
                 site = name_site(wanted[layer], timestep)  # noqa: B023
                 recorded[site] = torch.stack([k, v], 1), size
+                if wanted[layer] == network.match_layer:
+                    site = name_site(MATCHED, timestep)  # noqa: B023
+                    recorded[site] = make_match_tokens(k, latents, size), size
             return layer.attend(q, k, v, heads)
 
         noised = schedule.noised(latents, noise, steps)

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bank.bank_file import KEYS_AND_VALUES, Maker
+from ..bank.tokens import MATCHED
 from ..errors import RetrievalError
 from ..network.controlnet import Card
 from ..network.fingerprint import fingerprint_weights
 from ..network.unet import MIDDLE, UNet, UNetConfig
-from ..sampling.controls import choose_group
+from ..sampling.controls import COMPOSITION, DETAIL, choose_group
 from .attention_layers import Layer, choose_layers, list_self_attention_layers
+from .latent_pull import choose_match_layer
 
-LAYERS = "all"
+LAYERS = "decoder"
 LEVELS = 1
 MOST_LEVELS = 50
+MEANS, REST = "means", "rest"
 
 
 def name_site(layer: str, timestep: int) -> str:
-    """Name of a bank's site, a layer at a noise level: `output_4.0@500`."""
+    """Name of a bank's site, a layer or `MATCHED` at a noise level: `output_4.0@500`."""
     return f"{layer}@{timestep}"
 
 
@@ -32,7 +35,8 @@ class TrainingFree:
     Attributes:
         config: the base U-Net's shape. base: its name, one of `controlnet.BASES`.
         base_fingerprint: of its weights.
-        layers: see `choose_layers`. levels: number of noise levels a reference is encoded at.
+        layers: that attend to the references, see `choose_layers`.
+        levels: number of noise levels a reference is encoded at.
         adain: match statistics while sampling (`JointRetrieval`); encoding does not depend on it.
 
     Raises:
@@ -66,8 +70,21 @@ class TrainingFree:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the chosen layers."""
+        """Names of the layers that attend to the references."""
         return choose_layers(self.config, self.layers)
+
+    @property
+    def match_layer(self) -> str:
+        """Name of the layer whose keys are matched (`latent_pull`)."""
+        return choose_match_layer(self.config)
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Names of the layers that encoding records: the chosen ones and, for the match and for
+        finding a reference's subject, those of the decoder."""
+        layers = list_self_attention_layers(self.config)
+        needed = {self.match_layer, *self.names, *(n for n in layers if n.startswith("output_"))}
+        return tuple(name for name in layers if name in needed)
 
     def timesteps(self, steps: int = 1000) -> tuple[int, ...]:
         """The noise levels: mid-points of `levels` equal spans of the schedule, rising."""
@@ -76,7 +93,11 @@ class TrainingFree:
     def _sites(self) -> dict[str, Layer]:
         """Site of a bank (`name_site`) -> its layer."""
         layers = list_self_attention_layers(self.config)
-        return {name_site(n, t): layers[n] for t in self.timesteps() for n in self.names}
+        match = layers[self.match_layer]
+        values = self.config.out_channels * match.downsampling**2 + 1
+        held = {name: layers[name] for name in self.names}
+        held[MATCHED] = Layer(max(match.width, values), match.downsampling)
+        return {name_site(n, t): layer for t in self.timesteps() for n, layer in held.items()}
 
     def site_channels(self) -> dict[str, int]:
         """Site of a bank -> width."""
@@ -87,10 +108,13 @@ class TrainingFree:
         return {site: layer.downsampling for site, layer in self._sites().items()}
 
     def groups(self) -> dict[str, str]:
-        """Layer -> composition, middle or detail; see `controls.group_sites`."""
+        """Layer -> composition, middle or detail; see `controls.group_sites`.
+
+        `MEANS` and `REST` are what the latent pull moves.
+        """
         layers = list_self_attention_layers(self.config)
         factors = self.config.site_downsampling().values()
-        return {
+        return {MEANS: COMPOSITION, REST: DETAIL} | {
             name: choose_group(layers[name].downsampling, factors, name.startswith(MIDDLE))
             for name in self.names
         }
@@ -98,7 +122,7 @@ class TrainingFree:
     @property
     def fingerprint(self) -> str:
         """Hash of the base's weights, the layers and the levels."""
-        chosen = f"{self.base_fingerprint} {self.names} {self.timesteps()}"
+        chosen = f"{self.base_fingerprint} {self.match_layer} {self.names} {self.timesteps()}"
         return hashlib.sha256(chosen.encode()).hexdigest()
 
     @property

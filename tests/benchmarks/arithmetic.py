@@ -94,6 +94,15 @@ def self_attention_operations(layers: Mapping[str, tuple[int, int, int]], rows: 
     return sum(2 * rows * count * 2 * added * width for count, width, added in layers.values())
 
 
+def match_operations(rows: int, positions: int, keys: int, values: int, tokens: int) -> int:
+    """The match of the training-free mode: attention of one head to tokens of other layers' width.
+
+    Args:
+        rows: those of the positive prompt. keys, values: widths.
+    """
+    return 2 * rows * positions * tokens * (keys + values)
+
+
 def controlnet_operations(config: UNetConfig, rows: int, height: int, width: int) -> int:
     """A ControlNet's operations in a step: hint block, encoder and zero convolutions."""
     total = encoder_operations(config, rows, height, width)

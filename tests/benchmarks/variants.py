@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retrieval_core.bank.encoding import select_tokens
+from retrieval_core.bank.tokens import MATCHED
 from retrieval_core.network.unet import SD15, UNetConfig
 from retrieval_core.training_free.attention_layers import list_self_attention_layers
 from retrieval_core.training_free.training_free_network import name_site
@@ -135,7 +136,9 @@ class Workbench:
         features = {}
         for site, (width, factor) in sites.items():
             edge = -(-self.latent // factor)
-            tokens = int(select_tokens(self.mask(), edge, edge).sum()) if masked else edge**2
+            tokens = edge**2
+            if masked and not site.startswith(MATCHED):
+                tokens = int(select_tokens(self.mask(), edge, edge).sum())
             features[site] = torch.randn(kinds, tokens, width, generator=generator)
         reference = EncodedReference(features, latent_size=(self.latent, self.latent))
         self._references[key] = References(network, (reference,) * count)
@@ -204,15 +207,14 @@ class Workbench:
         return added, bank.nbytes()
 
     def without_training(self, count: int, what: str, rows: str) -> Run:
-        """The training-free mode, as `trained`; all self-attention layers."""
+        """The training-free mode's default, as `trained`: the decoder's self-attention layers
+        attend to the references, and one is matched; `rows` does not concern the match."""
         from retrieval_pack.nodes.host.apply import apply_references
 
-        network, layers = self.training_free, list_self_attention_layers(self.config)
+        network = self.training_free
         (level,), names = network.network.timesteps(), network.network.names
-        sites = {
-            name_site(name, level): (layers[name].width, layers[name].downsampling)
-            for name in names
-        }
+        factors = network.network.site_downsampling()
+        sites = {s: (width, factors[s]) for s, width in network.network.site_channels().items()}
         masked = what == MASKED
         references = self._make_references("training-free", network, sites, count, masked)
         controls = self._controls(what)
@@ -223,6 +225,12 @@ class Workbench:
             tokens = bank.sites[name_site(name, level)].keys.shape[1]
             shapes[name] = (*positions[name], tokens)
         added = arithmetic.self_attention_operations(shapes, ROWS[rows])
+        matched, (count, width) = (
+            bank.sites[name_site(MATCHED, level)],
+            positions[network.network.match_layer],
+        )
+        tokens, values = matched.values.shape[1:]
+        added += arithmetic.match_operations(1, count, width, values, tokens)
         return Run(model, self.positive, self.negative, added, bank.nbytes())
 
     def controlnet(self) -> Run:

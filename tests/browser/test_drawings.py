@@ -61,6 +61,19 @@ def element(kind: str, drawn: str) -> str:
     return f"{find(kind)}.widgets.find((widget) => widget.name === '{drawn}').element"
 
 
+def hover(page, kind: str, drawn: str) -> None:
+    """Moves the pointer onto a node, which in the classic canvas brings what is drawn to life."""
+    page.run("app.canvas.draw(true, true), 1")
+    if page.run("!LiteGraph.vueNodesMode"):
+        node = find(kind)
+        x, y = page.run(
+            f"app.canvas.ds.convertOffsetToCanvas([{node}.pos[0] + 9, {node}.pos[1] + 9])"
+        )
+        left, top = page.run("(({ x, y }) => [x, y])(app.canvas.canvas.getBoundingClientRect())")
+        page.browser.move(left + x, top + y)
+    page.wait(f"{element(kind, drawn)}.checkVisibility()", 20)
+
+
 def set_value(page, kind: str, name: str, value) -> None:
     page.run(
         f"""(() => {{
@@ -221,11 +234,12 @@ def test_the_curve_follows_edits(any_page):
         return any_page.run(f"{drawn}.innerText.trim()")
 
     assert said(apply) == "strength 1, from 0 % to 50 % of sampling"
-    before = any_page.run(f"{apply}.querySelectorAll('path')[1].getAttribute('d')")
+    path = f"{apply}.querySelectorAll('path')[1].getAttribute('d')"
+    before = any_page.run(path)
     set_value(any_page, "RetrievalControls", "strength_curve", "ease in")
     assert said(controls) == "strength 0 to 1, from 0 % to 100 % of sampling"
     assert said(apply) == "strength 0 to 1, from 0 % to 50 % of sampling"
-    assert any_page.run(f"{apply}.querySelectorAll('path')[1].getAttribute('d')") != before
+    assert any_page.run(path) != before
     set_value(any_page, "RetrievalControls", "strength_curve", "numbers")
     set_value(any_page, "RetrievalControls", "curve_numbers", "1, x")
     assert said(apply) == said(controls) == "'1, x' is not numbers with commas between them."
@@ -249,6 +263,7 @@ def test_the_map_says_where_a_place_came_from(any_page):
     drawn = element("RetrievalMap", "drawn_map")
     picture = f"{drawn}.querySelectorAll('.picture')[1]"
     any_page.wait(f"{picture}.querySelector('img').naturalWidth")
+    hover(any_page, "RetrievalMap", "drawn_map")
     any_page.browser.move(*any_page.middle(picture))
     any_page.settle()
     # The middle lies between the four positions around it.
@@ -282,6 +297,38 @@ def test_a_map_of_another_picture_size_is_said_to_be_stretched(page):
     said = page.run(f"{drawn}.querySelector('.warning').innerText")
     assert "96 x 32" in said and "stretched" in said
     page.screenshot("map stretched")
+    hover(page, "RetrievalMap", "drawn_map")
     page.browser.move(*page.middle(f"{drawn}.querySelector('.picture')"))
     page.settle()
     assert "61 % of the attention" in page.run(f"{drawn}.querySelector('.note').innerText")
+
+
+def test_the_classic_canvas_draws_what_is_not_hovered_over(page):
+    """No element lies over it, and the still has the element's colours in the element's place."""
+    page.open()
+    red = Image.new("RGB", (64, 64), (230, 20, 20))
+    red.save(page.server.log.parent / "temp" / "red.png")
+    file = {"filename": "red.png", "subfolder": "", "type": "temp"}
+    reference = {"image": file, "concept": "figure", "weight": 1, "kept": 1}
+    told = json.dumps({"retrieval_references": [reference]})
+    node, drawn = find("RetrievalEncodeReferences"), "drawn_references"
+    page.run("app.graph.add(LiteGraph.createNode('RetrievalEncodeReferences')), 1")
+    page.run(f"{node}.onExecuted({told}), 1")
+    shown = element("RetrievalEncodeReferences", drawn)
+    page.wait(f"{shown}.querySelector('img').naturalWidth")
+    page.fit()
+    overlaid = "[...document.querySelectorAll('.retrieval')].filter((e) => e.checkVisibility())"
+    assert page.run(f"{overlaid}.length") == 0
+    picture = page.picture("still")
+    page.browser.screenshot(picture)
+    hover(page, "RetrievalEncodeReferences", drawn)
+    assert page.run(f"{overlaid}.length") == 1
+    x, y = page.middle(f"{shown}.querySelector('img')")
+    page.browser.screenshot(page.picture("still, live"))
+    for path in (picture, page.picture("still, live")):
+        assert Image.open(path).convert("RGB").getpixel((round(x), round(y))) == (230, 20, 20), path
+    page.browser.move(1, 1)
+    page.browser.move(800, 900)
+    page.wait(f"{overlaid}.length === 0", 20)
+    hover(page, "RetrievalEncodeReferences", drawn)
+    assert page.errors() == []

@@ -119,6 +119,7 @@ def encoded(net: ReferenceNetwork, count: int = 1, seed: int = 3, **kw) -> refer
     kw.setdefault("vae", FakeVAE())
     kw.setdefault("clip", FakeCLIP(net.config.context_dim))
     kw.setdefault("size", 64)
+    kw.setdefault("automatic", False)  # noise has no subject
     made = references.encode_references(net, images(count, seed=seed), concept="figure", **kw)
     return references.References(net, made)
 

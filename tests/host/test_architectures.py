@@ -119,7 +119,7 @@ def test_load_encode_apply_sample(name, tmp_path):
     assert detect_base(model).config == base.own_config
     net = network_of(base, model, tmp_path)
     width, pooled = base.config.context_dim, 1280 if base.kind == "SDXL" else None
-    (references,) = RetrievalEncodeReferences.execute(
+    references, _ = RetrievalEncodeReferences.execute(
         net, images(2), FakeVAE(), FakeCLIP(width, pooled), {"concept": "figure"}, 1.0, 64
     ).args
     assert list(references.encoded[0].tokens) == list(base.config.site_channels())

@@ -20,6 +20,7 @@ from retrieval_pack.nodes.retrieval_controls import (
 from retrieval_pack.retrieval_core.sampling.applications import Retrieval
 from retrieval_pack.retrieval_core.sampling.controls import Controls, parse_curve
 from retrieval_pack.retrieval_core.sampling.frozen_site import FrozenSite
+from retrieval_pack.retrieval_core.sampling.presets import PRESETS
 from retrieval_pack.retrieval_core.sampling.regions import soften
 
 DEFAULTS = {
@@ -233,3 +234,17 @@ def test_bad_controls_are_one_sentence(changed, words):
         controls(**changed)
     message = str(caught.value)
     assert words in message and message.endswith(".") and ". " not in message
+
+
+def test_a_preset_sets_strength_and_end_of_a_trained_network(dolls, refs):
+    def acting(**chosen):
+        made = RetrievalApplyReferences.execute(
+            dolls.model, refs, 0.8, 0.0, 0.9, "cond", None, None, **chosen
+        )
+        retrieval = patch_of(made.args[0]).retrieval
+        return retrieval.strength, retrieval.end
+
+    strength = 0.8 * refs.network.recommended["strength"]
+    for name, preset in PRESETS.items():
+        assert acting(preset=name) == (strength * preset.strength, min(0.9, preset.end))
+    assert acting() == acting(preset="balanced") == (strength, 0.9)

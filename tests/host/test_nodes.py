@@ -124,10 +124,10 @@ def test_load_encode_apply(in_folder):
     (again,) = RetrievalControlNetLoader.execute(model.clone(), mine).args
     assert again is net  # a LoRA before the loader changes the model, not the network
     vae, clip = FakeVAE(), FakeCLIP()
-    (face,) = RetrievalEncodeReferences.execute(
+    face, _ = RetrievalEncodeReferences.execute(
         net, images(1), vae, clip, {"concept": "face"}, 1.2, 64
     ).args
-    (both,) = RetrievalEncodeReferences.execute(
+    both, _ = RetrievalEncodeReferences.execute(
         net, images(2, seed=8), vae, clip, {"concept": "tags", "tags": "red coat"}, 1.0, 64,
         SUBJECT, torch.ones(1, 20, 20), face,
     ).args  # fmt: skip

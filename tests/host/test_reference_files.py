@@ -195,7 +195,7 @@ def test_weights_multiply_and_references_chain(dolls, folder):
 def test_the_cover_is_an_image_that_comfyui_shows(dolls, folder):
     from app.model_manager import ModelFileManager
 
-    (refs,) = RetrievalEncodeReferences.execute(
+    refs, _ = RetrievalEncodeReferences.execute(
         dolls.network, torch.ones(1, 40, 64, 3) * torch.tensor([1.0, 0.0, 0.0]), dolls.vae,
         dolls.clip, {"concept": "face"}, 1.0,
     ).args  # fmt: skip

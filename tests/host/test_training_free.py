@@ -32,6 +32,7 @@ from retrieval_pack.nodes.host import encoded_references as references
 from retrieval_pack.nodes.host.apply import apply_references
 from retrieval_pack.nodes.host.attention import attend
 from retrieval_pack.nodes.host.conditioning import make_vector_conditioning
+from retrieval_pack.nodes.host.joint_application import POST_CFG
 from retrieval_pack.nodes.host.loading import find_patcher_class
 from retrieval_pack.nodes.host.paperdoll_host import HostVAE, convert_config, make_clip, make_model
 from retrieval_pack.nodes.host.self_attention import JointAttention
@@ -44,12 +45,13 @@ from retrieval_pack.retrieval_core import training_free as core
 from retrieval_pack.retrieval_core.bank.bank_file import load_references, save_references
 from retrieval_pack.retrieval_core.bank.encoding import split_features
 from retrieval_pack.retrieval_core.bank.site_bank import make_bank
-from retrieval_pack.retrieval_core.bank.tokens import join_references
+from retrieval_pack.retrieval_core.bank.tokens import MATCHED, join_references
 from retrieval_pack.retrieval_core.data.prepare import prepare
 from retrieval_pack.retrieval_core.errors import RetrievalError
 from retrieval_pack.retrieval_core.network.unet import UNet, UNetConfig
 from retrieval_pack.retrieval_core.paperdoll.model import load_base
 from retrieval_pack.retrieval_core.sampling.controls import Controls, StrengthCurve
+from retrieval_pack.retrieval_core.sampling.presets import PRESETS
 from retrieval_pack.retrieval_core.sampling.sampler import make_guided_denoiser
 from retrieval_pack.retrieval_core.sampling.sampler import sample as core_sample
 
@@ -139,7 +141,11 @@ def test_masked_tokens_are_left_out(net):
     whole, part = encoded(net, 1), encoded(net, 1, masks=left_half())
     for site, read in whole.encoded[0].tokens.items():
         assert read.device.type == "cpu"
-        assert part.encoded[0].tokens[site].shape == (2, read.shape[1] // 2, read.shape[2])
+        if site.startswith(MATCHED):  # their keys stay, and say what is not the subject
+            keys, values = part.encoded[0].tokens[site].unflatten(1, (8, 8))
+            assert keys.any(-1).all() and not values[:, 4:].any() and values[:, :4].any(-1).all()
+        else:
+            assert part.encoded[0].tokens[site].shape == (2, read.shape[1] // 2, read.shape[2])
 
 
 def test_a_lora_changes_what_is_read_but_not_the_fingerprint(net, refs):
@@ -181,7 +187,7 @@ def test_strength_0_no_references_and_unpatching_are_bit_identical(model, net, r
         apply_references(model, refs, 1.0, controls=muted),
     ):
         assert torch.equal(sample(nothing), plain)
-        assert not attn1(nothing)
+        assert not attn1(nothing) and POST_CFG not in nothing.model_options
     assert torch.equal(sample(model), plain)
     assert same_weights(model, before) and not attn1(model)
     assert not model.wrappers and not model.callbacks
@@ -278,6 +284,93 @@ def test_start_end_and_curve_follow_the_hosts_percentages(model, refs):
     assert not torch.equal(early, plain) and not torch.equal(early, whole)
     silent = Controls(StrengthCurve((0.0,)), token_budget=None)
     assert torch.equal(sample(apply_references(model, refs, 1.0, controls=silent), steps=4), plain)
+
+
+@pytest.fixture(scope="module")
+def matching(model):
+    """References that no layer attends to: they act on the step's prediction alone."""
+    with torch.inference_mode():
+        return encoded(use_training_free(model, "none", 1), 2)
+
+
+def test_without_attention_nothing_but_the_prediction_is_shifted(model, matching):
+    """The shift is the same for the network's prediction, which the references do not change."""
+    patched, seen = apply_references(model, matching, 1.0), []
+
+    def look(args):
+        seen.append((args["cond_denoised"], args["denoised"]))
+        return args["denoised"]
+
+    for given in (model, patched):
+        looking = given.clone()
+        looking.set_model_sampler_post_cfg_function(look)
+        assert torch.equal(sample(looking, steps=1, cfg=1.0), sample(given, steps=1, cfg=1.0))
+    (plain, unshifted), (predicted, shifted) = seen
+    assert torch.equal(plain, unshifted) and torch.equal(plain, predicted)
+    assert (shifted - predicted).abs().max() > 1e-3
+
+
+def test_post_cfg_functions_run_in_the_order_in_which_they_were_added(model, matching):
+    """One of another pack before ours and one behind it; a second application takes our place."""
+
+    def double(args):
+        return 2 * args["denoised"]
+
+    def negate(args):
+        return -args["denoised"]
+
+    first = model.clone()
+    first.set_model_sampler_post_cfg_function(double)
+    ours = apply_references(first, matching, 1.0)
+    ours.set_model_sampler_post_cfg_function(negate)
+    again = apply_references(ours, matching, 1.0)
+    functions = again.model_options[POST_CFG]
+    assert [functions[0], functions[2]] == [double, negate] and len(functions) == 3
+    assert len(functions[1].applications) == 2
+    assert len(ours.model_options[POST_CFG][1].applications) == 1
+    close(sample(again), sample(ours))
+
+
+def test_another_packs_passes_within_a_step_are_not_matched(model, matching):
+    """As perturbed-attention guidance does: a post-CFG function evaluates the model once more."""
+
+    def guide(args):
+        conds = [args["cond"]]
+        comfy.samplers.calc_cond_batch(
+            args["model"], conds, 3 * args["input"], args["sigma"], args["model_options"]
+        )
+        return args["denoised"]
+
+    other = model.clone()
+    other.set_model_sampler_post_cfg_function(guide)
+    before = apply_references(other, matching, 1.0)
+    behind = apply_references(model, matching, 1.0)
+    behind.set_model_sampler_post_cfg_function(guide)
+    alone = sample(apply_references(model, matching, 1.0))
+    assert torch.equal(sample(before), alone) and torch.equal(sample(behind), alone)
+
+
+def test_at_cfg_1_the_hosts_zeros_for_the_negative_prompt_are_no_text(model, matching):
+    patched, texts = apply_references(model, matching, 1.0), []
+    (shift,) = patched.model_options[POST_CFG]
+    (application,) = shift.applications
+    original = application.shift
+    application.shift = lambda x0, text, step: texts.append(text) or original(x0, text, step)
+    sample(patched, cfg=1.0, steps=1)
+    sample(patched, cfg=3.0, steps=1)
+    assert texts[0] is None and texts[1].abs().max() > 0
+
+
+def test_areas_and_regions_of_the_shift(model, matching):
+    area = conditioning(10, area=(8, 4, 0, 4))
+    base = sample(model, positive=area, steps=1)
+    left = sample(
+        apply_references(model, matching, 1.0, region=left_half()), positive=area, steps=1
+    )
+    close(left, base)
+    whole = sample(apply_references(model, matching, 1.0), positive=area, steps=1)
+    assert torch.equal(whole[..., :4], base[..., :4])  # where no prompt acts nothing is taken
+    assert ((whole - base)[..., 4:].abs() > 1e-4).any()
 
 
 def test_a_region_elsewhere_than_the_area_changes_nothing_and_the_crop_is_right(model, refs):
@@ -413,6 +506,10 @@ CASES = {
     "both rows, part of sampling": dict(count=2, guidance="both", start=0.25, end=0.8),
     "region, strength": dict(count=2, region=True, strength=2.5),
     "statistics": dict(count=2, masks=True, adain=True),
+    "no layer attends, character first": dict(
+        count=2, layers="none", masks=True, preset="character first"
+    ),
+    "cfg 1, prompt first": dict(count=1, cfg=1.0, preset="prompt first"),
 }
 
 
@@ -431,8 +528,10 @@ def pictures(count: int):
     return drawn, masks
 
 
-def in_the_core(base, count, masks, weights, adain, strength, **kw):
-    network = core.TrainingFree.from_unet(base.unet, "paperdoll", levels=2, adain=adain)
+def in_the_core(base, count, masks, weights, adain, strength, layers, cfg, preset, **kw):
+    network = core.TrainingFree.from_unet(
+        base.unet, "paperdoll", layers=layers, levels=2, adain=adain
+    )
     drawn, selected = pictures(count)
     prepared = [
         prepare(drawn[i], selected[i] if masks else None, "face", weights[i]) for i in range(count)
@@ -440,30 +539,35 @@ def in_the_core(base, count, masks, weights, adain, strength, **kw):
     latents = base.vae.encode(torch.stack([p.image for p in prepared]))
     context = base.text.encode(["face"] * count)
     features = core.record(base.unet, base.schedule, network, latents, context)
+    features = {site: features[site] for site in network.maker.sites}
     made = split_features(features, latents.shape[2:], [p.mask for p in prepared], weights)
     retrieval = core.JointRetrieval(
         make_bank(join_references(made), None, network.site_downsampling()),
         strength,
         names=core.name_layers(base.unet),
+        match_layer=network.match_layer,
+        preset=PRESETS[preset],
         timesteps=network.timesteps(),
         adain=adain,
         **kw,
     )
     cond, uncond = base.text.encode(["standing, smile"] * 2), base.text.encode([""] * 2)
-    denoise = make_guided_denoiser(base.unet, base.schedule, cond, uncond, CFG, [retrieval])
+    denoise = make_guided_denoiser(base.unet, base.schedule, cond, uncond, cfg, [retrieval])
     latents = core_sample(denoise, noise(2, 24, 16, 16), base.schedule, STEPS, "ddim")
     return network, made, base.vae.decode(latents).movedim(1, -1)
 
 
-def in_the_host(base, count, masks, weights, adain, strength, start=0.0, end=1.0, **kw):
+def in_the_host(
+    base, count, masks, weights, adain, strength, layers, cfg, start=0.0, end=1.0, **kw
+):
     model, clip, vae = make_model(base, find_patcher_class()), make_clip(base), HostVAE(base.vae)
-    net = use_training_free(model, "all", 2, adain)
+    net = use_training_free(model, layers, 2, adain)
     drawn, selected = pictures(count)
     refs = references.References(net)
     for i in range(count):
         mask = selected[i : i + 1] if masks else None
         more = references.encode_references(
-            net, drawn[i : i + 1], vae, clip, "face", weights[i], mask
+            net, drawn[i : i + 1], vae, clip, "face", weights[i], mask, automatic=False
         )
         refs = references.References(net, (*refs.encoded, *more))
     patched = apply_references(model, refs, strength, start, end, **kw)
@@ -474,7 +578,7 @@ def in_the_host(base, count, masks, weights, adain, strength, start=0.0, end=1.0
     latents = comfy.sample.sample_custom(
         patched,
         noise(2, 24, 16, 16),
-        CFG,
+        cfg,
         comfy.samplers.sampler_object("euler"),
         sigmas.float(),
         cond,
@@ -487,7 +591,16 @@ def in_the_host(base, count, masks, weights, adain, strength, start=0.0, end=1.0
 
 @pytest.mark.parametrize("case", CASES)
 def test_host_equals_core(base, case):
-    chosen = {"masks": False, "weights": (1.0,) * 4, "adain": False, "strength": 1.0, **CASES[case]}
+    chosen = {
+        "masks": False,
+        "weights": (1.0,) * 4,
+        "adain": False,
+        "strength": 1.0,
+        "layers": "all",
+        "cfg": CFG,
+        "preset": "balanced",
+        **CASES[case],
+    }
     if chosen.pop("region", False):
         chosen["region"] = torch.zeros(16, 16)
         chosen["region"][:, 5:] = 1

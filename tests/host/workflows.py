@@ -44,11 +44,14 @@ def _expand(
 
 
 def read_widgets(info: dict[str, Any], saved: list[Any]) -> dict[str, Any]:
-    """Input name -> value of a node's `widgets_values`, which must hold exactly these."""
+    """Input name -> value of a node's `widgets_values`, which must hold exactly these; but the last
+    optional ones may be missing, as in workflows saved before there were these."""
     values: dict[str, Any] = {}
     left = list(saved)
     for name, (kind, options) in _expand(info["input"], values):
         if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
+            continue
+        if not left and name in info["input"].get("optional", {}):
             continue
         values[name] = left.pop(0)
         # Beside a seed stands what is done with it after a run, beside an upload its button.

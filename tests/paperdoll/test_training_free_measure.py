@@ -40,8 +40,8 @@ def test_without_retrieval_is_the_base_models_picture_and_with_it_is_not(base):
     how, prompts = Sampling(steps=2), [case.prompt for case in cases]
     plain = generate_pictures(base, cases, noise, how)
     assert torch.equal(plain, generate(Bundle(base, None, None), prompts, noise, None, how))
-    for adain in (False, True):
-        network = TrainingFree.from_unet(base.unet, "paperdoll", adain=adain)
+    for choices in ({}, {"layers": "all"}, {"layers": "all", "adain": True}):
+        network = TrainingFree.from_unet(base.unet, "paperdoll", **choices)
         found = generate_pictures(base, cases, noise, how, network)
         assert (found - plain).abs().max() > 1e-4
     assert torch.equal(generate_pictures(base, cases, noise, how, network, 0.0), plain)
@@ -49,7 +49,7 @@ def test_without_retrieval_is_the_base_models_picture_and_with_it_is_not(base):
 
 def test_batched_banks_hold_the_keys_of_each_reference(base):
     cases = [make_composition_case(1, i, masked=True) for i in range(2)]
-    network = TrainingFree.from_unet(base.unet, "paperdoll", levels=1)
+    network = TrainingFree.from_unet(base.unet, "paperdoll", layers="all", levels=1)
     with torch.inference_mode():
         groups = [case.references for case in cases]
         bank = apply_training_free(base, network, groups, 1.0, "cond").bank
@@ -57,6 +57,7 @@ def test_batched_banks_hold_the_keys_of_each_reference(base):
             latents = base.vae.encode(torch.stack([r.image for r in case.references]))
             context = base.text.encode([r.concept for r in case.references])
             features = record(base.unet, base.schedule, network, latents, context)
+            features = {site: features[site] for site in network.maker.sites}
             made = split_features(features, latents.shape[2:], [r.mask for r in case.references])
             for site, held in bank.sites.items():
                 seen = torch.ones_like(held.owner, dtype=bool)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from retrieval_core.bank.encoding import split_features
 from retrieval_core.bank.site_bank import make_bank
 from retrieval_core.bank.tokens import EncodedReference, join_references
 from retrieval_core.network.retrieval_site import RetrievalSite
@@ -25,16 +24,10 @@ from retrieval_core.sampling.attention_map import (
     merge_shares,
 )
 from retrieval_core.sampling.frozen_site import freeze_site
-from retrieval_core.sampling.joint_attention import Source
-from retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_core.training_free import (
-    JointRetrieval,
-    TrainingFree,
     list_self_attention_layers,
-    name_layers,
-    record,
 )
-from retrieval_core.training_free.joint_shares import choose_map_layer, measure_joint_shares
+from retrieval_core.training_free.latent_pull import choose_match_layer
 
 DIM, HEADS = 16, 2
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (1, 1), 1, 16, num_head_channels=16)
@@ -146,31 +139,10 @@ def test_applications_together_never_retrieve_more_than_all():
     torch.testing.assert_close(idle, torch.tensor([0.4, 0.6, 0.0]))
 
 
-def test_two_training_free_applications_of_different_layers_make_one_map():
-    """Their maps are read at layers of 8x8 and 4x4 positions; the coarse one is interpolated."""
-    unet, schedule = random_unet(), NoiseSchedule()
-    latent, context = rand(1, 4, 8, 8), rand(1, 3, 16)
-    means, names = [], name_layers(unet)
-    for layers in ("finest", "decoder"):
-        network = TrainingFree.from_unet(unet, "paperdoll", layers=layers)
-        encoded = split_features(record(unet, schedule, network, latent, context), (8, 8), [None])
-        bank = make_bank(join_references(encoded), None, network.site_downsampling())
-        one = JointRetrieval(bank, names=names, timesteps=network.timesteps())
-        read, shares = choose_map_layer(list_self_attention_layers(CONFIG), network.names), Shares()
-
-        def measure(layer, size, q, k, v, heads, one=one, read=read, shares=shares):
-            if names[layer] == read:
-                source = one.source(layer, q, size, 0.5, 1.0)
-                owner = one.bank.sites[f"{read}@500"].owner
-                found = measure_joint_shares(q, k, heads, source, owner, 1)
-                shares.add(found.transpose(1, 2).unflatten(2, size))
-            return layer.attend(q, k, v, heads)
-
-        unet(rand(1, 4, 8, 8, seed=1), torch.tensor([500]), context, self_attention=measure)
-        means.append(shares.mean())
-    assert [mean.shape for mean in means] == [(1, 2, 8, 8), (1, 2, 4, 4)]
+def test_maps_of_different_resolutions_make_one_map():
+    """A trained and a training-free application's, of 8x8 and 4x4; the coarse one interpolated."""
+    means = [rand(1, 2, size, size, seed=size).softmax(1) for size in (8, 4)]
     fine, coarse = (mean[0, 1].double() for mean in means)
-    assert fine.std() > 1e-4 and coarse.std() > 1e-4
     spread = torch.zeros(8, 4, dtype=torch.float64)  # each pixel between its two nearest centres
     for pixel in range(8):
         at = min(max((pixel + 0.5) / 2 - 0.5, 0.0), 3.0)
@@ -208,30 +180,4 @@ def test_the_map_is_read_where_a_position_is_a_part_of_a_figure():
     for config, factor in ((SD15, 4), (SDXL, 4), (PAPERDOLL, 2)):
         assert config.site_downsampling()[choose_map_site(config)] == factor
         layers = list_self_attention_layers(config)
-        assert layers[choose_map_layer(layers, list(layers))].downsampling == factor
-    assert choose_map_layer(list_self_attention_layers(SD15), ["middle.0"]) == "middle.0"
-
-
-@pytest.mark.parametrize("at_once", [1 << 24, 40])
-@pytest.mark.parametrize("biased", [False, True])
-def test_joint_shares_are_those_of_one_softmax(monkeypatch, at_once, biased):
-    monkeypatch.setattr("retrieval_core.training_free.joint_shares._LOGITS", at_once)
-    q, k, keys = rand(2, 6, DIM), rand(2, 6, DIM, seed=1), rand(1, 5, DIM, seed=2)
-    bias = rand(1, 5, seed=3) if biased else None
-    region = torch.tensor([0, 0.5, 1, 1, 1, 0])
-    owner = torch.tensor([0, 0, 1, 2, 2])
-    source = Source(keys, keys, bias, region)
-    found = measure_joint_shares(q, k, HEADS, source, owner, 3)
-    dim = DIM // HEADS
-    expected = torch.zeros(2, 6, 4)
-    for row in range(2):
-        for head in range(HEADS):
-            part = slice(head * dim, (head + 1) * dim)
-            all_keys = torch.cat([k[row, :, part], keys[0, :, part]])
-            logits = q[row, :, part] @ all_keys.T / dim**0.5
-            logits[:, 6:] += 0 if bias is None else bias[0]
-            weights = logits.softmax(-1) / HEADS
-            for token, reference in enumerate(owner):
-                expected[row, :, 1 + reference] += weights[:, 6 + token] * region
-    expected[..., 0] = 1 - expected[..., 1:].sum(-1)
-    torch.testing.assert_close(found, expected)
+        assert layers[choose_match_layer(config)].downsampling == 2

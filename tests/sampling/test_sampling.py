@@ -327,8 +327,9 @@ def test_whole_sampling_without_retrieval_is_bit_for_bit_the_base(unet, retrieva
 @pytest.fixture(scope="module")
 def joint(unet):
     """A reference of noise, as the training-free mode applies it."""
-    network = TrainingFree.from_unet(unet, "paperdoll")
+    network = TrainingFree.from_unet(unet, "paperdoll", layers="all")
     features = record(unet, NoiseSchedule(), network, rand(1, 4, 8, 8), rand(1, 3, 16))
+    features = {site: features[site] for site in network.maker.sites}
     encoded = split_features(features, (8, 8), [None])
     bank = make_bank(join_references(encoded), None, network.site_downsampling())
     return JointRetrieval(bank, names=name_layers(unet), timesteps=network.timesteps())

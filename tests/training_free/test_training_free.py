@@ -15,7 +15,7 @@ from refusal import sentence
 from retrieval_core.bank.bank_file import load_references, save_references
 from retrieval_core.bank.encoding import split_features
 from retrieval_core.bank.site_bank import Bank, make_bank
-from retrieval_core.bank.tokens import join_references
+from retrieval_core.bank.tokens import MATCHED, join_references
 from retrieval_core.files import read_safetensors, save_safetensors
 from retrieval_core.network.controlnet import Card, RetrievalControlNet
 from retrieval_core.network.unet import SD15, SDXL, UNet, UNetConfig, attention
@@ -35,6 +35,7 @@ from retrieval_core.training_free import (
     name_layers,
     record,
 )
+from retrieval_core.training_free.attention_layers import NO_LAYERS
 from retrieval_core.training_free.training_free_network import find_nearest, name_site
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (1, 1), 2, 16, num_head_channels=16)
@@ -62,11 +63,12 @@ def unet():
 
 @pytest.fixture(scope="module")
 def network(unet):
-    return TrainingFree.from_unet(unet, "paperdoll", levels=2)
+    return TrainingFree.from_unet(unet, "paperdoll", layers="all", levels=2)
 
 
 def encode(unet, network, latents, context, masks=None, weights=None):
     features = record(unet, SCHEDULE, network, latents, context)
+    features = {site: features[site] for site in network.maker.sites}
     return split_features(features, latents.shape[2:], masks or [None] * len(latents), weights)
 
 
@@ -119,6 +121,7 @@ def test_each_layer_has_the_downsampling_that_it_is_told(unet):
 
 
 def test_choices_of_layers():
+    assert choose_layers(SD15, NO_LAYERS) == ()
     for choice in LAYER_CHOICES:
         assert set(choose_layers(SD15, choice)) <= set(list_self_attention_layers(SD15))
     assert choose_layers(SD15, "all") == tuple(list_self_attention_layers(SD15))
@@ -309,7 +312,7 @@ def half(left, width=8):
 def test_the_whole_mode_against_a_plain_float64_unet(regions):
     """References noised, read, masked, weighted, attended to in their regions: by the formulas."""
     unet = random_unet(0, torch.float64)
-    network = TrainingFree.from_unet(unet, "paperdoll", levels=2)
+    network = TrainingFree.from_unet(unet, "paperdoll", layers="all", levels=2)
     mask = torch.zeros(8, 8)
     mask[2:5, 1:7] = 1
     masks, weights, strengths, level = [None, mask], (1.0, 0.4), (2.5, 0.7), 750
@@ -390,6 +393,9 @@ def test_masked_tokens_are_not_in_the_bank_whatever_they_held(unet, network):
             edge = 8 // network.site_downsampling()[site]
             assert whole.tokens[site].shape == (2, edge * edge, layer.width)
             assert part.tokens[site].shape == (2, edge * edge // 4, layer.width)
+        site = name_site(MATCHED, level)
+        assert torch.equal(part.tokens[site][0], encoded(unet, network)[1].tokens[site][0])
+        assert part.tokens[site][1, 4:].eq(0).all() and part.tokens[site][1, :4, 16].eq(1).all()
 
 
 def test_an_empty_mask_and_all_weights_zero_are_refused(unet, network):
@@ -407,7 +413,10 @@ def test_only_the_chosen_layers_and_the_nearest_level_are_read(unet):
     ]  # fmt: skip
     references = encoded(unet, network, 1)
     assert set(references[0].tokens) == set(network.site_channels())
-    assert {site.split("_")[0] for site in references[0].tokens} == {"output"}
+    assert {site.split("_")[0].split("@")[0] for site in references[0].tokens} == {
+        "output",
+        MATCHED,
+    }
     for progress, level in ((0.0, 833), (0.5, 500), (1.0, 166)):
         here = {site for site in references[0].tokens if site.endswith(f"@{level}")}
         only = replace(
@@ -459,7 +468,7 @@ def test_three_equal_applications_are_one(unet, network):
 def test_a_batch_of_banks_equals_banks_one_by_one(unet, network):
     latents, context = rand(4, 4, 8, 8, seed=3), rand(4, 3, 16, seed=4)
     recorded = record(unet, SCHEDULE, network, latents, context)
-    tokens = {site: read.unflatten(0, (2, 2)) for site, (read, _) in recorded.items()}
+    tokens = {site: recorded[site][0].unflatten(0, (2, 2)) for site in network.maker.sites}
     bank = make_bank(batch_tokens(tokens), None, network.site_downsampling())
     both = JointRetrieval(bank, names=name_layers(unet), timesteps=network.timesteps())
     found = run(unet, both, rows=4, kinds=[0, 1])
@@ -540,18 +549,20 @@ def test_references_of_another_base_choice_or_network_are_refused(unet, network,
     save_references(path, encoded(unet, network), network.maker)
     trained = RetrievalControlNet(CONFIG, Card("paperdoll"))
     others = (
-        TrainingFree.from_unet(random_unet(1), "paperdoll", levels=2).maker,
-        TrainingFree.from_unet(unet, "paperdoll", levels=3).maker,
+        TrainingFree.from_unet(random_unet(1), "paperdoll", layers="all", levels=2).maker,
+        TrainingFree.from_unet(unet, "paperdoll", layers="all", levels=3).maker,
+        TrainingFree.from_unet(unet, "paperdoll", layers="none", levels=2).maker,
         TrainingFree.from_unet(unet, "paperdoll", layers="decoder", levels=2).maker,
         describe_maker(trained),
     )
     for other in others:
         assert "encoded by another network" in sentence(load_references, path, other)
-    assert load_references(path, TrainingFree.from_unet(unet, "paperdoll", levels=2).maker)
+    assert load_references(path, network.maker)
 
 
 def test_the_groups_of_layers_are_those_of_the_sites():
-    groups = TrainingFree(SD15, "sd15", "").groups()
+    groups = TrainingFree(SD15, "sd15", "", "all").groups()
+    assert groups["means"] == "composition" and groups["rest"] == "detail"
     assert groups["input_1.0"] == groups["output_11.0"] == "detail"
     assert groups["middle.0"] == "composition"
     assert groups["input_7.0"] == groups["output_3.0"] == "middle"
