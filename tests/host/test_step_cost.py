@@ -47,7 +47,10 @@ def test_floors_follow_references_rows_masks_and_budget(measured):
     for mode in ("trained", "training-free"):
         assert floor[f"{mode}-8-full-both"] > 3 * floor[f"{mode}-1-full-both"]
         both, cond = floor[f"{mode}-8-full-both"], floor[f"{mode}-8-full-cond"]
-        assert both == pytest.approx(2 * cond, rel=0.01)
+        if mode == "trained":
+            assert both == pytest.approx(2 * cond, rel=0.01)
+        else:  # only the positive prompts' rows are matched
+            assert cond < both < 2 * cond
         assert floor[f"{mode}-8-masked-both"] < 0.7 * both
         assert floor[f"{mode}-8-budget-both"] < 0.7 * both
         assert bank[f"{mode}-8-masked-both"] == pytest.approx(

@@ -52,7 +52,7 @@ def test_the_subject_is_found_by_default_shown_and_given_as_a_mask(net, demo, pi
     assert masks.shape == truths.shape and masks.dtype == torch.float32
     found, true = masks > 0.5, truths > 0.5
     iou = (found & true).sum((1, 2)) / (found | true).sum((1, 2))
-    assert iou.mean() > 0.75, iou  # of 200 figures on average above 0.85
+    assert iou.mean() > 0.7, iou  # of hundreds of figures on average above 0.85
     for reference, one in zip(encoded, shown, strict=True):
         assert 0 < one["kept"] < 1
         grey = (reference.thumbnail.int() - 127).abs().amax(-1) <= 1
