@@ -6,14 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.sampling.presets import BALANCED, PRESETS
 from .socket_types import (
     ADVANCED,
     CATEGORY,
     ReferencesType,
     RetrievalControlsType,
+    find_refusal,
     make_factor_input,
+    make_percent_input,
     make_schema,
 )
 
@@ -52,21 +53,13 @@ class RetrievalApplyReferences(io.ComfyNode):
                     "How strongly the references act: 1 is what the network's file "
                     "recommends, 0 switches retrieval off.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="The part of sampling at which retrieval starts.",
+                make_percent_input(
+                    "start_percent", 0.0, "The part of sampling at which retrieval starts."
                 ),
-                io.Float.Input(
+                make_percent_input(
                     "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="The part of sampling at which retrieval ends; not before the start.",
+                    1.0,
+                    "The part of sampling at which retrieval ends; not before the start.",
                 ),
                 io.Combo.Input(
                     "guidance",
@@ -108,11 +101,7 @@ class RetrievalApplyReferences(io.ComfyNode):
 
         if start_percent is None or end_percent is None:
             return True
-        try:
-            Application(Bank(), start=start_percent, end=end_percent)
-        except RetrievalError as error:
-            return str(error)
-        return True
+        return find_refusal(lambda: Application(Bank(), start=start_percent, end=end_percent))
 
     @classmethod
     def check_lazy_status(cls, strength: float, references: Any = None, **_: Any) -> list[str]:

@@ -6,9 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..retrieval_core.errors import RetrievalError
-from ..retrieval_core.training_free.consistent_batch import END, START, STRENGTH
-from .socket_types import CATEGORY, make_schema
+from ..retrieval_core.training_free.consistent_batch import END, START, STRENGTH, ConsistentBatch
+from .socket_types import CATEGORY, find_refusal, make_percent_input, make_schema
 
 MOST_ANCHORS = 64
 
@@ -53,22 +52,16 @@ class RetrievalConsistentPictures(io.ComfyNode):
                     "first so many pictures. With 1 the first picture stays what it is without "
                     "this node, and the others follow it.",
                 ),
-                io.Float.Input(
+                make_percent_input(
                     "start_percent",
-                    default=START,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="The part of sampling at which the pictures start to look at each "
+                    START,
+                    "The part of sampling at which the pictures start to look at each "
                     "other; later leaves poses that no prompt names more different.",
                 ),
-                io.Float.Input(
+                make_percent_input(
                     "end_percent",
-                    default=END,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="The part of sampling at which they stop; later is more alike, earlier "
+                    END,
+                    "The part of sampling at which they stop; later is more alike, earlier "
                     "follows the prompts better. Not before the start.",
                 ),
             ],
@@ -78,15 +71,9 @@ class RetrievalConsistentPictures(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, start_percent: float | None, end_percent: float | None) -> bool | str:
         """Refuses before queueing a start behind the end; a linked value is None."""
-        from ..retrieval_core.training_free.consistent_batch import ConsistentBatch
-
         if start_percent is None or end_percent is None:
             return True
-        try:
-            ConsistentBatch(start=start_percent, end=end_percent)
-        except RetrievalError as error:
-            return str(error)
-        return True
+        return find_refusal(lambda: ConsistentBatch(start=start_percent, end=end_percent))
 
     @classmethod
     def execute(

@@ -12,7 +12,7 @@ from ..retrieval_core.training_free.training_free_network import LAYERS, LEVELS,
 from .host import folders
 from .host.base_model import detect_base
 from .host.loading import make_progress
-from .socket_types import ADVANCED, CATEGORY, RetrievalControlNetType, make_schema
+from .socket_types import ADVANCED, CATEGORY, RetrievalControlNetType, find_refusal, make_schema
 
 TRAINING_FREE = "training-free (no file)"
 FILE = "file"
@@ -62,11 +62,7 @@ class RetrievalControlNetLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, network: dict[str, Any] | None = None, **_: Any) -> bool | str:
         """Refuses before queueing what `execute` could not load."""
-        try:
-            check_choice(network)
-        except RetrievalError as error:
-            return str(error)
-        return True
+        return find_refusal(lambda: check_choice(network))
 
     @classmethod
     def fingerprint_inputs(cls, network: dict[str, Any] | None = None, **_: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..retrieval_core.bank.token_budget import AUTOMATIC, LEAST_AUTOMATIC
-from ..retrieval_core.errors import RetrievalError
 from ..retrieval_core.sampling.controls import (
     CURVES,
     GROUP_PRESETS,
@@ -13,7 +12,14 @@ from ..retrieval_core.sampling.controls import (
     StrengthCurve,
     parse_curve,
 )
-from .socket_types import ADVANCED, CATEGORY, RetrievalControlsType, make_factor_input, make_schema
+from .socket_types import (
+    ADVANCED,
+    CATEGORY,
+    RetrievalControlsType,
+    find_refusal,
+    make_factor_input,
+    make_schema,
+)
 
 NUMBERS, CUSTOM = "numbers", "custom"
 LIMITED, ALL_TOKENS = "up to the budget", "all"
@@ -115,11 +121,7 @@ class RetrievalControls(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, strength_curve: str | None, curve_numbers: str | None) -> bool | str:
         """Refuses before queueing a curve that is none; a linked value is None."""
-        try:
-            read_curve(strength_curve, curve_numbers)
-        except RetrievalError as error:
-            return str(error)
-        return True
+        return find_refusal(lambda: read_curve(strength_curve, curve_numbers))
 
     @classmethod
     def execute(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
+
+from ..retrieval_core.errors import RetrievalError
 
 CATEGORY, DEMO_CATEGORY = "retrieval", "retrieval/demo"
 CONCEPTS = ("figure", "face", "clothes")
@@ -34,9 +37,23 @@ def make_factor_input(name: str, tooltip: str, **more: Any) -> io.Float.Input:
     return io.Float.Input(name, default=1.0, min=0.0, max=10.0, step=0.05, tooltip=tooltip, **more)
 
 
+def make_percent_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+    """An input of a part of sampling, 0 to 1."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
+
+
 def make_name_input(name: str, tooltip: str) -> io.String.Input:
     """An optional input of a repository of the hub or of something in it, by default empty."""
     return io.String.Input(name, default="", optional=True, tooltip=tooltip)
+
+
+def find_refusal(check: Callable[[], Any]) -> bool | str:
+    """What `validate_inputs` answers: True, or the sentence with which a check refuses."""
+    try:
+        check()
+    except RetrievalError as error:
+        return str(error)
+    return True
 
 
 def list_score_outputs() -> list[io.Output]:

@@ -77,9 +77,8 @@ class References:
         return self.network.make_bank(tokens, None).sites[site]
 
 
-# The references encoded last, by network, models, concept, size, pixels and whether the subject is
-# found, for as long as the host
-# runs; the least recently used go first beyond `CACHED_BYTES`.
+# The references encoded last, by network, models, concept, size, whether the subject is found, and
+# pixels, for as long as the host runs; the least recently used go first beyond `CACHED_BYTES`.
 cache: OrderedDict[tuple, EncodedReference] = OrderedDict()
 CACHED_BYTES = 256 << 20
 

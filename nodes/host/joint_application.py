@@ -108,9 +108,10 @@ class JointApplication:
                 continue
             taken = take(keys, bank).transpose(1, 2).unflatten(2, size)
             found.append((taken, locate_crop(self.factor, context, area)))
-            for recorder in extra.get(RECORDERS, ()):
+            if recorders := extra.get(RECORDERS):
                 shares = self._measure_shares(keys, bank, size, context, area)
-                recorder.add(self, shares, self.factor, context, area)
+                for recorder in recorders:
+                    recorder.add(self, shares, self.factor, context, area)
 
     def _pulls(self, context: StepContext) -> bool:
         acts = strength_at(self.retrieval, context) > 0

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..training_free import TrainingFree, record
 from ..training_free.subject_mask import LEAST_COVERED, find_subjects
 from .bundle import BASE_FILE, JUDGE_FILE, find_bundled
 from .cases import Case, make_character_case
-from .generate import Sampling, apply_training_free, sample_pictures
+from .generate import Sampling
 from .judge import compute_chance, load_judge
 from .measure import (
     draw_in_batches,
@@ -33,6 +34,7 @@ from .measure import (
     print_result,
     to_percent,
 )
+from .measure_training_free import generate_pictures
 from .model import PaperdollModel, load_base
 
 ENOUGH = 0.85
@@ -117,16 +119,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "chance of the references' background": round(100 * compute_chance("background"), 1),
     }
 
-    def add_line(
-        name: str, shown: Sequence[Case], retrieve: bool = True, least: float = 0.0
-    ) -> None:
-        def draw(batch: Sequence[Case], noise: Tensor) -> Tensor:
-            applied, groups = [], [case.references for case in batch]
-            if retrieve:
-                applied.append(apply_training_free(base, network, groups, 1.0, "cond", least=least))
-            prompts = [case.prompt for case in batch]
-            return sample_pictures(base, base.unet, prompts, noise, applied, Sampling())
-
+    def add_line(name: str, shown: Sequence[Case], **setting: Any) -> None:
+        draw = partial(generate_pictures, base, how=Sampling(), **setting)
         read = judge.read(draw_in_batches(base, options.seed, shown, draw, name))
         result[name] = {
             "attribute match": measure_matches(shown, read)["mean"],
@@ -135,11 +129,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
 
     if not options.no_pictures:
-        add_line("without retrieval", cases, retrieve=False)
-        add_line("without masks", cases)
-        add_line("masks found", found, least=LEAST_COVERED)
+        add_line("without retrieval", cases)
+        add_line("without masks", cases, network=network)
+        add_line("masks found", found, network=network, least=LEAST_COVERED)
         masked = [make_character_case(options.seed, i, masked=True) for i in range(options.count)]
-        add_line("true masks", masked)
+        add_line("true masks", masked, network=network)
     return result
 
 

@@ -47,17 +47,21 @@ def generate_pictures(
     guidance: Guidance = "cond",
     preset: Preset = PRESETS[BALANCED],
     references: int | None = None,
+    least: float = 0.0,
 ) -> Tensor:
     """One picture per case, [B, 3, 64, 64] in 0..1, from unit noise; network None: no retrieval.
 
     Args:
         references: how many of each case's, the first ones; None for all.
+        least: see `select_tokens`.
     """
     applied = []
     if network is not None:
         groups = [case.references[:references] for case in cases]
         applied.append(
-            apply_training_free(base, network, groups, strength, guidance, preset=preset)
+            apply_training_free(
+                base, network, groups, strength, guidance, preset=preset, least=least
+            )
         )
     prompts = [case.prompt for case in cases]
     return sample_pictures(base, base.unet, prompts, noise, applied, how)

@@ -94,8 +94,8 @@ class JointRetrieval(Application):
     def pull_at(self, progress: float) -> tuple[float, float]:
         """The parts that means and detail move at a progress of sampling, by groups of sites."""
         means, detail = self.preset.pull_at(progress)
-        factors = (self.site_strength.get(part, 1.0) for part in (MEANS, REST))
-        return tuple(part * factor for part, factor in zip((means, detail), factors, strict=True))
+        factors = self.site_strength
+        return means * factors.get(MEANS, 1.0), detail * factors.get(REST, 1.0)
 
     def observe(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import uuid
 
+import comfy.model_management as management
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -156,6 +157,18 @@ def sample(
         seed=seed,
         **kw,
     )
+
+
+def watch_loading(monkeypatch) -> list[tuple]:
+    """The models and the memory of every later call of the host's `load_models_gpu`."""
+    asked, original = [], management.load_models_gpu
+
+    def spy(models, memory_required=0, **kw):
+        asked.append((models, memory_required))
+        return original(models, memory_required=memory_required, **kw)
+
+    monkeypatch.setattr(management, "load_models_gpu", spy)
+    return asked
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:

@@ -7,7 +7,16 @@ import comfy.samplers
 import pytest
 import torch
 from dolls import Dolls
-from making import SD15, checkpoint, conditioning, model_from, noise, same_weights, weights_of
+from making import (
+    SD15,
+    checkpoint,
+    conditioning,
+    model_from,
+    noise,
+    same_weights,
+    watch_loading,
+    weights_of,
+)
 from making import sample as sample_sd
 from retrieval_pack.nodes.consistent_pictures import RetrievalConsistentPictures
 from retrieval_pack.nodes.host import step_context
@@ -180,20 +189,11 @@ def test_clones_share_the_patch(consistent):
 
 
 def test_the_estimate_of_memory_grows(model, consistent, monkeypatch):
-    import comfy.model_management as management
-
-    asked = []
-    original = management.load_models_gpu
-
-    def spy(models, memory_required=0, **kw):
-        asked.append(memory_required)
-        return original(models, memory_required=memory_required, **kw)
-
-    monkeypatch.setattr(management, "load_models_gpu", spy)
+    asked = watch_loading(monkeypatch)
     sample(model)
     sample(consistent)
     (patch,) = patches_of(consistent)
-    assert asked[1] - asked[0] >= patch.nbytes((ROWS, 4, 8, 8), torch.float32) > 0
+    assert asked[1][1] - asked[0][1] >= patch.nbytes((ROWS, 4, 8, 8), torch.float32) > 0
 
 
 def test_other_architectures_are_refused_in_one_sentence(monkeypatch):

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import comfy.controlnet
 import comfy.lora
-import comfy.model_management as management
 import comfy.samplers
 import comfy.sd
 import pytest
@@ -23,6 +22,7 @@ from making import (
     noise,
     same_weights,
     sample,
+    watch_loading,
     weights_of,
 )
 from retrieval_pack.nodes.host import step_context
@@ -400,31 +400,17 @@ def test_a_lora_loaded_by_the_host(model, refs):
 
 
 def test_the_estimate_grows_by_bank_and_activations(model, refs, monkeypatch):
-    asked = []
-    original = management.load_models_gpu
-
-    def spy(models, memory_required=0, **kw):
-        asked.append(memory_required)
-        return original(models, memory_required=memory_required, **kw)
-
     patched = apply_references(model, refs, 1.0)
-    monkeypatch.setattr(management, "load_models_gpu", spy)
+    asked = watch_loading(monkeypatch)
     sample(model)
     sample(patched)
     mine = patched.model_options["transformer_options"]["patches"]["output_block_patch"][0]
     bank = mine.retrieval.bank.nbytes()
-    assert asked[1] - asked[0] >= mine.nbytes((1, 4, 8, 8), torch.float32) > bank > 0
+    assert asked[1][1] - asked[0][1] >= mine.nbytes((1, 4, 8, 8), torch.float32) > bank > 0
 
 
 def test_making_a_bank_loads_the_sites_and_asks_for_room(net, refs, monkeypatch):
-    asked = []
-    original = management.load_models_gpu
-
-    def spy(models, memory_required=0, **kw):
-        asked.append((models, memory_required))
-        return original(models, memory_required=memory_required, **kw)
-
-    monkeypatch.setattr(management, "load_models_gpu", spy)
+    asked = watch_loading(monkeypatch)
     again = type(refs)(refs.network, refs.encoded)
     made = again.bank()
     ((models, memory),) = asked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import comfy.lora
 import comfy.model_base
-import comfy.model_management as management
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
@@ -25,6 +24,7 @@ from making import (
     randomised,
     same_weights,
     sample,
+    watch_loading,
     weights_of,
 )
 from retrieval_pack.nodes.host import base_model, step_context
@@ -211,20 +211,13 @@ def test_a_clone_shares_the_patch_and_the_bank_is_dropped(model, refs):
 
 
 def test_the_estimate_grows_by_the_bank(model, refs, monkeypatch):
-    asked = []
-    original = management.load_models_gpu
-
-    def spy(models, memory_required=0, **kw):
-        asked.append(memory_required)
-        return original(models, memory_required=memory_required, **kw)
-
-    monkeypatch.setattr(management, "load_models_gpu", spy)
+    asked = watch_loading(monkeypatch)
     sample(model)
     patched = apply_references(model, refs, 1.0)
     sample(patched)
     (application,) = joint(patched).applications
     level = application.retrieval.bank.nbytes() / 2
-    assert asked[1] - asked[0] >= application.nbytes((1, 4, 8, 8), torch.float32) > level > 0
+    assert asked[1][1] - asked[0][1] >= application.nbytes((1, 4, 8, 8), torch.float32) > level > 0
 
 
 @pytest.mark.parametrize("guidance", ["cond", "both"])

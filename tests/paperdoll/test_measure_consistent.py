@@ -6,25 +6,18 @@ import json
 
 import pytest
 import torch
+from untrained_dolls import save_untrained
 
-from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE
+from retrieval_core.paperdoll.bundle import BASE_FILE
 from retrieval_core.paperdoll.generate import Sampling
-from retrieval_core.paperdoll.judge import Judge
 from retrieval_core.paperdoll.measure_consistent import draw_batches, main, measure_agreement
-from retrieval_core.paperdoll.model import PaperdollModel, load_base
+from retrieval_core.paperdoll.model import load_base
 from retrieval_core.training_free.consistent_batch import ConsistentBatch
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights")
-    made = PaperdollModel()
-    basis = made.vae.basis  # zero until it is fitted to pictures
-    basis.copy_(torch.linalg.qr(torch.randn(basis.shape[1], basis.shape[0])).Q.T)
-    made.save(folder / BASE_FILE)
-    Judge().save(folder / JUDGE_FILE)
-    return folder
+    return save_untrained(tmp_path_factory.mktemp("weights"))
 
 
 def test_strength_0_is_the_base_and_a_picture_depends_on_its_own_batch_only(weights):

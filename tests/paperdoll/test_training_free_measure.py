@@ -6,27 +6,20 @@ import json
 
 import pytest
 import torch
+from untrained_dolls import save_untrained
 
 from retrieval_core.bank.encoding import split_features
-from retrieval_core.paperdoll.bundle import BASE_FILE, JUDGE_FILE, Bundle
+from retrieval_core.paperdoll.bundle import BASE_FILE, Bundle
 from retrieval_core.paperdoll.cases import make_character_case, make_composition_case
 from retrieval_core.paperdoll.generate import Sampling, apply_training_free, generate
-from retrieval_core.paperdoll.judge import Judge
 from retrieval_core.paperdoll.measure_training_free import generate_pictures, main
-from retrieval_core.paperdoll.model import PaperdollModel, load_base
+from retrieval_core.paperdoll.model import load_base
 from retrieval_core.training_free import TrainingFree, record
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights")
-    made = PaperdollModel()
-    basis = made.vae.basis  # zero until it is fitted to pictures
-    basis.copy_(torch.linalg.qr(torch.randn(basis.shape[1], basis.shape[0])).Q.T)
-    made.save(folder / BASE_FILE)
-    Judge().save(folder / JUDGE_FILE)
-    return folder
+    return save_untrained(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
