@@ -12,14 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...retrieval_core.bank.encoding import Features, split_features
+from ...retrieval_core.bank.encoding import split_features
 from ...retrieval_core.bank.site_bank import Bank, SiteBank
 from ...retrieval_core.bank.thumbnails import draw_thumbnails, make_thumbnail
 from ...retrieval_core.bank.token_budget import Budget
 from ...retrieval_core.bank.tokens import EncodedReference, check_weight, join_references
 from ...retrieval_core.data.placing import Region, place_region
-from ...retrieval_core.data.prepare import PreparedReference, digest_reference, prepare
-from ...retrieval_core.data.sample import NEUTRAL
+from ...retrieval_core.data.prepare import (
+    PreparedReference,
+    digest_reference,
+    keep_subject,
+    prepare,
+)
 from ...retrieval_core.errors import RetrievalError
 from ...retrieval_core.training_free.subject_mask import LEAST_COVERED
 from .base_model import NATIVE_SIZE, check_given, identify_model
@@ -142,23 +146,36 @@ def encode_references(
     results = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if results[key] is None and keys.index(key) == i]
     if missing:
-        chosen, progress = [prepared[i] for i in missing], make_progress()
+        chosen, progress = {i: prepared[i] for i in missing}, make_progress()
+        done, total = 0, len(missing)
         with torch.inference_mode():
-            context, pooled, latents = _encode_inputs(network, chosen, vae, clip, concept)
-            for done, (i, latent) in enumerate(zip(missing, latents.split(1), strict=True)):
-                reference = prepared[i]
-                progress(done, len(missing), make_thumbnail(reference.image))
-                features = network.encode(latent, context, pooled, size)
-                if found[i]:
-                    reference = _mask_subject(network, features, reference)
-                features = {site: features[site] for site in network.maker.sites}
-                least = LEAST_COVERED if reference is not prepared[i] else 0.0
-                (one,) = split_features(
-                    features, latent.shape[2:], [reference.mask], concepts=[concept], least=least
-                )
-                thumbnail = make_thumbnail(reference.image)
-                results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)
-            progress(len(missing), len(missing))
+            context, pooled = _encode_text(network, vae, clip, concept)
+            while chosen:
+                latents = _encode_pictures(network, list(chosen.values()), vae)
+                masked = {}
+                for (i, reference), latent in zip(chosen.items(), latents.split(1), strict=True):
+                    progress(done, total, make_thumbnail(reference.image))
+                    features = network.encode(latent, context, pooled, size)
+                    whole = reference is prepared[i]
+                    find = found[i] and whole
+                    subject = network.find_subject(features, reference) if find else None
+                    done += 1
+                    if subject is not None:  # encoded again: this time the background was seen
+                        masked[i] = keep_subject(reference, subject)
+                        total += 1
+                        continue
+                    features = {site: features[site] for site in network.maker.sites}
+                    (one,) = split_features(
+                        features,
+                        latent.shape[2:],
+                        [reference.mask],
+                        concepts=[concept],
+                        least=0.0 if whole else LEAST_COVERED,
+                    )
+                    thumbnail = make_thumbnail(reference.image)
+                    results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)
+                chosen = masked
+            progress(done, total)
     for key, reference in results.items():
         cache[key] = reference
         cache.move_to_end(key)
@@ -204,18 +221,6 @@ def _list_subjects(
     return [_subject(mask, mask_marks) for mask in fitted]
 
 
-def _mask_subject(
-    network: ReferenceNetwork, features: Features, reference: PreparedReference
-) -> PreparedReference:
-    """A reference with the mask of its subject, grey outside, if the network tells it."""
-    subject = network.find_subject(features, reference)
-    if subject is None:
-        return reference
-    grey = reference.image.new_tensor(NEUTRAL)[:, None, None] / 255
-    image = torch.where(subject, reference.image, grey)
-    return replace(reference, image=image, mask=subject.float())
-
-
 def _subject(mask: Tensor, mask_marks: str) -> Tensor | None:
     """The mask of the subject [H, W]; None for the placeholder."""
     if mask.shape == _PLACEHOLDER and not mask.any():
@@ -230,15 +235,11 @@ def _subject(mask: Tensor, mask_marks: str) -> Tensor | None:
     return subject
 
 
-def _encode_inputs(
-    network: ReferenceNetwork,
-    prepared: Sequence[PreparedReference],
-    vae: Any,
-    clip: Any,
-    concept: str,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Context [1, L, D] and pooled output of the concept, clean latents [R, C, h, w]."""
-    width, channels = network.config.context_dim, network.latent_format.latent_channels
+def _encode_text(
+    network: ReferenceNetwork, vae: Any, clip: Any, concept: str
+) -> tuple[Tensor, Tensor | None]:
+    """Context [1, L, D] and pooled output of the concept."""
+    width = network.config.context_dim
     check_given(vae, clip)
     context, pooled = clip.encode_from_tokens(clip.tokenize(concept), return_pooled=True)
     if context.shape[-1] != width:
@@ -246,6 +247,14 @@ def _encode_inputs(
             f"The CLIP given makes text of width {context.shape[-1]} and '{network.name}' "
             f"(base '{network.base}') reads {width}; connect the CLIP of the base model."
         )
+    return context, pooled
+
+
+def _encode_pictures(
+    network: ReferenceNetwork, prepared: Sequence[PreparedReference], vae: Any
+) -> Tensor:
+    """Clean latents [R, C, h, w]."""
+    channels = network.latent_format.latent_channels
     pixels = torch.stack([reference.image.movedim(0, -1) for reference in prepared])
     latents = network.latent_format.process_in(vae.encode(pixels))
     if latents.ndim != 4 or latents.shape[1] != channels:
@@ -253,4 +262,4 @@ def _encode_inputs(
             f"The VAE given makes latents of {latents.shape[1]} channels and '{network.name}' "
             f"(base '{network.base}') reads {channels}; connect the VAE of the base model."
         )
-    return context, pooled, latents
+    return latents

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -206,6 +206,13 @@ def prepare(
     tensor = torch.from_numpy(square).permute(2, 0, 1).float().div(255).contiguous()
     whole = mask is None and bool((inside > 0).all())
     return PreparedReference(tensor, None if whole else torch.from_numpy(inside), concept, weight)
+
+
+def keep_subject(reference: PreparedReference, subject: Tensor) -> PreparedReference:
+    """A reference with the mask of its subject, bool [S, S], and grey outside it."""
+    grey = reference.image.new_tensor(NEUTRAL)[:, None, None] / 255
+    image = torch.where(subject, reference.image, grey)
+    return replace(reference, image=image, mask=subject.float())
 
 
 def _decode(file: BinaryIO, path: str | os.PathLike[str]) -> Image.Image:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..bank.encoding import split_features
-from ..data.prepare import PreparedReference
+from ..data.prepare import PreparedReference, keep_subject
 from ..training_free import TrainingFree, record
 from ..training_free.subject_mask import LEAST_COVERED, find_subjects
 from .bundle import BASE_FILE, JUDGE_FILE, find_bundled
@@ -60,12 +60,11 @@ def find_masks(
 
 
 def mask_case(base: PaperdollModel, network: TrainingFree, case: Case) -> Case:
-    """The case with the subject masks found; pictures keep their background."""
+    """The case with the subject masks found, grey outside them."""
     masks = find_masks(base, network, case.references)
     pairs = zip(case.references, masks, strict=True)
     references = [
-        reference if mask is None else replace(reference, mask=mask.float())
-        for reference, mask in pairs
+        reference if mask is None else keep_subject(reference, mask) for reference, mask in pairs
     ]
     return replace(case, references=references)
 

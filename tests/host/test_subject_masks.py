@@ -76,6 +76,15 @@ def test_a_mask_that_is_connected_is_used_as_it_is(net, demo, pictures):
         assert all(torch.equal(one.tokens[site], other.tokens[site]) for site in one.tokens)
 
 
+def test_a_subject_found_is_encoded_as_one_whose_mask_is_given(net, demo, pictures):
+    images, _ = pictures
+    found, masks, _ = encode(net, demo, images)
+    given, *_ = encode(net, demo, images, mask=masks)
+    for one, other in zip(found, given, strict=True):
+        assert torch.equal(one.thumbnail, other.thumbnail)
+        assert 0.6 * count(other) < count(one) <= count(other)  # without those of its edges
+
+
 def test_load_images_placeholder_mask_is_none(net, demo, pictures):
     placeholder = torch.zeros(1, 64, 64)
     _, masks, _ = encode(net, demo, pictures[0], mask=placeholder, mask_marks="background")

@@ -52,11 +52,13 @@ def test_most_backgrounds_and_close_crops_get_no_mask(base, network, cases):
     assert sum(mask is None for mask in found) >= 7
 
 
-def test_a_case_keeps_its_pictures_and_gets_masks(base, network, cases):
+def test_a_case_gets_masks_and_is_grey_outside_them(base, network, cases):
     masked = mask_case(base, network, cases[0])
     for before, after in zip(cases[0].references, masked.references, strict=True):
-        assert before.mask is None and 0 < after.mask.mean() < 1
-        assert torch.equal(before.image, after.image)
+        inside = after.mask > 0
+        assert before.mask is None and inside.any() and not inside.all()
+        assert torch.equal(before.image[:, inside], after.image[:, inside])
+        assert (after.image[:, ~inside] - 0.5).abs().max() < 0.01
 
 
 def test_the_measurement_prints_masks_time_and_leak(capsys):
