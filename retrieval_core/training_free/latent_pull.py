@@ -30,7 +30,7 @@ from ..network.unet import UNetConfig
 from ..sampling.joint_attention import repeat_banks
 from .attention_layers import list_self_attention_layers
 
-SHARPNESS = 30.0
+SHARPNESS = 60.0
 _DOWNSAMPLING = 2
 _LEAST = 1e-8
 
