@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -100,18 +101,45 @@ def test_nothing_is_ignored_that_is_not_there():
     assert not missing
 
 
+def list_imported(path: str) -> list[set[str]]:
+    """For each relative import of a module of the pack, the files that it names."""
+    imported = []
+    for node in ast.walk(ast.parse((PACK / path).read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        home = Path(path).parents[node.level - 1] / (node.module or "").replace(".", "/")
+        named = [home, *(home / alias.name for alias in node.names)]
+        files = [one.with_suffix(".py").as_posix() for one in named if one.name]
+        files += [(one / "__init__.py").as_posix() for one in named]
+        imported.append({file for file in files if (PACK / file).is_file()})
+    return imported
+
+
 def test_what_is_published_imports_only_what_is_published():
     known = set(list_published())
     for path in MODULES:
-        for node in ast.walk(ast.parse((PACK / path).read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
-                continue
-            home = Path(path).parents[node.level - 1] / (node.module or "").replace(".", "/")
-            named = [home, *(home / alias.name for alias in node.names)]
-            files = [one.with_suffix(".py").as_posix() for one in named if one.name]
-            files += [(one / "__init__.py").as_posix() for one in named]
-            here = [file for file in files if (PACK / file).is_file()]
-            assert here and set(here) <= known, f"{path} imports {here or home}"
+        for files in list_imported(path):
+            assert files and files <= known, f"{path} imports {files}"
+
+
+def test_every_published_module_is_reached_from_a_door():
+    """From the nodes and the two published commands; what only the demo's training uses is not."""
+    doors = ["__init__.py", *(path for path in MODULES if path.endswith("/__main__.py"))]
+    assert len(doors) == 3
+    reached, left = set(), doors
+    while left:
+        path = left.pop()
+        if path not in reached:
+            reached.add(path)
+            packages = {(above / "__init__.py").as_posix() for above in Path(path).parents}
+            left += set().union(packages & set(MODULES), *list_imported(path))
+    assert set(MODULES) - reached == set()
+
+
+def test_every_picture_that_the_readme_shows_is_published():
+    readme = (PACK / "README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"!\[[^\]]+\]\(([^)]+)\)", readme))
+    assert shown and shown <= set(list_published())
 
 
 def test_the_package_is_small():
@@ -120,13 +148,12 @@ def test_the_package_is_small():
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sizes:
             archive.write(PACK / path, path)
-    zipped, weights = (
-        len(packed.getvalue()),
-        sum(size for path, size in sizes.items() if path.endswith(".safetensors")),
-    )
+    zipped = len(packed.getvalue())
+    weights = sum(size for path, size in sizes.items() if path.endswith(".safetensors"))
     total = sum(sizes.values())
+    print("".join(f"\n{size:>10,}  {path}" for path, size in sizes.items()))
     print(
-        f"\npackage: {len(sizes)} files, {total / 1e6:.2f} MB, of which {weights / 1e6:.2f} MB "
+        f"package: {len(sizes)} files, {total / 1e6:.2f} MB, of which {weights / 1e6:.2f} MB "
         f"weights of the demo; zipped {zipped / 1e6:.2f} MB"
     )
     assert total - weights < 4e6 and zipped < 30e6

@@ -33,7 +33,6 @@ from ..network.controlnet import load
 from ..network.unet import load_strictly
 from ..sampling.sampler import sample
 from ..training.base_checkpoint import Base
-from ..training.ema import ExponentialMovingAverage
 from ..training.latent_cache import LatentCache, fill_cache, plan_cache
 from ..training.objective import retrieval_loss
 from ..training.paper_objective import HALF, draw_noise
@@ -43,6 +42,7 @@ from ..training.task_batches import Batch, make_loader
 from ..training.training_run import make_objective, train
 from .bundle import JUDGE_FILE, Bundle, find_bundled
 from .cases import Case, drop_prompt, make_character_case, make_composition_case
+from .ema import ExponentialMovingAverage
 from .generate import Sampling
 from .image_adapter import GRIDS, ImageAdapter
 from .judge import Attributes, load_judge

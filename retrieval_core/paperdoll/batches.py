@@ -202,7 +202,7 @@ class RetrievalBatch:
     reference_ids: [G * R, L]; masks: bool [G * R, S, S]; used: bool [G, R]; target_parts,
     reference_parts: uint8 [G * T, S, S] and [G * R, S, S], see `training.correspondence`; truths:
     [G * T, A] the attributes of `READ`. paired: rows of the groups 2g and 2g + 1 share a scene, as
-    the left and right half of one picture (see `training.pairs`).
+    the left and right half of one picture (see `pairs`).
     """
 
     targets: Tensor

@@ -33,7 +33,7 @@ def find_bundled(name: str, folder: Path | None = None) -> Path:
     if not path.is_file():
         raise RetrievalError(
             f"The weights '{path}' are missing; install the pack again, or train them with "
-            "'python run.py train'."
+            "'python run.py train' of its repository."
         )
     return path
 

@@ -26,13 +26,10 @@ from ..errors import RetrievalError
 from ..files import check_format, read_safetensors, save_safetensors
 from ..network.controlnet import RetrievalControlNet, load
 from ..network.unet import UNetConfig, load_strictly
-from ..training.attributes import AttributeReader
-from ..training.critic import Critic, blur_undecided
 from ..training.objective import retrieval_loss
 from ..training.paper_objective import make_norms_contiguous
-from ..training.retrieval_training import TrainableRetrieval
-from ..training.settings import LOCKS, PRECISIONS, Lock, Precision, TrainingSettings
-from ..training.trainer import Batches, LossFunction, Trainer
+from ..training.settings import LOCKS, Lock
+from .attributes import AttributeReader
 from .batches import (
     READ_SIZES,
     BaseBatches,
@@ -44,10 +41,14 @@ from .batches import (
     stack_images,
 )
 from .bundle import BASE_FILE, JUDGE_FILE, RETRIEVAL_FILE
+from .critic import Critic, blur_undecided
 from .draw import PARTS
 from .judge import Judge, index_truth
 from .model import CONFIG, SECOND_CONFIG, SECOND_PATCH, PaperdollModel, load_base
+from .retrieval_training import TrainableRetrieval
 from .text import LENGTH
+from .trainer import Batches, LossFunction, Trainer
+from .training_settings import PRECISIONS, Precision, TrainingSettings
 from .vae import PATCH, PatchVAE
 
 STAGES = ("base", "critic", "retrieval", "pairs", "judge")

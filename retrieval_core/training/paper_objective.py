@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +26,6 @@ from .objective import resize_mask, retrieval_loss, weigh_squares, weigh_timeste
 from .reconstruction import FeatureReader
 from .run_config import RunConfig
 from .task_batches import Batch
-from .trainer import seed_generator
 
 # Modules that start as copies of trained ones.
 COPIED = ("network.encoder.", "unet.")
@@ -246,6 +246,12 @@ def recompute_activations(module: nn.Module) -> None:
     for block in module.modules():
         if isinstance(block, (ResBlock, TransformerBlock)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def seed_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of one step, from seed and step alone: resuming needs no generator state."""
+    (derived,) = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    return torch.Generator(device=device).manual_seed(int(derived))
 
 
 def draw_noise(

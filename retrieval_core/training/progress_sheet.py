@@ -16,10 +16,9 @@ from ..sampling.sampler import Denoise, sample
 from ..sheets import Row, Tile, write_sheet
 from .base_checkpoint import Base
 from .latent_cache import LatentCache
-from .paper_objective import PaperObjective
+from .paper_objective import PaperObjective, seed_generator
 from .run_config import RunConfig
 from .task_batches import Batch, TaskItems, collate_items
-from .trainer import seed_generator
 
 _PICTURES = 4
 _STEPS = 20

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bank.site_bank import Bank
-from ..network.retrieval_site import RetrievalSite
-from .attributes import attend_values
+from ..bank.site_bank import Bank, SiteBank
+from ..network.retrieval_site import RetrievalSite, cross_attention, unpool_queries
 
 
 class FeatureReader(nn.Module):
@@ -60,3 +59,12 @@ class FeatureReader(nn.Module):
             weight = F.adaptive_avg_pool2d(figure, h.shape[2:]).flatten(1)
             losses.append((error.square().mean(-1) * weight).sum() / weight.sum().clamp_min(1e-3))
         return torch.stack(losses).mean()
+
+
+def attend_values(site: RetrievalSite, h: Tensor, bank: SiteBank) -> Tensor:
+    """softmax(q K^T / sqrt(d) + log w) V at every position of the features h: [B, H * W, C]."""
+    retrieved = cross_attention(
+        site.query(h), bank.keys, bank.values, bank.bias, site.heads, site.attend
+    )
+    maps = unpool_queries(retrieved.transpose(1, 2), h.shape[2:], site.pool)
+    return maps.flatten(2).transpose(1, 2)

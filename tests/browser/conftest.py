@@ -48,6 +48,11 @@ class HostPage:
         self.wait_ready()
         self.run("app.graph.clear(), 1")
 
+    def open_in(self, canvas: str) -> None:
+        """Opens the page anew in the "classic" canvas or in "nodes 2.0"; screenshots tell which."""
+        self.open(**{"Comfy.VueNodes.Enabled": canvas == "nodes 2.0"})
+        self.host += f" {canvas}"
+
     def wait_ready(self) -> None:
         self.wait(_READY)
         self.run("globalThis.app = comfyAPI.app.app, 1")
@@ -132,8 +137,12 @@ def page(browser, server, host):
 
 
 @pytest.fixture(params=["classic", "nodes 2.0"])
-def any_page(request, page):
+def canvas(request):
+    return request.param
+
+
+@pytest.fixture
+def any_page(page, canvas):
     """The page opened in the classic canvas, and in Nodes 2.0."""
-    page.open(**{"Comfy.VueNodes.Enabled": request.param == "nodes 2.0"})
-    page.host += f" {request.param}"
+    page.open_in(canvas)
     return page

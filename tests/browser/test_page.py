@@ -79,9 +79,9 @@ def test_every_node_can_be_added(any_page, node_info):
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_every_workflow_loads(page, name):
+def test_every_workflow_loads(page, canvas, name):
     bring_files(page.server.log.parent, example(name))
-    page.open()
+    page.open_in(canvas)
     page.load(example(name))
     page.screenshot(name)
     assert page.run("app.graph.nodes.length") == len(example(name)["nodes"])
@@ -89,12 +89,11 @@ def test_every_workflow_loads(page, name):
 
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
-def test_every_blueprint_loads(page, path):
-    page.open()
-    page.load(json.loads(path.read_text(encoding="utf-8")))
-    page.screenshot(path.stem)
-    assert page.run("app.graph.nodes.length") == 1
-    assert missing(page) == [] and page.errors() == []
+def test_every_blueprint_loads(any_page, path):
+    any_page.load(json.loads(path.read_text(encoding="utf-8")))
+    any_page.screenshot(path.stem)
+    assert any_page.run("app.graph.nodes.length") == 1
+    assert missing(any_page) == [] and any_page.errors() == []
 
 
 @pytest.mark.skipif(not has_weights(), reason="retrieval_core/paperdoll/weights has no files yet")
@@ -149,23 +148,28 @@ def test_values_survive_save_and_reload(any_page, node_info):
     assert any_page.run(QUEUED) == queued
 
 
+def check_help(page, name: str, path: Path) -> None:
+    """Opens the help of a node, the only one, and waits for a page's title and first words."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    title, words = lines[0].lstrip("# "), lines[2].split("*")[0][:20].strip()
+    page.run("app.graph.clear(), 1")
+    add(page, [name])
+    page.run("app.canvas.selectNode(app.graph.nodes[0]), 1")
+    page.fit()
+    info = "document.querySelector('[data-testid=\"info-button\"]')"
+    page.wait(info)
+    page.browser.click(*page.middle(info))
+    page.wait(
+        "[...document.querySelectorAll('h1')].some((heading) => "
+        f"heading.innerText.trim() === {json.dumps(title)} && "
+        f"heading.parentElement.innerText.includes({json.dumps(words)}))"
+    )
+
+
 def test_the_help_of_every_node_is_shown(page, node_info):
     page.open()
     for name in own(node_info):
-        lines = (PACK / "web/docs" / f"{name}.md").read_text(encoding="utf-8").splitlines()
-        title, words = lines[0].lstrip("# "), " ".join(lines[2].split()[:3])
-        page.run("app.graph.clear(), 1")
-        add(page, [name])
-        page.run("app.canvas.selectNode(app.graph.nodes[0]), 1")
-        page.fit()
-        info = "document.querySelector('[data-testid=\"info-button\"]')"
-        page.wait(info)
-        page.browser.click(*page.middle(info))
-        page.wait(
-            "[...document.querySelectorAll('h1')].some((heading) => "
-            f"heading.innerText.trim() === {json.dumps(title)} && "
-            f"heading.parentElement.innerText.includes({json.dumps(words)}))"
-        )
+        check_help(page, name, PACK / "web/docs" / f"{name}.md")
     page.screenshot("help")
     assert page.errors() == []
 
@@ -179,3 +183,20 @@ def test_titles_are_translated(page, node_info, locale):
     titles = page.run("Object.fromEntries(app.graph.nodes.map((n) => [n.comfyClass, n.title]))")
     for name in own(node_info):
         assert titles[name] == told[name]["display_name"]
+
+
+def test_a_tooltip_and_a_help_page_are_translated(page):
+    name = "RetrievalApplyReferences"
+    page.open(**{"Comfy.Locale": "ja"})
+    add(page, [name])
+    page.fit()
+    left, top = page.run("(({ x, y }) => [x, y])(app.canvas.canvas.getBoundingClientRect())")
+    x, y = page.run("app.canvas.ds.convertOffsetToCanvas(app.graph.nodes[0].getInputPos(0))")
+    page.browser.move(left + x, top + y)
+    told = json.loads((PACK / "locales/ja/nodeDefs.json").read_text(encoding="utf-8"))
+    tooltip = told[name]["inputs"]["model"]["tooltip"]
+    page.wait(
+        f"document.querySelector('.node-tooltip')?.innerText.trim() === {json.dumps(tooltip)}"
+    )
+    check_help(page, name, PACK / "web/docs" / name / "ja.md")
+    page.screenshot("help ja")

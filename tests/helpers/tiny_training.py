@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from retrieval_core.errors import RetrievalError
-from retrieval_core.training.settings import TrainingSettings
-from retrieval_core.training.trainer import Trainer, seed_generator
+from retrieval_core.paperdoll.trainer import Trainer
+from retrieval_core.paperdoll.training_settings import TrainingSettings
+from retrieval_core.training.paper_objective import seed_generator
 
 
 class Owner(nn.Module):

@@ -40,7 +40,7 @@ from retrieval_pack.retrieval_core.bank.encoding import split_features
 from retrieval_pack.retrieval_core.network.controlnet import load
 from retrieval_pack.retrieval_core.sampling.noise_schedule import NoiseSchedule
 from retrieval_pack.retrieval_core.training import progress_sheet, training_run
-from retrieval_pack.retrieval_core.training.trainer import seed_generator
+from retrieval_pack.retrieval_core.training.paper_objective import seed_generator
 from serving import messages
 from test_architectures import NARROW_SDXL
 from test_datasets import draw_pictures

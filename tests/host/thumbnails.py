@@ -18,15 +18,17 @@ from workflows import FOLDER, api_form, example
 
 EDGE, MARGIN, GAP, LINE = 640, 16, 12, 30
 DARK, LIGHT = "#202124", "#e8e8e8"
+BATCH = 6  # pictures: three columns of figures, or two of pairs, fill the frame
 DRAWN = 64  # edge of the demo model's figures; the workflows save them enlarged
 PLOT = 400  # a larger picture is a plot
+NEW = "Demo - New character"
 # Example workflow -> the demo workflow that it is drawn by, and how far its characters are shifted.
 DEMOS = {
     "Demo - Same character": ("Demo - Same character", 0),
     "Demo - Face of one, clothes of another": ("Demo - Face of one, clothes of another", 0),
     "Demo - Two characters": ("Demo - Two characters", 0),
     "Demo - How different the pictures are": ("Demo - How different the pictures are", 0),
-    "Demo - New character": ("Demo - New character", 0),
+    NEW: (NEW, 0),
     "Same character (SD 1.5)": ("Demo - Same character", 20),
     "Same character (SDXL)": ("Demo - Same character", 31),
     "Face of one, clothes of another (SD 1.5)": ("Demo - Face of one, clothes of another", 20),
@@ -42,7 +44,7 @@ def run(server, node_info: dict, demo: str, shift: int) -> tuple[list[Image.Imag
         if node["class_type"] == "RetrievalPaperdollReference":
             prompt = with_inputs(prompt, key, character=node["inputs"]["character"] + shift)
         if node["class_type"] == "RetrievalPaperdollModel":
-            count = 2 if node["inputs"]["figures"] > 1 else 6
+            count = 4 if demo == NEW else BATCH
             prompt = with_inputs(prompt, key, batch_size=count)
     # What an earlier workflow showed is cached, and would be missing from this one's results.
     server.post("/free", {"free_memory": True})
@@ -110,11 +112,29 @@ def compose(references: list[Image.Image], results: list[Image.Image], label: st
     for plot in plots[:1]:
         plot.thumbnail((290 - GAP, room), Image.Resampling.LANCZOS)
         made.paste(plot, (left + below.width + GAP, y + (room - plot.height) // 2))
-    draw = ImageDraw.Draw(made)
-    draw.line((MARGIN, y - GAP, EDGE - MARGIN, y - GAP), LIGHT, 2)
-    where = (EDGE // 2, EDGE - MARGIN - LINE // 3)
-    draw.text(where, label, LIGHT, ImageFont.load_default(19), anchor="mm")
+    ImageDraw.Draw(made).line((MARGIN, y - GAP, EDGE - MARGIN, y - GAP), LIGHT, 2)
+    write_label(made, label)
     return made
+
+
+def compose_beside(plain: list[Image.Image], results: list[Image.Image], label: str) -> Image.Image:
+    """Four pictures in a column, four larger ones in a square beside it, and a label."""
+    made = Image.new("RGB", (EDGE, EDGE), DARK)
+    column = arrange(plain, 2 * DRAWN, EDGE - 2 * MARGIN - LINE)
+    made.paste(column, (MARGIN, MARGIN))
+    left = MARGIN + column.width + 2 * GAP
+    edge = (EDGE - MARGIN - left - GAP) // 2
+    top = MARGIN + (column.height - 2 * edge - GAP) // 2
+    for i, picture in enumerate(results):
+        scaled = picture.resize((edge, edge), Image.Resampling.NEAREST)
+        made.paste(scaled, (left + i % 2 * (edge + GAP), top + i // 2 * (edge + GAP)))
+    write_label(made, label)
+    return made
+
+
+def write_label(made: Image.Image, label: str) -> None:
+    where = (EDGE // 2, EDGE - MARGIN - LINE // 3)
+    ImageDraw.Draw(made).text(where, label, LIGHT, ImageFont.load_default(19), anchor="mm")
 
 
 @pytest.mark.skipif(not has_weights(), reason="retrieval_core/paperdoll/weights has no files yet")
@@ -122,11 +142,13 @@ def compose(references: list[Image.Image], results: list[Image.Image], label: st
 def test_draw(name, server, node_info):
     demo, shift = DEMOS[name]
     references, results = run(server, node_info, demo, shift)
-    label = "above: references, below: drawn by the demo model"
-    if name == "Demo - New character":
-        label = "the demo model: above without, below with Consistent Pictures"
-    elif name != demo:
+    if name == NEW:
+        label = "the demo model: left without, right with Consistent Pictures"
+        picture = compose_beside(references, results, label)
+    elif name == demo:
+        picture = compose(references, results, "above: references, below: drawn by the demo model")
+    else:
         label = f"{name[name.index('(') + 1 : -1]} workflow; pictures of the demo model"
-    picture = compose(references, results, label)
+        picture = compose(references, results, label)
     picture.save(FOLDER / f"{name}.jpg", quality=90, optimize=True)
     print(f"\nwrote {FOLDER / name}.jpg")

@@ -27,10 +27,9 @@ from retrieval_core.sampling.sampler import make_guided_denoiser, sample
 from retrieval_core.training.cpu_average import EVERY, CpuAverage
 from retrieval_core.training.low_rank import LowRankLayer, merge_low_rank
 from retrieval_core.training.objective import weigh_timesteps
-from retrieval_core.training.paper_objective import draw_noise
+from retrieval_core.training.paper_objective import draw_noise, seed_generator
 from retrieval_core.training.progress_sheet import sample_batch
 from retrieval_core.training.task_batches import Batch
-from retrieval_core.training.trainer import seed_generator
 from retrieval_core.training.training_run import make_objective, order_parameters
 
 

@@ -15,8 +15,8 @@ import torch
 from tiny_training import everything, trainer
 
 from retrieval_core.errors import RetrievalError
-from retrieval_core.training import trainer as trainer_module
-from retrieval_core.training.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
+from retrieval_core.paperdoll import trainer as trainer_module
+from retrieval_core.paperdoll.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,12 +19,12 @@ from ..network.controlnet import (
 )
 from ..network.unet import SkipHook, UNet
 from ..sampling.noise_schedule import NoiseSchedule
+from ..training.correspondence import correspondence_loss, find_parts
+from ..training.objective import resize_mask, retrieval_loss
+from ..training.settings import Lock
 from .attributes import AttributeReader
-from .correspondence import correspondence_loss, find_parts
 from .critic import Critic
-from .objective import resize_mask, retrieval_loss
 from .pairs import copy_left_to_right, join_halves, split_halves, take_left
-from .settings import Lock
 
 # Part labels of the targets and of the references, and how many labels there are; see
 # `correspondence_loss`.

@@ -9,18 +9,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..errors import RetrievalError
+from ..training.interruption import Interruption
+from ..training.paper_objective import seed_generator
+from ..training.progress import Progress
 from .checkpoint import LAST, load_checkpoint, remove_leftovers, save_checkpoint
 from .ema import ExponentialMovingAverage
-from .interruption import Interruption
 from .loss_plot import write_losses
 from .prefetch import prefetch_batches
-from .progress import Progress
-from .settings import TrainingSettings
+from .training_settings import TrainingSettings
 
 MOST_SKIPPED_IN_A_ROW = 20
 
@@ -31,12 +31,6 @@ class Batches(Protocol):
     """Training data; `batch` depends on the step only (and on seeds given to the constructor)."""
 
     def batch(self, step: int) -> Any: ...
-
-
-def seed_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator of one step, from seed and step alone: resuming needs no generator state."""
-    (derived,) = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
-    return torch.Generator(device=device).manual_seed(int(derived))
 
 
 class Trainer:

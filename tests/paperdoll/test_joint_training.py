@@ -15,14 +15,15 @@ from retrieval_core.data import Sample, cut_reference
 from retrieval_core.data.prepare import prepare
 from retrieval_core.network.controlnet import Card, RetrievalControlNet, load
 from retrieval_core.network.unet import UNet, UNetConfig
+from retrieval_core.paperdoll import pairs
+from retrieval_core.paperdoll.retrieval_training import TrainableRetrieval
+from retrieval_core.paperdoll.trainer import Trainer
+from retrieval_core.paperdoll.training_settings import TrainingSettings
 from retrieval_core.sampling.applications import Applications, Retrieval
 from retrieval_core.sampling.frozen_site import freeze_sites
 from retrieval_core.sampling.noise_schedule import NoiseSchedule
-from retrieval_core.training import pairs
 from retrieval_core.training.objective import resize_mask, retrieval_loss
-from retrieval_core.training.retrieval_training import TrainableRetrieval
-from retrieval_core.training.settings import LOCKS, TrainingSettings
-from retrieval_core.training.trainer import Trainer
+from retrieval_core.training.settings import LOCKS
 
 CONFIG = UNetConfig(32, (1, 2), (1, 1), (0, 1), 1, 16, num_head_channels=16)
 GROUPS, TARGETS, REFERENCES, SIZE = 2, 3, 2, 8
@@ -450,7 +451,7 @@ def test_a_small_noise_power_draws_more_noise_and_never_too_much():
 
 def test_the_critic_reads_what_is_drawn_and_is_not_trained():
     """With the reader: each adds its share, and the critic's gradient reaches the decoder."""
-    from retrieval_core.training.critic import Critic
+    from retrieval_core.paperdoll.critic import Critic
 
     sizes = {"hair": (1, 4), "upper": (2, 3)}
     torch.manual_seed(0)

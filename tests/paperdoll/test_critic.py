@@ -14,6 +14,7 @@ from retrieval_core.paperdoll.batches import (
     stack_images,
 )
 from retrieval_core.paperdoll.bundle import BASE_FILE, find_bundled, load_bundle
+from retrieval_core.paperdoll.critic import NOISE, Critic, blur_undecided
 from retrieval_core.paperdoll.model import load_base
 from retrieval_core.paperdoll.train import (
     CriticTraining,
@@ -22,7 +23,6 @@ from retrieval_core.paperdoll.train import (
     load_critic,
     make_critic,
 )
-from retrieval_core.training.critic import NOISE, Critic, blur_undecided
 
 CHANNELS, SIZE, ROWS = 6, 8, 5
 SIZES = {"hair": (1, 4), "upper": (2, 3), "colour": (2, 5)}

@@ -8,9 +8,9 @@ from batched_tokens import batch_tokens
 
 from retrieval_core.bank.site_bank import make_bank
 from retrieval_core.network.retrieval_site import RetrievalSite
+from retrieval_core.paperdoll.attributes import AttributeReader
 from retrieval_core.paperdoll.batches import READ, RetrievalBatches, render_characters
 from retrieval_core.paperdoll.judge import ATTRIBUTES, index_truth
-from retrieval_core.training.attributes import AttributeReader
 
 GROUPS, REFERENCES, HEIGHT, WIDTH, PARTS, CHANNELS, HEADS = 2, 2, 5, 3, 3, 8, 2
 SIZES = {"hair": (1, 4), "upper": (2, 3)}

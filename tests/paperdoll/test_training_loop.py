@@ -10,8 +10,9 @@ from PIL import Image
 from tiny_training import Owner, TinyBatches, copy_averages, everything, settings, trainer
 
 from retrieval_core.errors import RetrievalError
-from retrieval_core.training.ema import ExponentialMovingAverage
-from retrieval_core.training.trainer import Trainer, seed_generator
+from retrieval_core.paperdoll.ema import ExponentialMovingAverage
+from retrieval_core.paperdoll.trainer import Trainer
+from retrieval_core.training.paper_objective import seed_generator
 
 
 class Quadratic(torch.nn.Module):

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bank.site_bank import Bank, SiteBank
-from ..network.retrieval_site import RetrievalSite, cross_attention, unpool_queries
-from .correspondence import find_parts, measure_part_shares
+from ..bank.site_bank import Bank
+from ..network.retrieval_site import RetrievalSite
+from ..training.correspondence import find_parts, measure_part_shares
+from ..training.reconstruction import attend_values
 
 
 class AttributeReader(nn.Module):
@@ -74,12 +75,3 @@ class AttributeReader(nn.Module):
             losses.append((each * counts[:, part]).sum() / counts[:, part].sum().clamp_min(1))
             start += size
         return torch.stack(losses).mean()
-
-
-def attend_values(site: RetrievalSite, h: Tensor, bank: SiteBank) -> Tensor:
-    """softmax(q K^T / sqrt(d) + log w) V at every position of the features h: [B, H * W, C]."""
-    retrieved = cross_attention(
-        site.query(h), bank.keys, bank.values, bank.bias, site.heads, site.attend
-    )
-    maps = unpool_queries(retrieved.transpose(1, 2), h.shape[2:], site.pool)
-    return maps.flatten(2).transpose(1, 2)
