@@ -1,10 +1,11 @@
 """`python -m retrieval_core.paperdoll.ablation RUN.toml`: the paper's ablation on paper dolls.
 
 Each row of Tables 3 and 4 is a run of `train_from_data_set` with the settings of `run.toml` and its
-own changes, all of the same number of steps; so are rows without a term that the file's settings add
-to equation 1, and without all of them. Adapters of IP-Adapter's kind are trained by equation 1 on
-the same batches for the same time. Rows are measured on held-out characters: attribute match (in place of
-CLIP-I), text following (CLIP-T) and diversity (the VQA score). The same command again goes on.
+own changes, all of the same number of steps; so are rows without a term that the file's settings
+add to equation 1, and without all of them. Adapters of IP-Adapter's kind are trained by equation 1
+on the same batches for the same time. Rows are measured on held-out characters: attribute match (in
+place of CLIP-I), text following (CLIP-T) and diversity (the VQA score). The same command again goes
+on.
 
 With `--row NAME`, which may be repeated, only these rows are made, so that several processes can
 share the work once the latents are cached. A GPU is used if there is one.
