@@ -168,7 +168,7 @@ def check_choice(network: dict[str, Any] | None) -> None:
 
     Args:
         network: the choice and its fields; None where the host knows no such choice. A field whose
-            value is linked is None.
+            value is linked is None, and so is a file that the page could not offer.
     """
     if network is None:
         names = ", ".join(f"'{name}'" for name in NETWORKS)
@@ -176,8 +176,10 @@ def check_choice(network: dict[str, Any] | None) -> None:
             f"The choice of network is none of {names}; choose one of them, for a file of "
             f"models/{folders.NETWORKS} '{FILE}'."
         )
-    if network["network"] == FILE and network["file"] is not None:
-        folders.find_file(folders.NETWORKS, network["file"])
+    if network["network"] == FILE:
+        # None may be a link, which nothing fits either if there are no files.
+        if network["file"] is not None or not folders.list_files(folders.NETWORKS):
+            folders.find_file(folders.NETWORKS, network["file"])
     for field in ("repository", "repository_file"):
         if network["network"] == HUB and network[field] is not None and not network[field].strip():
             raise RetrievalError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..retrieval_core.errors import RetrievalError
 from .host import dataset_folder, folders
 from .host.dataset_folder import CONNECTED
 from .socket_types import (
@@ -13,15 +14,14 @@ from .socket_types import (
     CATEGORY,
     RetrievalControlNetType,
     RetrievalDatasetType,
+    find_refusal,
     make_schema,
 )
 
+BOTH, ENCODER, NOTHING_ELSE = "encoder and decoder", "encoder", "nothing else"
+MOST_RANK = 1024
 # What is trained besides the retrieval layers -> `RunConfig.lock` (§5.4).
-TRAINED = {
-    "encoder and decoder": "train_both",
-    "encoder": "lock_decoder",
-    "nothing else": "lock_both",
-}
+TRAINED = {BOTH: "train_both", ENCODER: "lock_decoder", NOTHING_ELSE: "lock_both"}
 
 
 class RetrievalTrainControlNet(io.ComfyNode):
@@ -63,7 +63,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                 io.Combo.Input(
                     "trained",
                     options=list(TRAINED),
-                    default="encoder and decoder",
+                    default=BOTH,
                     tooltip="What is trained besides the retrieval layers. The paper found both "
                     "best; less needs less memory.",
                 ),
@@ -87,7 +87,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
                     "rank",
                     default=0,
                     min=0,
-                    max=1024,
+                    max=MOST_RANK,
                     tooltip="Trains encoder and decoder by low-rank products of this rank, as a "
                     "LoRA does, which needs much less memory; 0 trains them whole.",
                 ),
@@ -198,6 +198,11 @@ class RetrievalTrainControlNet(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, trained: str | None, rank: int | None) -> bool | str:
+        """Refuses before queueing a rank without effect; a linked value is None."""
+        return find_refusal(lambda: check_trained(trained, rank))
+
+    @classmethod
     def fingerprint_inputs(cls, dataset_name: str = CONNECTED, **_: Any) -> str:
         """Changes when the data set does, so that the network is trained again."""
         return dataset_folder.describe_choice(dataset_name)
@@ -225,6 +230,7 @@ class RetrievalTrainControlNet(io.ComfyNode):
     ) -> io.NodeOutput:
         from .host.network_training import train_network
 
+        check_trained(trained, rank)
         data_set = dataset_folder.choose(dataset_name, dataset)
         made = train_network(
             model,
@@ -249,3 +255,21 @@ class RetrievalTrainControlNet(io.ComfyNode):
         if made.sheet is not None:
             shown |= ui.PreviewImage(made.sheet, cls=cls).as_dict()
         return io.NodeOutput(made.network, {"loss": made.losses}, steps, made.file, ui=shown)
+
+
+def check_trained(trained: str | None, rank: int | None) -> None:
+    """Raises RetrievalError for an unknown choice, and for a rank out of range or without effect.
+
+    The host leaves all checks of the inputs that `validate_inputs` takes to the node.
+    """
+    if trained not in (None, *TRAINED):
+        names = ", ".join(f"'{name}'" for name in TRAINED)
+        raise RetrievalError(f"trained is '{trained}'; choose one of {names}.")
+    if rank is not None and not 0 <= rank <= MOST_RANK:
+        raise RetrievalError(f"rank is {rank}; give 1 to {MOST_RANK}, or 0 to train without.")
+    if trained == NOTHING_ELSE and rank:
+        raise RetrievalError(
+            f"The rank {rank} has no effect where '{NOTHING_ELSE}' is trained, which leaves "
+            f"encoder and decoder as they are; set rank to 0, or trained to '{BOTH}' or "
+            f"'{ENCODER}'."
+        )

@@ -99,20 +99,17 @@ function keepFiles(node) {
 const TILES_HEIGHT = 120;
 
 function makeTile(reference) {
-  const lines = [reference.concept, `weight ${Number(reference.weight.toFixed(2))}`];
-  if (reference.kept < 1) lines.push(`mask keeps ${percent(reference.kept)}`);
+  const lines = [reference.concept, say("weight", { weight: round(reference.weight) })];
+  if (reference.kept < 1) lines.push(say("kept", { share: percent(reference.kept) }));
   const caption = make("figcaption", { textContent: lines.join("\n") });
-  const missing = reference.image
-    ? "The picture is gone from the temp folder; run again."
-    : "No picture was saved with this reference.";
-  return make("figure", { title: lines.join(", ") }, makePicture(reference.image, missing), caption);
+  return make("figure", { title: lines.join(", ") }, makePicture(reference.image), caption);
 }
 
 // Shows the reference being encoded, a blob.
 function showPreview(element, preview) {
   const image = make("img", { src: URL.createObjectURL(preview) });
   image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
-  const caption = make("figcaption", { textContent: "being encoded" });
+  const caption = make("figcaption", { textContent: say("encoding") });
   const tile = make("figure", {}, image, caption);
   element.replaceChildren(make("div", { className: "tiles" }, tile));
 }
@@ -139,8 +136,8 @@ function showMissingFile(node) {
   const { file } = element.dataset;
   element.querySelector(".warning")?.remove();
   if (file && !options.values.includes(file)) {
-    const text = `${file} is no longer in models/retrieval_references; shown as it was read.`;
-    element.prepend(make("div", { className: "warning", textContent: text }));
+    const textContent = say("fileGone", { file });
+    element.prepend(make("div", { className: "warning", textContent }));
   }
 }
 
@@ -149,7 +146,6 @@ function showMissingFile(node) {
 
 const MAP_HEIGHT = 300;
 const TINT_EDGE = 256; // edge of a tint in pixels
-const HINT = "Hover over a picture or a reference.";
 
 function decodeShares(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -205,7 +201,7 @@ class MapDrawing {
   constructor(element, given) {
     const kinds = given.references.length + 1;
     this.map = { ...given, kinds, bytes: decodeShares(given.shares) };
-    this.note = make("div", { className: "note", textContent: HINT });
+    this.note = make("div", { className: "note", textContent: say("hint") });
     this.warning = make("div", { className: "warning" });
     this.tiles = given.references.map((reference, i) => this.makeTile(reference, i));
     this.pictures = given.pictures.map((file, i) => this.makePicture(file, i));
@@ -214,13 +210,12 @@ class MapDrawing {
     pictures.style.gridTemplateColumns = `repeat(${columns}, 1fr)`;
     element.replaceChildren(pictures, this.note);
     if (this.tiles.length) element.append(make("div", { className: "tiles" }, ...this.tiles));
-    else this.note.textContent = "Nothing was retrieved: the strength was 0.";
+    else this.note.textContent = say("empty");
   }
 
   makeTile(reference, index) {
-    const missing = reference.image ? "The picture is gone; run again." : "No picture was saved.";
     const caption = make("figcaption", { textContent: this.name(index) });
-    const tile = make("figure", {}, makePicture(reference.image, missing), caption);
+    const tile = make("figure", {}, makePicture(reference.image), caption);
     tile.style.borderColor = `rgb(${reference.colour})`;
     tile.addEventListener("pointerenter", () => this.showReference(index));
     tile.addEventListener("pointerleave", () => this.rest());
@@ -229,7 +224,7 @@ class MapDrawing {
 
   makePicture(file, index) {
     const canvas = make("canvas");
-    const image = makePicture(file, "The picture is gone from the temp folder; run again.");
+    const image = makePicture(file);
     const picture = make("div", { className: "picture" }, image, canvas);
     if (!this.map.bytes.length) return picture;
     image.addEventListener("load", () => this.checkShape(image));
@@ -247,9 +242,8 @@ class MapDrawing {
     const ratio = (image.naturalWidth * height) / (image.naturalHeight * width);
     if (Math.abs(Math.log(ratio)) > 1 / Math.min(height, width)) {
       this.note.before(this.warning);
-      this.warning.textContent =
-        `The map of ${width} x ${height} places was recorded for a picture of another shape than ` +
-        `${image.naturalWidth} x ${image.naturalHeight} and is stretched.`;
+      const picture = `${image.naturalWidth} x ${image.naturalHeight}`;
+      this.warning.textContent = say("stretched", { map: `${width} x ${height}`, picture });
     }
   }
 
@@ -261,20 +255,20 @@ class MapDrawing {
     const [none, ...shares] = sharesAt(this.map, picture, x, y);
     const strongest = shares.indexOf(Math.max(...shares));
     this.mark(strongest, (i) => `${this.name(i)} ${percent(shares[i])}`);
-    const said = `Reference ${this.name(strongest)}: ${percent(shares[strongest])} of the attention`;
-    this.note.textContent = `${said}, no reference: ${percent(none)}`;
+    const said = { share: percent(shares[strongest]), none: percent(none) };
+    this.note.textContent = say("shares", { name: this.name(strongest), ...said });
     this.tintOnly(strongest, [picture]);
   }
 
   showReference(index) {
     this.mark(index, (i) => this.name(i));
-    this.note.textContent = `Where reference ${this.name(index)} was retrieved`;
+    this.note.textContent = say("retrieved", { name: this.name(index) });
     this.tintOnly(index, this.pictures.keys());
   }
 
   rest() {
     this.mark(-1, (i) => this.name(i));
-    this.note.textContent = HINT;
+    this.note.textContent = say("hint");
     this.tintOnly(-1, []);
   }
 
@@ -309,6 +303,7 @@ function addMap(node) {
 
 const CURVE_HEIGHT = 64;
 const POINTS = 100;
+const TRAINED_COLOUR = "#e0a040";
 const NUMBERS = "numbers";
 
 // As CURVES and StrengthCurve in retrieval_core/sampling/controls.py.
@@ -317,6 +312,13 @@ const CURVES = {
   "ease in": { factors: [0, 1], smooth: true },
   "ease out": { factors: [1, 0], smooth: true },
   "ease in and out": { factors: [0, 1, 0], smooth: true },
+};
+
+// As PRESETS in retrieval_core/sampling/presets.py.
+const PRESETS = {
+  "prompt first": { strength: 1, end: 0.7 },
+  balanced: { strength: 1, end: 1 },
+  "character first": { strength: 1.5, end: 1 },
 };
 
 export function parseCurve(text) {
@@ -347,29 +349,42 @@ function readValue(node, name) {
 function readCurve(controls) {
   const kind = readValue(controls, "strength_curve");
   const text = kind === NUMBERS ? readValue(controls, "curve_numbers") : kind;
-  if (text === undefined) return "The curve comes from a link.";
-  return parseCurve(text) ?? `'${text}' is not numbers with commas between them.`;
+  if (text === undefined) return say("curveLinked");
+  return parseCurve(text) ?? say("notNumbers", { text });
 }
 
-// {curve, strength, start, end} of a node, or a sentence that says why it is not known.
+// {curve, strength, start, end, preset} of a node, or a sentence that says why it is not known.
 function readSchedule(node) {
   let curve = CURVES.constant;
   if (node.comfyClass === "RetrievalControls") {
     curve = readCurve(node);
-    return typeof curve === "string" ? curve : { curve, strength: 1, start: 0, end: 1 };
+    const whole = { curve, strength: 1, start: 0, end: 1, preset: "balanced" };
+    return typeof curve === "string" ? curve : whole;
   }
   const slot = node.inputs.findIndex((input) => input.name === "controls");
   if (node.inputs[slot]?.link != null) {
     const controls = node.getInputNode(slot);
-    if (controls?.comfyClass !== "RetrievalControls") return "The curve comes from a link.";
+    if (controls?.comfyClass !== "RetrievalControls") return say("curveLinked");
     curve = readCurve(controls);
     if (typeof curve === "string") return curve;
   }
-  const names = ["strength", "start_percent", "end_percent"];
-  const [strength, start, end] = names.map((name) => readValue(node, name));
-  if ([strength, start, end].includes(undefined)) return "Strength, start or end come from a link.";
-  if (start > end) return `Retrieval starts at ${start} and ends at ${end}, which is before it.`;
-  return { curve, strength, start, end };
+  const names = ["strength", "start_percent", "end_percent", "preset"];
+  const values = names.map((name) => readValue(node, name));
+  if (values.includes(undefined)) return say("valuesLinked");
+  const [strength, start, end, preset] = values;
+  if (start > end) return say("endsBefore", { start, end });
+  return { curve, strength, start, end, preset };
+}
+
+// As Preset.limit in retrieval_core/sampling/presets.py: what a trained network makes of a schedule.
+// Training-free, a preset leaves the strength alone; which of both is meant, the node cannot tell.
+export function limitSchedule(schedule) {
+  const { strength, end } = PRESETS[schedule.preset];
+  return {
+    ...schedule,
+    strength: strength * schedule.strength,
+    end: Math.max(schedule.start, Math.min(schedule.end, end)),
+  };
 }
 
 function makePath({ curve, strength, start, end }, top) {
@@ -381,24 +396,29 @@ function makePath({ curve, strength, start, end }, top) {
   return "M" + points.map(([x, y]) => `${100 * x} ${50 - (46 * y) / top}`).join("L");
 }
 
-function makeSvg(schedule) {
-  const { curve, strength } = schedule;
-  const top = Math.max(1, strength * Math.max(...curve.factors));
+// Draws the schedule, and a trained network's where it is another.
+function makeSvg(schedule, trained) {
+  const strongest = Math.max(schedule.strength, trained?.strength ?? 0);
+  const top = Math.max(1, strongest * Math.max(...schedule.curve.factors));
   const line = (d, stroke, width, fill, dash = "") =>
     `<path d="${d}" fill="${fill}" stroke="${stroke}" stroke-width="${width}"
       stroke-dasharray="${dash}" vector-effect="non-scaling-stroke"/>`;
   const one = 50 - 46 / top;
   return `<svg viewBox="0 0 100 52" preserveAspectRatio="none">
     ${line(`M0 ${one}L100 ${one}`, "#888", 1, "none", "3 3")}
-    ${line(makePath(schedule, top), "#4dd0c0", 1.5, "#4dd0c033")}</svg>`;
+    ${line(makePath(schedule, top), "#4dd0c0", 1.5, "#4dd0c033")}
+    ${trained ? line(makePath(trained, top), TRAINED_COLOUR, 1.5, "none") : ""}</svg>`;
 }
 
-function describeSchedule({ curve, strength, start, end }) {
+function describeStrength({ curve, strength }) {
   const factors = curve.factors.map((factor) => strength * factor);
-  const [low, high] = [Math.min(...factors), Math.max(...factors)];
-  const number = (value) => Number(value.toFixed(2));
-  const amount = low === high ? number(low) : `${number(low)} to ${number(high)}`;
-  return `strength ${amount}, from ${percent(start)} to ${percent(end)} of sampling`;
+  const [low, high] = [Math.min(...factors), Math.max(...factors)].map(round);
+  return low === high ? low : say("range", { low, high });
+}
+
+function describeSchedule(key, schedule) {
+  const [start, end] = [percent(schedule.start), percent(schedule.end)];
+  return say(key, { strength: describeStrength(schedule), start, end });
 }
 
 const curves = new Set();
@@ -406,12 +426,23 @@ let drawingSoon = false;
 
 function drawCurve(node, element) {
   const schedule = readSchedule(node);
-  const text = typeof schedule === "string" ? schedule : describeSchedule(schedule);
-  const svg = typeof schedule === "string" ? "" : makeSvg(schedule);
-  if (element.dataset.drawn === text + svg) return;
-  element.dataset.drawn = text + svg;
+  let [svg, text, more] = ["", schedule, ""];
+  if (typeof schedule !== "string") {
+    const limited = limitSchedule(schedule);
+    const acts = limited.strength !== schedule.strength || limited.end !== schedule.end;
+    svg = makeSvg(schedule, acts ? limited : null);
+    text = describeSchedule("schedule", schedule);
+    if (acts) more = describeSchedule("trained", limited);
+  }
+  if (element.dataset.drawn === text + more + svg) return;
+  element.dataset.drawn = text + more + svg;
   element.innerHTML = svg;
   element.append(make("div", { className: svg ? "note" : "warning", textContent: text }));
+  if (more) {
+    const note = make("div", { className: "note", textContent: more });
+    note.style.color = TRAINED_COLOUR;
+    element.append(note);
+  }
   growToFit(node, element, CURVE_HEIGHT);
 }
 
@@ -617,9 +648,10 @@ function on(node, event, act) {
   };
 }
 
-// A picture, or a label where its file is gone: the temp folder is emptied when the host starts.
-function makePicture(file, missing) {
-  const gone = () => make("div", { className: "gone", textContent: missing });
+// A picture, or a label where there is none: the temp folder is emptied when the host starts.
+function makePicture(file) {
+  const textContent = say(file ? "gone" : "unsaved");
+  const gone = () => make("div", { className: "gone", textContent });
   if (!file) return gone();
   const image = make("img", { src: api.apiURL(`/view?${new URLSearchParams(file)}`) });
   image.draggable = false;
@@ -630,3 +662,109 @@ function makePicture(file, missing) {
 function percent(share) {
   return `${Math.round(100 * share)} %`;
 }
+
+function round(value) {
+  return Number(value.toFixed(2));
+}
+
+// A text in the page's language, or in English, with its {names} filled in.
+function say(key, values = {}) {
+  const texts = TEXTS[app.extensionManager.setting.get("Comfy.Locale")] ?? TEXTS.en;
+  return texts[key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
+}
+
+const TEXTS = {
+  en: {
+    weight: "weight {weight}",
+    kept: "mask keeps {share}",
+    gone: "The picture is gone from the temp folder; run again.",
+    unsaved: "No picture was saved with this reference.",
+    encoding: "being encoded",
+    fileGone: "{file} is no longer in models/retrieval_references; shown as it was read.",
+    hint: "Hover over a picture or a reference.",
+    empty:
+      "Nothing was recorded: in no step did a reference act where the map is measured; see " +
+      "strength, start, end and controls.",
+    stretched:
+      "The map of {map} places was recorded for a picture of another shape than {picture} and is " +
+      "stretched.",
+    shares: "Reference {name}: {share} of the attention, no reference: {none}",
+    retrieved: "Where reference {name} was retrieved",
+    curveLinked: "The curve comes from a link.",
+    notNumbers: "'{text}' is not numbers with commas between them.",
+    valuesLinked: "Strength, start, end or preset come from a link.",
+    endsBefore: "Retrieval starts at {start} and ends at {end}, which is before it.",
+    schedule: "strength {strength}, from {start} to {end} of sampling",
+    trained: "trained network: strength {strength}, until {end}",
+    range: "{low} to {high}",
+  },
+  ja: {
+    weight: "重み {weight}",
+    kept: "マスクで残る部分 {share}",
+    gone: "画像は temp フォルダーにもうありません。再実行してください。",
+    unsaved: "この参照には画像が保存されていません。",
+    encoding: "エンコード中",
+    fileGone:
+      "{file} は models/retrieval_references にもうありません。読み込んだときの内容を表示しています。",
+    hint: "画像か参照にポインターを合わせてください。",
+    empty:
+      "何も記録されていません。マップを測る箇所で参照が作用したステップがありません。" +
+      "強度・開始・終了・詳細設定を確認してください。",
+    stretched:
+      "{map} のマップは {picture} と縦横比が異なる画像で記録されたため、引き伸ばして表示しています。",
+    shares: "参照 {name}：アテンションの {share}、参照なし：{none}",
+    retrieved: "参照 {name} が検索された場所",
+    curveLinked: "カーブはリンクから渡されます。",
+    notNumbers: "「{text}」はカンマで区切った数値ではありません。",
+    valuesLinked: "強度・開始・終了・プリセットのいずれかがリンクから渡されます。",
+    endsBefore: "検索の終了 {end} が開始 {start} より前です。",
+    schedule: "強度 {strength}、サンプリングの {start} から {end} まで",
+    trained: "学習済みネットワーク：強度 {strength}、{end} まで",
+    range: "{low}～{high}",
+  },
+  ko: {
+    weight: "가중치 {weight}",
+    kept: "마스크로 남은 부분 {share}",
+    gone: "temp 폴더에 이미지가 더 이상 없습니다. 다시 실행하세요.",
+    unsaved: "이 참조에는 저장된 이미지가 없습니다.",
+    encoding: "인코딩 중",
+    fileGone:
+      "models/retrieval_references에 {file} 파일이 더 이상 없습니다. 읽었을 때의 내용을 표시합니다.",
+    hint: "이미지나 참조 위에 포인터를 올리세요.",
+    empty:
+      "기록된 것이 없습니다. 맵을 측정하는 위치에서 참조가 작용한 스텝이 없습니다. " +
+      "강도, 시작, 종료와 설정을 확인하세요.",
+    stretched:
+      "{map} 맵은 크기가 {picture}인 이 이미지와 비율이 다른 이미지로 기록되어 늘려서 표시합니다.",
+    shares: "참조 {name}: 어텐션의 {share}, 참조 없음: {none}",
+    retrieved: "참조 {name} 검색 위치",
+    curveLinked: "곡선은 링크에서 옵니다.",
+    notNumbers: "'{text}' 값은 쉼표로 구분한 수치가 아닙니다.",
+    valuesLinked: "강도, 시작, 종료 또는 프리셋이 링크에서 옵니다.",
+    endsBefore: "검색 종료({end})가 시작({start})보다 앞섭니다.",
+    schedule: "강도 {strength}, 샘플링의 {start}부터 {end}까지",
+    trained: "학습된 네트워크: 강도 {strength}, {end}까지",
+    range: "{low}~{high}",
+  },
+  zh: {
+    weight: "权重 {weight}",
+    kept: "遮罩保留 {share}",
+    gone: "temp 文件夹中已没有这张图像；请重新运行。",
+    unsaved: "这张参考没有保存图像。",
+    encoding: "正在编码",
+    fileGone: "models/retrieval_references 中已没有 {file}；显示的是读取时的内容。",
+    hint: "将指针移到图像或参考上。",
+    empty:
+      "没有任何记录：在测量检索图的位置，参考在任何一步都没有起作用；请检查强度、开始、结束和设置。",
+    stretched: "这张 {map} 的检索图是用形状与 {picture} 不同的图像记录的，显示时经过拉伸。",
+    shares: "参考 {name}：占注意力的 {share}，无参考：{none}",
+    retrieved: "参考 {name} 被检索的位置",
+    curveLinked: "曲线来自连线。",
+    notNumbers: "“{text}”不是用逗号分隔的数值。",
+    valuesLinked: "强度、开始、结束或预设来自连线。",
+    endsBefore: "检索的结束 {end} 早于开始 {start}。",
+    schedule: "强度 {strength}，从采样的 {start} 到 {end}",
+    trained: "训练好的网络：强度 {strength}，到 {end} 为止",
+    range: "{low} 至 {high}",
+  },
+};

@@ -229,7 +229,7 @@ def _subject(mask: Tensor, mask_marks: str) -> Tensor | None:
     if subject.max() <= 0:
         other = "subject" if mask_marks == "background" else "background"
         raise RetrievalError(
-            f"With 'mask marks' set to {mask_marks}, the mask of {mask.shape[1]} x {mask.shape[0]} "
+            f"With mask_marks set to {mask_marks}, the mask of {mask.shape[1]} x {mask.shape[0]} "
             f"pixels leaves no subject to take; set it to {other}, or connect another mask."
         )
     return subject

@@ -27,14 +27,18 @@ def list_files(folder: str) -> list[str]:
     return folder_paths.get_filename_list(folder)
 
 
-def find_file(folder: str, name: str) -> str:
-    """The path of a file of `list_files`; RetrievalError if it has gone."""
-    path = folder_paths.get_full_path(folder, name)
+def find_file(folder: str, name: str | None) -> str:
+    """The path of a file of `list_files`; None is what the page queues if its list is empty.
+
+    Raises:
+        RetrievalError: no file is chosen, or it has gone.
+    """
+    path = None if name is None else folder_paths.get_full_path(folder, name)
     if path is None:
-        raise RetrievalError(
-            f"There is no file '{name}' in models/{folder}; choose another, or press R to reload "
-            "the list."
-        )
+        problem = "No file is chosen" if name is None else f"There is no file '{name}'"
+        files = list_files(folder)
+        advice = "choose one, or" if files else "the folder has none, so put one there and"
+        raise RetrievalError(f"{problem} in models/{folder}; {advice} press R to reload the list.")
     return path
 
 
@@ -52,9 +56,9 @@ def describe_version(path: str | os.PathLike[str]) -> str:
     return f"{status.st_mtime_ns} {status.st_size}"
 
 
-def describe_file(folder: str, name: str) -> str:
+def describe_file(folder: str, name: str | None) -> str:
     """`describe_version` of a file of `list_files`, so that the host runs a node again."""
-    return describe_version(folder_paths.get_full_path(folder, name) or "")
+    return describe_version(folder_paths.get_full_path(folder, name or "") or "")
 
 
 def split_name(name: str) -> tuple[str, ...]:

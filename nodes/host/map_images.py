@@ -31,7 +31,7 @@ def draw_map(
     pictures = images[..., :3].movedim(-1, 1).float().cpu()
     shares = recorder.shares()
     count, (height, width) = len(pictures), pictures.shape[-2:]
-    if shares is None:  # strength 0, or no references
+    if shares is None:
         grey = pictures.mean(1, keepdim=True).expand_as(pictures)
         return grey.movedim(1, -1).contiguous(), torch.zeros(count, height, width)
     if len(shares) != count:

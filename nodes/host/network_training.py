@@ -30,8 +30,17 @@ from .folders import NETWORKS, choose_path, first_path
 from .graph_base import make_base
 from .trained_network import TrainedNetwork, load_network
 
+# Settings that the node calls otherwise than `RunConfig`; None where it has none.
+_NAMES = {"size": "resolution", "checkpoint_activations": "save_memory", "optimizer": None}
 _LOSSES = "losses.json"  # in the run's folder
 _PREVIEW = 512  # largest edge in pixels
+
+
+class NodeConfig(RunConfig):
+    """A run's settings by the names that the node gives them in sentences."""
+
+    def name_setting(self, field: str) -> str | None:
+        return _NAMES.get(field, field)
 
 
 class HostWatcher:
@@ -129,7 +138,7 @@ def train_network(
         base = make_base(model, vae, clip)
         settings["size"] = settings["size"] or NATIVE_SIZE[base.name]
         home = list_homes()[0] / CACHE
-        config = RunConfig(
+        config = NodeConfig(
             base=Path(base.name),
             data=data_set.folder,
             out=home,

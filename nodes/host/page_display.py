@@ -40,7 +40,7 @@ def show_map(recorder: Recorder, pictures: Tensor, cls: Any) -> dict[str, list]:
     """The pictures [B, H, W, 3] and the shares of each reference at each position of the map.
 
     The shares [B, 1 + references, h, w], the null token's first, are base64 text of bytes, 255 for
-    a share of 1; empty where nothing was retrieved.
+    a share of 1; empty where nothing was recorded.
     """
     shares, references = recorder.shares(), recorder.references()
     made: dict[str, Any] = {

@@ -78,7 +78,8 @@ class Recorder:
 
     def shares(self) -> Tensor | None:
         """[B, 1 + references, h, w] on the CPU: mean shares, the null token's first, references in
-        the order in which they were applied; None if nothing was retrieved.
+        the order in which they were applied; None if no reference acted where the map is measured:
+        strength or the factor of its site 0, or no step between start and end.
         """
         if not self.recorded:
             return None

@@ -134,8 +134,8 @@ def convert_images(images: Tensor, what: str = "image", least: int = 1) -> Tenso
     """
     if len(images) < least:
         raise RetrievalError(
-            f"There are {len(images)} {what}s and this score needs at least {least}; give a larger "
-            "batch."
+            f"The number of {what}s is {len(images)} and this score needs at least {least}; give a "
+            "larger batch."
         )
     if images.shape[-1] < 3:
         raise RetrievalError(

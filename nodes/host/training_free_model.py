@@ -88,11 +88,12 @@ class TrainingFreeModel(ReferenceNetwork):
         Raises:
             RetrievalError: the references were encoded by another checkpoint than the MODEL's.
         """
-        if fingerprint_base(model) != self.network.base_fingerprint:
+        read_by, applied_to = self.network.base_fingerprint, fingerprint_base(model)
+        if read_by != applied_to:
             raise RetrievalError(
-                "The references were read by another checkpoint than the model they are applied "
-                "to; connect the same checkpoint to Load Retrieval ControlNet and encode the "
-                "references again."
+                f"The references were read by another checkpoint (weights {read_by[:8]}) than the "
+                f"model they are applied to (weights {applied_to[:8]}); connect the same "
+                "checkpoint to Load Retrieval ControlNet and encode the references again."
             )
         retrieval = JointRetrieval(
             references.bank(controls.token_budget),

@@ -146,7 +146,8 @@ def check_memory(
     )
     best = min(totals, key=totals.__getitem__, default=None)
     if best is None or totals[best] >= needed.device:
-        raise RetrievalError(f"{problem}; use a larger device, or a smaller size or base.")
+        size = config.name_setting("size")
+        raise RetrievalError(f"{problem}; use a larger device, or a smaller {size} or base.")
     raise RetrievalError(
         f"{problem}; {best} would save most and need {totals[best] / GIB:.1f} GiB."
     )
@@ -156,7 +157,8 @@ def _list_savings(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Changes that save memory, by the words that recommend them."""
     savings: dict[str, dict[str, Any]] = {}
     if not config.checkpoint_activations:
-        savings["checkpoint_activations = true"] = {"checkpoint_activations": True}
+        name = config.name_setting("checkpoint_activations")
+        savings[f"{name} = true"] = {"checkpoint_activations": True}
     if config.batch_size > 1:
         passes = config.batch_size * config.accumulate
         savings[f"batch_size = 1 with accumulate = {passes}"] = {
@@ -164,8 +166,9 @@ def _list_savings(config: RunConfig) -> dict[str, dict[str, Any]]:
         }  # fmt: skip
     if config.rank is None and config.lock != "lock_both":
         savings[f"rank = {_RANK}"] = {"rank": _RANK}
-    if config.optimizer != "adamw-8bit" and importlib.util.find_spec("bitsandbytes"):
-        savings["optimizer = 'adamw-8bit'"] = {"optimizer": "adamw-8bit"}
+    optimizer = config.name_setting("optimizer")
+    if optimizer and config.optimizer != "adamw-8bit" and importlib.util.find_spec("bitsandbytes"):
+        savings[f"{optimizer} = 'adamw-8bit'"] = {"optimizer": "adamw-8bit"}
     return savings
 
 

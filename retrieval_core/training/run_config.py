@@ -148,7 +148,8 @@ class RunConfig:
         def check(name: str, good: bool, wanted: str) -> None:
             if not good:
                 raise RetrievalError(
-                    f"The training setting {name} is {getattr(self, name)}; it must be {wanted}."
+                    f"The training setting {self.name_setting(name)} is {getattr(self, name)}; it "
+                    f"must be {wanted}."
                 )
 
         for name in (
@@ -186,6 +187,10 @@ class RunConfig:
                 "The optimizer adamw-8bit needs the package bitsandbytes, which is not installed; "
                 "install it or choose adamw-fused."
             )
+
+    def name_setting(self, field: str) -> str | None:
+        """What a field is called where the user sets it; None if it cannot be set there."""
+        return field
 
     def as_json(self) -> dict[str, Any]:
         """All settings as plain JSON values."""

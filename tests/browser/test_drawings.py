@@ -13,6 +13,7 @@ from serving import NAME, has_weights
 from workflows import example
 
 from retrieval_core.sampling.controls import CURVES, parse_curve
+from retrieval_core.sampling.presets import PRESETS
 
 needs_weights = pytest.mark.skipif(
     not has_weights(), reason="retrieval_core/paperdoll/weights has no files yet"
@@ -214,6 +215,19 @@ def test_the_curve_is_the_samplers(page):
     assert page.run(f"{module}.then(({{ parseCurve }}) => {refused})")
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_limits_a_trained_network_as_the_samplers_does(page, name):
+    page.open()
+    module = f"import('/extensions/{NAME}/retrieval.js')"
+    for strength, start, end in ((1.0, 0.0, 1.0), (2.0, 0.8, 0.9), (0.5, 0.1, 0.6)):
+        given = {"strength": strength, "start": start, "end": end, "preset": name}
+        drawn = page.run(
+            f"{module}.then(({{ limitSchedule }}) => limitSchedule({json.dumps(given)}))"
+        )
+        limited = PRESETS[name].limit(strength, start, end)
+        assert (drawn["strength"], drawn["end"]) == limited and drawn["start"] == start
+
+
 def test_the_curve_follows_edits(any_page):
     any_page.run(
         """["RetrievalControls", "RetrievalApplyReferences"].forEach((name, i) => {
@@ -240,6 +254,12 @@ def test_the_curve_follows_edits(any_page):
     assert said(controls) == "strength 0 to 1, from 0 % to 100 % of sampling"
     assert said(apply) == "strength 0 to 1, from 0 % to 50 % of sampling"
     assert any_page.run(path) != before
+    set_value(any_page, "RetrievalApplyReferences", "preset", "character first")
+    shown = "strength 0 to 1, from 0 % to 50 % of sampling"
+    assert said(apply).split("\n") == [shown, "trained network: strength 0 to 1.5, until 50 %"]
+    assert any_page.run(f"{apply}.querySelectorAll('path').length") == 3
+    set_value(any_page, "RetrievalApplyReferences", "preset", "prompt first")  # until 70 %
+    assert said(apply) == shown
     set_value(any_page, "RetrievalControls", "strength_curve", "numbers")
     set_value(any_page, "RetrievalControls", "curve_numbers", "1, x")
     assert said(apply) == said(controls) == "'1, x' is not numbers with commas between them."

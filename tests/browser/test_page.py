@@ -175,7 +175,7 @@ def test_the_help_of_every_node_is_shown(page, node_info):
 
 
 @pytest.mark.parametrize("locale", LOCALES)
-def test_titles_are_translated(page, node_info, locale):
+def test_titles_and_what_is_drawn_are_translated(page, node_info, locale):
     page.open(**{"Comfy.Locale": locale})
     add(page, own(node_info))
     page.screenshot(f"locale {locale}")
@@ -183,6 +183,11 @@ def test_titles_are_translated(page, node_info, locale):
     titles = page.run("Object.fromEntries(app.graph.nodes.map((n) => [n.comfyClass, n.title]))")
     for name in own(node_info):
         assert titles[name] == told[name]["display_name"]
+    drawn = page.run(
+        """app.graph.nodes.find((node) => node.comfyClass === "RetrievalApplyReferences").widgets
+            .find((widget) => widget.name === "drawn_curve").element.textContent"""
+    )
+    assert told["RetrievalApplyReferences"]["inputs"]["strength"]["name"] in drawn
 
 
 def test_a_tooltip_and_a_help_page_are_translated(page):

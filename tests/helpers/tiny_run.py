@@ -81,12 +81,13 @@ if __name__ == "__main__":
     folder, delay = Path(sys.argv[1]), float(sys.argv[2])
     config = set_up(folder, **json.loads(sys.argv[3]))
     if delay:  # between steps
-        print("process", os.getpid(), flush=True)
+        # One write a line: torchrun starts Python with -u, and two processes share the pipe.
+        print(f"process {os.getpid()}\n", end="", flush=True)
         update = training_run.CpuAverage.update
 
         def slow(self, step, is_last):
             time.sleep(delay)
-            print("step", step, flush=True)
+            print(f"step {step}\n", end="", flush=True)
             update(self, step, is_last)
 
         training_run.CpuAverage.update = slow

@@ -55,6 +55,20 @@ def test_it_is_one_node_that_the_frontend_can_list(blueprint):
     assert all(name in names[node] for node, name in proxies if node != "-1")
 
 
+def test_what_masks_mark_and_the_preset_are_its_own_settings(blueprint):
+    """For all of its nodes: a mask of a segmentation node marks the subject."""
+    (outer,), (inner,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    proxies = outer["properties"]["proxyWidgets"]
+    inputs = {slot["name"]: set(slot["linkIds"]) for slot in inner["inputs"]}
+    for kind, name in ((ENCODE, "mask_marks"), (APPLY, "preset")):
+        nodes = [node for node in inner["nodes"] if node["type"] == kind]
+        links = {slot["link"] for n in nodes for slot in n["inputs"] if slot["name"] == name}
+        if ["-1", name] in proxies:
+            assert links == inputs[name] and len(links) == len(nodes)
+        else:
+            assert [[str(node["id"]), name] for node in nodes] == [p for p in proxies if name in p]
+
+
 def test_its_nodes_exist_with_valid_links_and_values(blueprint, node_info):
     (inner,) = blueprint["definitions"]["subgraphs"]
     nodes = {node["id"]: node for node in inner["nodes"]}

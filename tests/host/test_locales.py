@@ -137,6 +137,33 @@ def list_parts(page: str) -> dict[str, list[str]]:
     }
 
 
+def read_drawn() -> dict[str, dict[str, str]]:
+    """Language -> key -> text of what web/retrieval.js draws on nodes."""
+    script = (PACK / "web" / "retrieval.js").read_text(encoding="utf-8")
+    table = script.partition("\nconst TEXTS = {\n")[2].partition("\n};")[0]
+    blocks = re.findall(r"^  (\w+): {\n(.*?)^  },", table + "\n", re.DOTALL | re.MULTILINE)
+    entry = re.compile(r'^    (\w+):((?:\s*"[^"]*"(?: \+)?)+),$', re.MULTILINE)
+    return {
+        language: {
+            key: "".join(re.findall('"([^"]*)"', text)) for key, text in entry.findall(block)
+        }
+        for language, block in blocks
+    }
+
+
+@languages
+def test_what_is_drawn_on_nodes_is_translated_with_its_values(language):
+    drawn = read_drawn()
+    english, translated = drawn["en"], drawn[language]
+    script = (PACK / "web" / "retrieval.js").read_text(encoding="utf-8")
+    assert translated.keys() == english.keys() >= set(re.findall(r'\bsay\("(\w+)"', script))
+    assert all(f'"{key}"' in script for key in english)
+    for key, text in translated.items():
+        values = (sorted(re.findall(r"{\w+}", one)) for one in (text, english[key]))
+        assert len({tuple(names) for names in values}) == 1, key
+        assert key == "range" or LETTERS[language].search(text), key
+
+
 def test_the_server_gives_the_frontend_all_translations(server):
     served = server.json("/i18n")
     for language in LETTERS:

@@ -15,6 +15,7 @@ from retrieval_pack.nodes.retrieval_map import SHARES, STRONGEST, RetrievalMap
 from retrieval_pack.retrieval_core.paperdoll.model import CONFIG as PAPERDOLL
 from retrieval_pack.retrieval_core.sampling.applications import Retrieval
 from retrieval_pack.retrieval_core.sampling.attention_map import choose_map_site
+from retrieval_pack.retrieval_core.sampling.controls import Controls
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,6 @@ def test_the_shares_are_the_attention_of_each_row_to_each_reference(dolls, refs,
 
 
 def test_a_budget_does_not_blur_the_map(dolls, refs):
-    from retrieval_pack.retrieval_core.sampling.controls import Controls
-
     maps = []
     for controls in (None, Controls(token_budget=8)):
         patched = apply_references(dolls.model, refs, 0.001, controls=controls)
@@ -191,8 +190,20 @@ def test_the_page_is_told_the_shares_of_each_reference(dolls, refs):
     assert not any(one.tokens for one in recorded.references())
 
 
-def test_strength_0_shows_nothing_and_no_run_is_refused(dolls, refs):
-    recording, recorded = RetrievalRecordMap.execute(apply_references(dolls.model, refs, 0.0)).args
+@pytest.mark.parametrize(
+    ("strength", "settings"),
+    [
+        (0.0, {}),
+        (1.0, {"start": 0.98, "end": 0.99}),
+        (1.0, {"controls": Controls(groups=(1.0, 0.0, 1.0))}),
+    ],
+    ids=["strength 0", "no step", "site switched off"],
+)
+def test_where_no_reference_acts_the_map_is_empty_and_no_run_is_refused(
+    dolls, refs, strength, settings
+):
+    patched = apply_references(dolls.model, refs, strength, **settings)
+    recording, recorded = RetrievalRecordMap.execute(patched).args
     shown = images(1, 32)
     with pytest.raises(ValueError, match="No sampler has filled") as caught:
         RetrievalMap.execute(recorded, shown, SHARES, 0)
@@ -201,6 +212,7 @@ def test_strength_0_shows_nothing_and_no_run_is_refused(dolls, refs):
     out = RetrievalMap.execute(recorded, shown, SHARES, 0)
     overlay, masks = out.args
     assert out.ui["retrieval_map"][0]["references"] == []
+    assert out.ui["retrieval_map"][0]["shares"] == ""
     assert float(masks.max()) == 0.0 and masks.shape == (1, 32, 32)
     assert torch.equal(overlay[..., 0], overlay[..., 1])
 

@@ -39,7 +39,8 @@ from retrieval_pack.nodes.train_retrieval_controlnet import CONNECTED, Retrieval
 from retrieval_pack.retrieval_core.bank.encoding import split_features
 from retrieval_pack.retrieval_core.network.controlnet import load
 from retrieval_pack.retrieval_core.sampling.noise_schedule import NoiseSchedule
-from retrieval_pack.retrieval_core.training import progress_sheet, training_run
+from retrieval_pack.retrieval_core.training import memory_estimate, progress_sheet, training_run
+from retrieval_pack.retrieval_core.training.memory_estimate import check_memory
 from retrieval_pack.retrieval_core.training.paper_objective import seed_generator
 from serving import messages
 from test_architectures import NARROW_SDXL
@@ -265,6 +266,37 @@ def test_an_interruption_while_a_sheet_is_drawn_waits_for_the_step(place):
     assert not management.processing_interrupted()
     part = load(place / NETWORKS / "mine_00001_.safetensors")
     assert part.card.training["steps_done"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 8}, ["rank 8 has no effect", "set rank to 0", "'encoder'"]),
+        ({"rank": -1}, ["rank is -1"]),
+        ({"trained": "lock_both"}, ["trained is 'lock_both'", "'nothing else'"]),
+    ],
+)
+def test_what_is_trained_and_its_rank_are_refused_before_queueing(place, changes, words):
+    settings = {"trained": "nothing else", "rank": 0, **changes}
+    sentence = RetrievalTrainControlNet.validate_inputs(**settings)
+    assert refused(train, **settings) == sentence
+    assert all(word in sentence for word in words)
+    # A linked value is None.
+    assert RetrievalTrainControlNet.validate_inputs(None, 8) is True
+    assert RetrievalTrainControlNet.validate_inputs("nothing else", None) is True
+
+
+def test_sentences_name_the_nodes_settings(place, monkeypatch):
+    """And recommend none that only the command line has."""
+    assert "training setting resolution is 32" in refused(train, resolution=32)
+    monkeypatch.setattr(memory_estimate.importlib.util, "find_spec", lambda name: True)
+    none = place / "none"
+    config = network_training.NodeConfig(none, none, none, size=64, batch_size=1, rank=2)
+    least = replace(config, checkpoint_activations=True)
+    with torch.inference_mode(False):
+        some, no = (refused(check_memory, one, TINY_SD15, "sd15", 0) for one in (config, least))
+    assert "save_memory = true would save most" in some
+    assert "smaller resolution or base" in no
 
 
 def test_a_data_set_without_identities_is_refused(place):

@@ -166,6 +166,13 @@ def test_a_lora_changes_what_is_read_but_not_the_fingerprint(net, refs):
     assert other.maker.fingerprint != net.maker.fingerprint
 
 
+def test_references_of_another_checkpoint_are_refused_and_both_are_named(refs):
+    other = model_from(checkpoint(TINY_SD15, seed=5))
+    named = r"\(weights (\w{8})\) than .* \(weights (?!\1)\w{8}\); connect the same checkpoint"
+    with pytest.raises(RetrievalError, match=named):
+        apply_references(other, refs, 1.0)
+
+
 def test_clip_and_vae_of_another_base_are_refused(net):
     with pytest.raises(RetrievalError, match="text of width 1024"):
         encoded(net, clip=FakeCLIP(1024))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import comfy.utils
+import folder_paths
 import pytest
 from making import TINY_SD15, checkpoint, encoded, loaded, model_from
-from retrieval_pack.nodes.load_retrieval_controlnet import FILE, HUB
+from retrieval_pack.nodes.host.folders import NETWORKS
+from retrieval_pack.nodes.load_retrieval_controlnet import FILE, HUB, RetrievalControlNetLoader
+from retrieval_pack.retrieval_core.errors import RetrievalError
 from serving import with_inputs
 from workflows import api_form, example, the_node
 
@@ -53,6 +56,38 @@ def test_a_bad_value_is_refused_before_queueing(server, prompt, kind, inputs, wo
     assert all(word in sentence for word in words), sentence
     assert sentence.endswith(".") and "\n" not in sentence
     assert not server.json("/queue")["queue_pending"]
+
+
+@pytest.fixture
+def networks(monkeypatch, tmp_path):
+    """The host's folder of networks, empty."""
+    kind = ([str(tmp_path)], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, NETWORKS, kind)
+    folder_paths.filename_list_cache.pop(NETWORKS, None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop(NETWORKS, None)
+
+
+@pytest.mark.parametrize("file", [None, "none"])
+def test_an_empty_folder_of_networks_is_said_to_be_empty(networks, file):
+    """Its list on the page is empty too, and the page queues null."""
+    choice = {"network": FILE, "file": file}
+    sentence = RetrievalControlNetLoader.validate_inputs(choice)
+    assert f"in models/{NETWORKS}; the folder has none, so put one there and press R" in sentence
+    assert sentence.endswith(".") and sentence.count(". ") == 0
+    with pytest.raises(RetrievalError) as caught:
+        RetrievalControlNetLoader.execute(model_from(checkpoint(TINY_SD15)), choice)
+    assert str(caught.value) == sentence
+
+
+def test_a_file_put_there_after_the_page_was_loaded_is_to_be_chosen(networks):
+    (networks / "new.safetensors").touch()
+    choice = {"network": FILE, "file": None}
+    # Before queueing, a link looks the same.
+    assert RetrievalControlNetLoader.validate_inputs(choice) is True
+    assert RetrievalControlNetLoader.fingerprint_inputs(choice) == "missing"
+    with pytest.raises(RetrievalError, match=f"No file is chosen in models/{NETWORKS}; choose"):
+        RetrievalControlNetLoader.execute(model_from(checkpoint(TINY_SD15)), choice)
 
 
 def test_references_are_not_encoded_at_strength_0(server, node_info):
