@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrievalError
 from ..files import check_format, parse_json, read_safetensors, save_safetensors
-from .decoder_factors import expand_decoder, factorise_decoder
+from .decoder_factors import expand_decoder, factorise_decoder, measure_error
 from .retrieval_site import RetrievalSite, choose_query_pools
 from .unet import (
     AttentionFunction,
@@ -202,10 +202,14 @@ class RetrievalControlNet(nn.Module):
 
         Args:
             decoder_rank: of the products that the decoder's difference is stored as; None: whole.
+                The provenance then has "decoder_rank" and "decoder_error" (`measure_error`).
         """
         decoder, version = self.decoder, 2 if self.decoder_is_difference else 1
+        training = self.card.training
         if decoder and decoder_rank is not None:
             decoder, version = factorise_decoder(decoder, decoder_rank), 3
+            error = measure_error(self.decoder, decoder)
+            training = {**training, "decoder_rank": decoder_rank, "decoder_error": error}
         tensors = dict(self.state_dict())
         tensors |= {f"decoder.{k}": v for k, v in decoder.items()}
         if dtype is not None:
@@ -216,7 +220,7 @@ class RetrievalControlNet(nn.Module):
             "base": self.card.base,
             "config": json.dumps(asdict(self.config)),
             "recommended": json.dumps(self.card.recommended),
-            "training": json.dumps(self.card.training),
+            "training": json.dumps(training),
         }
         if self.query_pooling > 1:
             metadata["query_pooling"] = str(self.query_pooling)

@@ -24,7 +24,7 @@ from .settings import Lock
 _FREE = {
     "base", "data", "out", "network", "vae", "text_encoder", "tokenizer", "preset", "batch_size",
     "accumulate", "checkpoint_activations", "checkpoint_every", "keep_checkpoints", "sheet_every",
-    "clip", "dino", "workers", "cache",
+    "clip", "dino", "workers", "cache", "decoder_rank",
 }  # fmt: skip
 CACHE = Path.home() / ".cache" / "retrieval_controlnet"
 
@@ -93,6 +93,9 @@ class RunConfig:
 
     lock: Lock = _option("what is not trained (§5.4)", "train_both")
     rank: int | None = _option("of low-rank training of encoder and decoder (full)", None)
+    decoder_rank: int | None = _option(
+        "of the file's decoder, which loses what its card's decoder_error says (as trained)", None
+    )
     token_budget: Literal["automatic"] | int | None = _option(
         "most tokens of the bank at a site", "automatic"
     )
@@ -153,7 +156,8 @@ class RunConfig:
 
         for name in (
             "references", "targets", "views", "steps", "batch_size", "accumulate",
-            "checkpoint_every", "keep_checkpoints", "rank", "token_budget", "sheet_every",
+            "checkpoint_every", "keep_checkpoints", "rank", "decoder_rank", "token_budget",
+            "sheet_every",
         ):  # fmt: skip
             value = getattr(self, name)
             check(name, not isinstance(value, int) or value >= 1, "1 or more")
@@ -180,6 +184,11 @@ class RunConfig:
             raise RetrievalError(
                 f"The rank {self.rank} has no effect with lock_both, which trains neither encoder "
                 "nor decoder; leave it out or choose lock_decoder or train_both."
+            )
+        if self.lock != "train_both" and self.decoder_rank is not None:
+            raise RetrievalError(
+                f"The decoder_rank {self.decoder_rank} has no effect with {self.lock}, which does "
+                "not train the decoder; leave it out or choose train_both."
             )
         if self.optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise RetrievalError(

@@ -353,5 +353,5 @@ def write_network(
         data_set=fingerprint_index(cache.data_set),
         prediction=base.schedule.prediction,
     )
-    network.save(path, torch.float16, config.rank)
+    network.save(path, torch.float16, config.decoder_rank or config.rank)
     print(f"The network is saved in '{path}'.", flush=True)
