@@ -40,6 +40,8 @@ DECODER_PARTS = ("output_blocks.", "out.")
 # Factor by base; a paper doll's full-resolution sites have only 16 x 16 positions.
 QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
 BASES = tuple(QUERY_POOLING)
+# Edge in pixels that each base was trained at, the default size of its references.
+NATIVE_SIZE = {"sd15": 512, "sd21": 768, "sdxl": 1024, "paperdoll": 64}
 MOST_POOLING = 8
 
 Guidance = Literal["cond", "both"]

@@ -89,7 +89,7 @@ class RunState:
 
 
 def flatten_state(values: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, Any]]:
-    """A parameter's optimiser state without nested dicts (bitsandbytes'): keys joined by slashes."""
+    """A parameter's optimiser state with bitsandbytes' nested dicts as keys joined by slashes."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flatten_state(value, f"{outer}{key}/")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 
 from ..data.data_set import open_data_set
 from ..errors import RetrievalError, import_library
-from ..network.controlnet import RetrievalControlNet
+from ..network.controlnet import NATIVE_SIZE, RetrievalControlNet
 from .base_checkpoint import Base
 from .cpu_average import CpuAverage
 from .latent_cache import (
     LatentCache,
+    check_disk,
     describe_targets,
     fill_cache,
     fingerprint_index,
@@ -62,6 +64,7 @@ def train(
         RetrievalError: the device has too little memory, the folder holds another run, the data
             set was changed or has no targets, the disk is full, or a loss is not finite.
     """
+    config = replace(config, size=config.size or NATIVE_SIZE[base.name])
     accelerator = accelerator or make_accelerator(config)
     device, schedule = accelerator.device, base.schedule
     rank, world = accelerator.process_index, accelerator.num_processes
