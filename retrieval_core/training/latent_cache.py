@@ -274,8 +274,8 @@ def check_disk(cache: LatentCache, base: Base) -> str:
     if missing > free:
         raise RetrievalError(
             f"The cache of latents and prompts needs {missing / GIB:.1f} GiB in '{home}', of which "
-            f"{free / GIB:.1f} GiB are free; set cache to a folder on another disk, or views below "
-            f"{cache.views}."
+            f"{free / GIB:.1f} GiB are free; make room there, or set cache to a folder on another "
+            f"disk or views below {cache.views}."
         )
     return f"The cache of latents and prompts takes {needed / GIB:.1f} GiB in '{cache.folder}'."
 
