@@ -24,8 +24,6 @@ _SIGNATURES = {
     (320, 2048, True, 2816): "sdxl",
     (64, 64, False, None): "paperdoll",
 }
-# Edge in pixels that each base was trained at, the default size of its references.
-NATIVE_SIZE = {"sd15": 512, "sd21": 768, "sdxl": 1024, "paperdoll": 64}
 
 
 @dataclass(frozen=True)

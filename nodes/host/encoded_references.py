@@ -25,8 +25,9 @@ from ...retrieval_core.data.prepare import (
     prepare,
 )
 from ...retrieval_core.errors import RetrievalError
+from ...retrieval_core.network.controlnet import NATIVE_SIZE
 from ...retrieval_core.training_free.subject_mask import LEAST_COVERED
-from .base_model import NATIVE_SIZE, check_given, identify_model
+from .base_model import check_given, identify_model
 from .loading import make_progress
 from .reference_network import ReferenceNetwork
 

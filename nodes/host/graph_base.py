@@ -144,6 +144,9 @@ def detect_schedule(sampling: Any) -> NoiseSchedule:
     with torch.inference_mode():
         sigmas = getattr(sampling, "sigmas", ones).double().cpu()
         denoised = sampling.calculate_denoised(sigma, ones, 2 * ones)
+    # Zero terminal SNR with eps, which the command refuses as a wrong setting of a checkpoint, is
+    # what this MODEL was patched to: the network is trained on the noise that it will be used with,
+    # and only the last of its steps teaches nothing.
     for prediction, zero in product(("eps", "v"), (False, True)):
         schedule = NoiseSchedule(prediction=prediction, zero_terminal_snr=zero)
         same = sigmas.shape == (schedule.steps,)

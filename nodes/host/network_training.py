@@ -20,11 +20,11 @@ from torch import Tensor
 from ...retrieval_core.data import DataSet
 from ...retrieval_core.data.stages import digest_json
 from ...retrieval_core.files import write_text
+from ...retrieval_core.network.controlnet import NATIVE_SIZE
 from ...retrieval_core.training.latent_cache import fingerprint_index
 from ...retrieval_core.training.run_config import RunConfig
 from ...retrieval_core.training.single_device import SingleDevice
 from ...retrieval_core.training.training_run import train
-from .base_model import NATIVE_SIZE
 from .dataset_folder import CACHE, list_homes
 from .folders import NETWORKS, choose_path, first_path
 from .graph_base import make_base

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrievalError
 from ..files import check_format, parse_json, read_safetensors, save_safetensors
-from .decoder_factors import expand_decoder, factorise_decoder
+from .decoder_factors import expand_decoder, factorise_decoder, measure_error
 from .retrieval_site import RetrievalSite, choose_query_pools
 from .unet import (
     AttentionFunction,
@@ -40,6 +40,8 @@ DECODER_PARTS = ("output_blocks.", "out.")
 # Factor by base; a paper doll's full-resolution sites have only 16 x 16 positions.
 QUERY_POOLING = {"sd15": 2, "sd21": 2, "sdxl": 2, "paperdoll": 1}
 BASES = tuple(QUERY_POOLING)
+# Edge in pixels that each base was trained at, the default size of its references.
+NATIVE_SIZE = {"sd15": 512, "sd21": 768, "sdxl": 1024, "paperdoll": 64}
 MOST_POOLING = 8
 
 Guidance = Literal["cond", "both"]
@@ -202,10 +204,14 @@ class RetrievalControlNet(nn.Module):
 
         Args:
             decoder_rank: of the products that the decoder's difference is stored as; None: whole.
+                The provenance then has "decoder_rank" and "decoder_error" (`measure_error`).
         """
         decoder, version = self.decoder, 2 if self.decoder_is_difference else 1
+        training = self.card.training
         if decoder and decoder_rank is not None:
             decoder, version = factorise_decoder(decoder, decoder_rank), 3
+            error = measure_error(self.decoder, decoder)
+            training = {**training, "decoder_rank": decoder_rank, "decoder_error": error}
         tensors = dict(self.state_dict())
         tensors |= {f"decoder.{k}": v for k, v in decoder.items()}
         if dtype is not None:
@@ -216,7 +222,7 @@ class RetrievalControlNet(nn.Module):
             "base": self.card.base,
             "config": json.dumps(asdict(self.config)),
             "recommended": json.dumps(self.card.recommended),
-            "training": json.dumps(self.card.training),
+            "training": json.dumps(training),
         }
         if self.query_pooling > 1:
             metadata["query_pooling"] = str(self.query_pooling)

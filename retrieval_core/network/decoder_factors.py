@@ -51,3 +51,13 @@ def expand_decoder(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif part != "down" or f"{weight}.up" not in stored:
             decoder[name] = tensor
     return decoder
+
+
+def measure_error(decoder: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> float:
+    """Norm of what `factorise_decoder` loses, over the norm of the whole difference."""
+    expanded, lost, whole = expand_decoder(stored), 0.0, 0.0
+    for name, weight in decoder.items():
+        whole += float(weight.float().square().sum())
+        if name in expanded:
+            lost += float((weight.float() - expanded[name].float()).square().sum())
+    return (lost / whole) ** 0.5 if whole else 0.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from .correspondence import UNKNOWN
 from .objective import resize_mask
 from .run_config import RunConfig
 
+GIB = 2**30
 VERSION = 2  # to be raised whenever the content of a shard changes
 PICTURES, PROMPTS = 16, 256  # in a shard
 CONCEPTS: tuple[Concept, ...] = get_args(Concept)
@@ -242,6 +244,40 @@ def describe_targets(cache: LatentCache) -> str:
         f"{told}; {left_out.sum()} pictures are left out{among}, because no other picture shows "
         "their character in the same outfit by the same artist."
     )
+
+
+def measure_cache(cache: LatentCache, base: Base) -> int:
+    """Bytes of the whole cache, by what VAE and text encoders make of a small input."""
+    edge = 64
+    with torch.inference_mode():
+        latent = base.vae.encode(torch.zeros(1, 3, edge, edge))[0]
+        prompt, y = base.encode_prompts([""], [(cache.size, cache.size)])
+    channels, positions = len(latent), latent[0].numel() * (cache.size / edge) ** 2
+    parts = LABELS**2 if cache.has_parts else 0
+    backgrounds = np.where(cache.has_mask, len(cache.backgrounds), 1)
+    targets = cache.wanted[TARGET].sum()
+    references = sum((cache.wanted[concept] * backgrounds).sum() for concept in CONCEPTS)
+    pictures = targets * (2 * channels + 2 + parts) + references * (2 * channels + 1 + parts)
+    prompts = 2 * len(cache.texts) * (prompt.numel() + (0 if y is None else y.numel()))
+    return int(cache.views * positions * pictures) + prompts
+
+
+def check_disk(cache: LatentCache, base: Base) -> str:
+    """One line on the disk space that the cache takes.
+
+    Raises RetrievalError if the disk has no room for what is missing.
+    """
+    needed = measure_cache(cache, base)
+    missing = needed - sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
+    home = next(path for path in cache.folder.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(home).free
+    if missing > free:
+        raise RetrievalError(
+            f"The cache of latents and prompts needs {missing / GIB:.1f} GiB in '{home}', of which "
+            f"{free / GIB:.1f} GiB are free; make room there, or set cache to a folder on another "
+            f"disk or views below {cache.views}."
+        )
+    return f"The cache of latents and prompts takes {needed / GIB:.1f} GiB in '{cache.folder}'."
 
 
 def fingerprint_index(data_set: DataSet) -> str:

@@ -21,12 +21,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..bank.site_bank import Bank, SiteBank
+from ..bank.site_bank import Bank, SiteBank, make_network_bank
 from ..bank.token_budget import choose_budgets
+from ..bank.tokens import SiteTokens, Tokens
 from ..errors import RetrievalError
 from ..network.controlnet import Card, RetrievalControlNet
 from ..network.unet import UNet, UNetConfig
 from ..sampling.noise_schedule import NoiseSchedule
+from .correspondence import correspondence_loss
+from .latent_cache import LABELS
 from .paper_objective import HALF, PaperObjective
 from .run_config import RunConfig
 
@@ -35,6 +38,7 @@ GIB = 2**30
 WORKSPACE = GIB
 _STATE = {"adamw": 8, "adamw-fused": 8, "adamw-8bit": 2}  # bytes of a trained value
 _CONTEXT = 77  # tokens of a prompt
+_PARTS = 16  # labels of a data set, about
 _RANK = 16  # suggested to who has too little memory
 
 
@@ -173,9 +177,12 @@ def _list_savings(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def rehearse_step(objective: PaperObjective, config: RunConfig) -> None:
-    """Forward and backward pass of one step on zeros; the gradients stay."""
+    """Forward and backward pass of one step on zeros, with all terms of the loss that cost much.
+
+    The gradients stay.
+    """
     shape, edge = objective.unet.config, config.size // 8
-    batch, references = config.batch_size, config.references
+    batch, references, sites = config.batch_size, config.references, objective.network.retrieval
     latents = torch.zeros(batch * config.targets, shape.out_channels, edge, edge)
     context = torch.zeros(len(latents), _CONTEXT, shape.context_dim)
     y = None if shape.adm_in_channels is None else torch.zeros(len(latents), shape.adm_in_channels)
@@ -186,17 +193,33 @@ def rehearse_step(objective: PaperObjective, config: RunConfig) -> None:
     features = objective.network.encode_features(
         repeat(latents), repeat(context), None if y is None else repeat(y)
     )
+    tokens = {
+        site: found.reshape(batch, 1, -1, found.shape[3]) for site, (found, _) in features.items()
+    }
     budgets = choose_budgets(config.token_budget, shape.site_downsampling(), (edge, edge))
-    sites = {}
-    for site, layer in objective.network.retrieval.items():
-        tokens = features[site][0].reshape(batch, -1, layer.channels)
+    merged = {}
+    for site, layer in sites.items():
         # In place of merged tokens, which depend on values, the first ones.
-        kept = layer.norm_reference(tokens)[:, : budgets[site]]
+        kept = layer.norm_reference(tokens[site][:, 0])[:, : budgets[site]]
         owner = torch.zeros(kept.shape[1], dtype=torch.long)
-        sites[site] = SiteBank(layer.to_k(kept), layer.to_v(kept), None, owner)
-    bank = Bank(sites, references)
-    prediction = objective.predict(latents, torch.zeros(len(latents)), context, y, bank)
-    prediction.float().square().mean().backward()
+        merged[site] = SiteBank(layer.to_k(kept), layer.to_v(kept), None, owner)
+    bank, still = Bank(merged, references), torch.zeros(len(latents))
+    emb, seen = objective.encode(latents, still, context, y)
+    loss = objective.decode(seen, emb, context, bank).float().square().mean()
+    if config.correspondence:
+        owner = torch.zeros(0, dtype=torch.long)
+        given = {site: SiteTokens(found, None, owner) for site, found in tokens.items()}
+        whole = make_network_bank(objective.network, Tokens(given, references, (edge, edge)))
+        parts, shown = (
+            torch.zeros(len(given), LABELS * edge, LABELS * edge, dtype=torch.uint8)
+            for given in (latents, repeat(latents))
+        )
+        generator = torch.Generator()
+        loss = loss + correspondence_loss(sites, seen, whole, parts, shown, _PARTS, generator)
+    if objective.reader is not None:
+        _, clean = objective.encode(latents, still, context, y)
+        loss = loss + objective.reader.loss(sites, seen, clean, bank, latents[:, :1])
+    loss.backward()
 
 
 class LiveMemory(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..metrics.encoders import load_clip, load_dino
 from ..metrics.model_folder import find_model
 from ..metrics.protocols import ImageEmbedder
-from ..metrics.similarity import embed_references, similarity
+from ..metrics.similarity import embed_references, similarity, text_similarity
 from ..sampling.sampler import Denoise, sample
 from ..sheets import Row, Tile, write_sheet
 from .base_checkpoint import Base
@@ -31,12 +32,15 @@ class ProgressSheet:
     A row shows a target's references, the target and what the network makes of the references and
     the target's prompt, from the same noise on every sheet. The items are the first of the run,
     with prompts and references. Where the settings name a CLIP or DINO model, each picture has its
-    CLIP-I or DINO-I: the mean cosine similarity to its references, in percent.
+    CLIP-I or DINO-I, the mean cosine similarity to its references, and with CLIP its CLIP-T, the
+    one to its prompt, in percent.
     """
 
     def __init__(self, config: RunConfig, base: Base, cache: LatentCache) -> None:
         shown = TaskItems(cache, replace(config, text_drop=0.0, reference_drop=0.0, targets=1))
-        self.batch = collate_items([shown[i] for i in range(min(_PICTURES, len(shown)))])
+        numbers = range(min(_PICTURES, len(shown)))
+        self.batch = collate_items([shown[i] for i in numbers])
+        self.prompts = [cache.texts[cache.prompts[shown.find_target(i)]] for i in numbers]
         self.empty = cache.read_prompt(0)
         self.config, self.vae = config, base.vae
         self.encoders: dict[str, ImageEmbedder] = {}
@@ -54,19 +58,15 @@ class ProgressSheet:
         device = next(objective.parameters()).device
         batch = self.batch.to(device, torch.float32)
         latents = sample_batch(objective, batch, self.empty, self.config.seed)
-        pictures, targets, references = (
-            self._decode(t, device)
-            for t in (latents, batch.latents, batch.reference_latents.flatten(0, 1))
-        )
-        self.vae.to("cpu")
-        groups = references.split(batch.used.shape[1])
-        scores = {
-            name: [
-                similarity(encoder.embed_images(one[None]), embed_references(shown, encoder)).item()
-                for one, shown in zip(pictures, groups)
-            ]
-            for name, encoder in self.encoders.items()
-        }
+        # In full precision: in float16 SDXL's VAE overflows.
+        with torch.autocast(device.type, enabled=False):
+            pictures, targets, references = (
+                self._decode(t, device)
+                for t in (latents, batch.latents, batch.reference_latents.flatten(0, 1))
+            )
+            self.vae.to("cpu")
+            groups = references.split(batch.used.shape[1])
+            scores = self._score(pictures, groups)
         rows = []
         for i, (names, shown) in enumerate(zip(batch.names, groups)):
             told = [f"{name} {values[i]:.1f}" for name, values in scores.items()]
@@ -76,6 +76,20 @@ class ProgressSheet:
         weights = "" if self.config.ema_decay is None else ", averaged weights"
         write_sheet(path, self.config.out.resolve().name, f"step {step}{weights}", rows)
         return path, {name: sum(values) / len(values) for name, values in scores.items()}
+
+    def _score(self, pictures: Tensor, groups: Sequence[Tensor]) -> dict[str, list[float]]:
+        """Each score of each picture; groups: the pictures' references."""
+        scores = {
+            name: [
+                similarity(encoder.embed_images(one[None]), embed_references(shown, encoder)).item()
+                for one, shown in zip(pictures, groups)
+            ]
+            for name, encoder in self.encoders.items()
+        }
+        if "CLIP-I" in self.encoders:
+            clip = self.encoders["CLIP-I"]
+            scores["CLIP-T"] = text_similarity(pictures, self.prompts, clip).values.tolist()
+        return scores
 
     def _decode(self, latents: Tensor, device: torch.device) -> Tensor:
         """Pictures [N, 3, H, W] in 0..1, one latent at a time."""

@@ -24,7 +24,7 @@ from .settings import Lock
 _FREE = {
     "base", "data", "out", "network", "vae", "text_encoder", "tokenizer", "preset", "batch_size",
     "accumulate", "checkpoint_activations", "checkpoint_every", "keep_checkpoints", "sheet_every",
-    "clip", "dino", "workers", "cache",
+    "clip", "dino", "workers", "cache", "decoder_rank",
 }  # fmt: skip
 CACHE = Path.home() / ".cache" / "retrieval_controlnet"
 
@@ -86,13 +86,20 @@ class RunConfig:
     references: int = _option("references of a target; of a composition, half are faces", 4)
     targets: int = _option("targets of one outfit that share their references", 1)
     views: int = _option("random views of each picture and concept in the cache", 4)
-    size: int = _option("edge of targets and references in pixels", 512)
+    size: int | None = _option(
+        "edge of targets and references in pixels (the base's: 512, of SD 2.x 768, of SDXL 1024)",
+        None,
+    )
     text_drop: float = _option("probability of an empty prompt", 0.5)
     reference_drop: float = _option("probability of no references", 0.05)
     remove_background: float = _option("probability of filling a reference's background", 0.5)
 
     lock: Lock = _option("what is not trained (§5.4)", "train_both")
     rank: int | None = _option("of low-rank training of encoder and decoder (full)", None)
+    decoder_rank: int | None = _option(
+        "of the products that the file has of the decoder's difference (that of rank, or whole)",
+        None,
+    )
     token_budget: Literal["automatic"] | int | None = _option(
         "most tokens of the bank at a site", "automatic"
     )
@@ -154,7 +161,8 @@ class RunConfig:
 
         for name in (
             "references", "targets", "views", "steps", "batch_size", "accumulate",
-            "checkpoint_every", "keep_checkpoints", "rank", "token_budget", "sheet_every",
+            "checkpoint_every", "keep_checkpoints", "rank", "decoder_rank", "token_budget",
+            "sheet_every",
         ):  # fmt: skip
             value = getattr(self, name)
             check(name, not isinstance(value, int) or value >= 1, "1 or more")
@@ -168,7 +176,8 @@ class RunConfig:
             "noise_offset",
         ):  # fmt: skip
             check(name, 0 <= getattr(self, name) < math.inf, "a finite number of 0 or more")
-        check("size", self.size >= 64 and self.size % 8 == 0, "a multiple of 8 of 64 or more")
+        good = self.size is None or (self.size >= 64 and self.size % 8 == 0)
+        check("size", good, "a multiple of 8 of 64 or more")
         check("query_pooling", self.query_pooling in (None, *range(1, 9)), "1 to 8")
         below = f"from 0 to below steps, {self.steps}"
         check("warmup_steps", 0 <= self.warmup_steps < self.steps, below)
@@ -181,6 +190,11 @@ class RunConfig:
             raise RetrievalError(
                 f"The rank {self.rank} has no effect with lock_both, which trains neither encoder "
                 "nor decoder; leave it out or choose lock_decoder or train_both."
+            )
+        if self.lock != "train_both" and self.decoder_rank is not None:
+            raise RetrievalError(
+                f"The decoder_rank {self.decoder_rank} has no effect with {self.lock}, which does "
+                "not train the decoder; leave it out or choose train_both."
             )
         if self.optimizer == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise RetrievalError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class RunState:
         tensors |= {f"average.{name}": t.clone() for name, t in self.average.averages.items()}
         names, numbers = list(self.parameters), {}
         for index, values in self.optimizer.state_dict()["state"].items():
-            for key, value in values.items():
+            for key, value in flatten_state(values):
                 entry = f"optimizer.{key}.{names[index]}"
                 if isinstance(value, Tensor):
                     tensors[entry] = copy_to_cpu(value)
@@ -58,23 +58,40 @@ class RunState:
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Takes over what `collect` gave."""
-        indices = {name: index for index, name in enumerate(self.parameters)}
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"weights.{name}"])
+        # Each process loads its own share alone. ZeRO's `load_state_dict` would hold a second copy
+        # of it on the device, and keeps fused AdamW's steps in main memory.
+        optimizer = self.optimizer.optim if self.is_sharded else self.optimizer
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        indices: dict[str, int] = {}
+        groups = []
+        for group in optimizer.param_groups:
+            indices |= {names[p]: i for i, p in enumerate(group["params"], len(indices))}
+            groups.append({**group, "params": [indices[names[p]] for p in group["params"]]})
         entries: dict[int, dict[str, Any]] = {}
         for entry, value in {**tensors, **state["optimizer"]}.items():
             kind, key, name = (*entry.split(".", 2), "")[:3]
-            if kind == "optimizer":
+            if kind == "optimizer" and name in indices:
+                *outer, key = key.split("/")
+                values = entries.setdefault(indices[name], {})
+                for one in outer:
+                    values = values.setdefault(one, {})
                 # In new memory: a view into the file may be aligned differently, and vector code
                 # then rounds differently.
-                value = value.clone() if isinstance(value, Tensor) else value
-                entries.setdefault(indices[name], {})[key] = value
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"weights.{name}"])
-        numbers, groups = iter(range(len(indices))), []
-        for group in self.optimizer.param_groups:
-            groups.append({**group, "params": [next(numbers) for _ in group["params"]]})
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+                values[key] = value.clone() if isinstance(value, Tensor) else value
+        optimizer.load_state_dict({"state": entries, "param_groups": groups})
         for name, average in self.average.averages.items():
             average.copy_(tensors[f"average.{name}"])
         self.average.updates = state["average_updates"]
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def flatten_state(values: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, Any]]:
+    """A parameter's optimiser state with bitsandbytes' nested dicts as keys joined by slashes."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten_state(value, f"{outer}{key}/")
+        else:
+            yield f"{outer}{key}", value

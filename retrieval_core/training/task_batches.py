@@ -102,7 +102,7 @@ class TaskItems(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         """The fields of `Batch` for one item, as lists of its targets and of its references."""
         cache, config = self.cache, self.config
-        row = self._find_target(number)
+        row = self.find_target(number)
         rng = np.random.default_rng([config.seed, number, 1])
         without_text, without_references, choice = rng.random(3).tolist()
         views, drops = [int(rng.integers(cache.views))], [without_text]
@@ -164,7 +164,8 @@ class TaskItems(Dataset[dict[str, Any]]):
         count = self.config.targets - 1
         return rng.choice(others, count, replace=len(others) < count).tolist()
 
-    def _find_target(self, number: int) -> int:
+    def find_target(self, number: int) -> int:
+        """The picture that is an item's first target."""
         epoch, position = divmod(number, len(self.targets))
         if epoch != self._epoch:
             rng = np.random.default_rng([self.config.seed, epoch, 0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 
 from ..data.data_set import open_data_set
 from ..errors import RetrievalError, import_library
-from ..network.controlnet import RetrievalControlNet
+from ..network.controlnet import NATIVE_SIZE, RetrievalControlNet
 from .base_checkpoint import Base
 from .cpu_average import CpuAverage
 from .latent_cache import (
     LatentCache,
+    check_disk,
     describe_targets,
     fill_cache,
     fingerprint_index,
@@ -40,7 +42,6 @@ from .settings import scale_learning_rate
 from .task_batches import make_loader
 from .terminal import Terminal, Watcher
 
-_NAMED = 8  # pictures named in a message
 _TIMEOUT = timedelta(days=1)  # of waiting for another process, which may be filling its cache
 
 
@@ -62,6 +63,7 @@ def train(
         RetrievalError: the device has too little memory, the folder holds another run, the data
             set was changed or has no targets, the disk is full, or a loss is not finite.
     """
+    config = replace(config, size=config.size or NATIVE_SIZE[base.name])
     accelerator = accelerator or make_accelerator(config)
     device, schedule = accelerator.device, base.schedule
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -71,7 +73,10 @@ def train(
         free, _ = torch.cuda.mem_get_info(device)
         accelerator.print(check_memory(config, base.unet.config, base.name, free, world))
     folder = RunFolder(config.out, config.keep_checkpoints)
-    cache = prepare_cache(config, base, accelerator, watcher)
+    cache = plan_cache(open_data_set(config.data), base, config)
+    accelerator.print(describe_targets(cache))
+    describe_run(folder, config, base, cache, world, writes=False)  # refuses before hours of work
+    complete_cache(cache, base, accelerator, watcher)
     describe_run(folder, config, base, cache, world, is_main)
 
     objective = make_objective(config, base).to(device)
@@ -81,10 +86,10 @@ def train(
     averaged = parameters if is_main and config.ema_decay is not None else {}
     average = CpuAverage(averaged, config.ema_decay or 0.0)
     state = RunState(parameters, optimizer.optimizer, average, accelerator.scaler, world > 1)
-    step = resume(folder, state)
+    step = resume(folder, state, world)
     sheet = ProgressSheet(config, base, cache) if is_main and config.sheet_every else None
 
-    passes: list[tuple[dict[str, Tensor], list[list[str]]]] = []  # of the current step
+    passes: list[tuple[dict[str, Tensor], list[str]]] = []  # losses and targets of this step
     interrupted = False
     with watcher.follow(step, config.steps):
         for batch in make_loader(cache, config, rank, world, step):
@@ -101,7 +106,8 @@ def train(
                 batch = batch.to(device, torch.float32)
                 losses = model(batch, *(t.to(device) for t in noise))
                 accelerator.backward(losses["loss"])
-                passes.append((losses, batch.names))
+                targets = [name for item in batch.names for name in item[: config.targets]]
+                passes.append((losses, targets))
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters.values(), config.clip_norm)
                     norm = float(norm)
@@ -169,25 +175,34 @@ def make_accelerator(config: RunConfig) -> Any:
             # Older torch takes a weight cast without gradient, while tokens are merged, for the
             # pass that needs its gradient.
             accelerate.utils.AutocastKwargs(cache_enabled=False),
+            # The buckets that processes exchange would be a second copy of all gradients.
+            accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     accelerator.init_trackers("tensorboard")
     return accelerator
 
 
-def prepare_cache(config: RunConfig, base: Base, accelerator: Any, watcher: Watcher) -> LatentCache:
-    """The cache of the data set's latents and prompts, filled by all processes together."""
-    cache = plan_cache(open_data_set(config.data), base, config)
-    accelerator.print(describe_targets(cache))
+def complete_cache(cache: LatentCache, base: Base, accelerator: Any, watcher: Watcher) -> None:
+    """Fills the cache of the data set's latents and prompts, all processes together.
+
+    Raises RetrievalError if it does not fit on the disk, or another process's shards are elsewhere;
+    see also `fill_cache`.
+    """
     if any(cache.find_missing()):
         base.vae.to(accelerator.device)
         base.prompts.to(accelerator.device)
+        accelerator.print(check_disk(cache, base))
         rank, world = accelerator.process_index, accelerator.num_processes
         fill_cache(cache, base, rank, world, watcher.show_caching)
     accelerator.wait_for_everyone()
     base.vae.to("cpu")
     base.prompts.to("cpu")
-    return cache
+    if any(cache.find_missing()):
+        raise RetrievalError(
+            f"The cache '{cache.folder}' lacks what other processes have computed; set cache to a "
+            "folder that all machines share."
+        )
 
 
 def describe_run(
@@ -267,19 +282,35 @@ def make_optimizer(
     return kind(groups, **options)
 
 
-def resume(folder: RunFolder, state: RunState) -> int:
-    """Goes on from the newest checkpoint, if there is one; returns the number of steps done."""
+def resume(folder: RunFolder, state: RunState, world: int) -> int:
+    """Goes on from the newest checkpoint, if there is one; returns the number of steps done.
+
+    Raises:
+        RetrievalError: the processes have found different checkpoints.
+    """
     found = folder.load_newest()
-    if found is None:
-        return 0
-    tensors, values = found
-    state.restore(tensors, values)
-    return values["step"]
+    step = found[1]["step"] if found else 0
+    steps = gather([step], world)
+    if len(set(steps)) > 1:
+        raise RetrievalError(
+            f"In '{folder.folder}', the processes find checkpoints of the steps "
+            f"{', '.join(map(str, steps))}; set out to a folder that all machines share."
+        )
+    if found:
+        state.restore(*found)
+    return step
+
+
+def gather(values: list[Any], world: int) -> list[Any]:
+    """The values of all processes, in their order."""
+    if world == 1:
+        return values
+    return import_library("accelerate", "train").utils.gather_object(values)
 
 
 def measure_step(
     accelerator: Any,
-    passes: list[tuple[dict[str, Tensor], list[list[str]]]],
+    passes: list[tuple[dict[str, Tensor], list[str]]],
     norm: float,
     interrupted: bool,
     step: int,
@@ -287,7 +318,7 @@ def measure_step(
     """The losses of a step, averaged over its passes and all processes, and whether to stop.
 
     Raises:
-        RetrievalError: a loss or the gradient is not finite. It names the pictures of the passes
+        RetrievalError: a loss or the gradient is not finite. It names the targets of the passes
             with such a loss, or of all passes. (With fp16, the scaler deals with the gradient.)
     """
     table = torch.stack(
@@ -297,20 +328,17 @@ def measure_step(
     *values, stop = accelerator.reduce(torch.cat([table.mean(0), flag]), "mean").tolist()
     finite = all(map(math.isfinite, values))
     if not finite or (accelerator.scaler is None and not math.isfinite(norm)):
-        bad = [
-            item[0]
+        named = [
+            name
             for row, (_, names) in zip(table, passes)
-            for item in names
+            for name in names
             if finite or not bool(row.isfinite().all())
         ]
-        named = bad
-        if accelerator.num_processes > 1:
-            named = import_library("accelerate", "train").utils.gather_object(bad)
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        named = list(dict.fromkeys(gather(named, accelerator.num_processes)))
         raise RetrievalError(
             f"Training stopped at step {step + 1}: its {'gradient' if finite else 'loss'} is not "
-            f"finite, with the targets {', '.join(named[:_NAMED])}{more}; look at these pictures, "
-            "or lower the learning rate and go on from the last checkpoint."
+            f"finite, with the targets {', '.join(named)}; look at these pictures, or lower the "
+            "learning rate and go on from the last checkpoint."
         )
     return dict(zip(passes[0][0], values)), stop > 0
 
@@ -353,5 +381,5 @@ def write_network(
         data_set=fingerprint_index(cache.data_set),
         prediction=base.schedule.prediction,
     )
-    network.save(path, torch.float16, config.rank)
+    network.save(path, torch.float16, config.decoder_rank or config.rank)
     print(f"The network is saved in '{path}'.", flush=True)

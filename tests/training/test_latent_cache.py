@@ -25,9 +25,11 @@ from retrieval_core.data.data_set import INDEX
 from retrieval_core.training import latent_cache as module
 from retrieval_core.training.correspondence import UNKNOWN
 from retrieval_core.training.latent_cache import (
+    check_disk,
     describe_targets,
     fill_cache,
     fingerprint_index,
+    measure_cache,
     plan_cache,
     prepare_views,
     refuse_changed_data,
@@ -319,3 +321,30 @@ def test_a_shard_is_the_same_for_any_number_of_threads(tmp_path, data_set, monke
         files = read_files(make_cache(data_set, tmp_path / str(count)))
         digests.add(hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest())
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("added", [{}, {"part_weight": 1.0, "remove_background": 1.0}])
+def test_the_size_on_the_disk_is_known_before(tmp_path, added):
+    data_set = write_pictures(tmp_path, labelled=[1, 2])
+    base = FakeBase(width=4)
+    cache = plan_cache(data_set, base, configure(tmp_path, size=128, **added))
+    expected = measure_cache(cache, base)
+    fill_cache(cache, base)
+    stored = [path for path in cache.folder.glob("*.safetensors")]
+    tensors = [t for path in stored for t in module.read_safetensors(path)[0].values()]
+    assert expected == sum(t.nbytes for t in tensors)
+    assert "takes 0.0 GiB" in check_disk(cache, base)
+
+
+def test_a_disk_without_room_is_refused(tmp_path, data_set, monkeypatch):
+    cache = plan_cache(data_set, FakeBase(), configure(tmp_path))
+    usage = module.shutil.disk_usage(tmp_path)
+    for free, fits in ((10**6, True), (1000, False)):
+        monkeypatch.setattr(
+            module.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free)
+        )
+        if fits:
+            check_disk(cache, FakeBase())
+        else:
+            words = sentence(check_disk, cache, FakeBase())
+            assert "0.0 GiB are free" in words and "views below 2" in words

@@ -21,6 +21,7 @@ from retrieval_core.training.memory_estimate import (
 )
 from retrieval_core.training.paper_objective import PaperObjective
 from retrieval_core.training.run_config import RunConfig
+from retrieval_core.training.task_batches import Batch
 
 SMALL = UNetConfig(32, (1, 2), (1, 1), (1, 1), 1, 64, num_heads=8)
 
@@ -69,16 +70,61 @@ def test_the_peak_of_a_step_is_that_of_the_same_step_with_numbers(size, accumula
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 before += parameter.grad.nbytes
+    peak = profile_peak(lambda: rehearse_step(real, config))
+    estimated = estimate_memory(config, SMALL, "sd15")
+    found = estimated.gradients + estimated.activations
+    assert abs(found / (before + peak) - 1) < 0.1, (found, before, peak)
+
+
+def profile_peak(work):
     with torch.profiler.profile(profile_memory=True) as profile:
-        rehearse_step(real, config)
+        work()
     alive = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)
+    return peak
+
+
+ADDED = {"correspondence": 0.2, "reconstruction": 0.3, "part_weight": 1.0}
+
+
+@pytest.mark.parametrize("added", [{"reconstruction": 0.3}, ADDED])
+def test_the_terms_that_settings_add_are_counted(added):
+    """Against the objective itself, with numbers."""
+    config = configure(
+        precision="float32", optimizer="adamw-fused", batch_size=1, targets=2, token_budget=16,
+        size=256, **added,
+    )  # fmt: skip
+    real, batch = objective(config), make_batch(config)
+    noise = torch.zeros(len(batch.latents), dtype=torch.long), torch.randn_like(batch.latents)
+    peak = profile_peak(lambda: real(batch, *noise)["loss"].backward())
     estimated = estimate_memory(config, SMALL, "sd15")
     found = estimated.gradients + estimated.activations
-    assert abs(found / (before + peak) - 1) < 0.1, (found, before, peak)
+    assert abs(found / peak - 1) < 0.1, (found, peak)
+
+
+def make_batch(config):
+    edge, count, references = config.size // 8, config.batch_size, config.references
+    targets = count * config.targets
+    parts = torch.randint(0, 16, (targets, 2 * edge, 2 * edge), dtype=torch.uint8)
+    return Batch(
+        latents=torch.randn(targets, 4, edge, edge),
+        content=torch.ones(targets, 1, edge, edge),
+        face=torch.zeros(targets, 1, edge, edge),
+        context=torch.randn(targets, 77, 64),
+        y=None,
+        reference_latents=torch.randn(count, references, 4, edge, edge),
+        reference_context=torch.randn(count, references, 77, 64),
+        reference_y=None,
+        reference_masks=torch.ones(count, references, edge, edge, dtype=torch.bool),
+        used=torch.ones(count, references, dtype=torch.bool),
+        parts=parts,
+        reference_parts=parts[:count, None].expand(-1, references, -1, -1),
+        numbers=torch.arange(targets),
+        names=[[]] * count,
+    )
 
 
 def test_recomputed_activations_save_memory():

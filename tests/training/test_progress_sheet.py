@@ -7,6 +7,7 @@ from tiny_run import TinyBase, set_up, train
 from retrieval_core.data import open_data_set
 from retrieval_core.metrics.encoders import load_clip, load_dino
 from retrieval_core.training import progress_sheet, training_run
+from retrieval_core.training.single_device import SingleDevice
 
 
 def test_sheets_show_the_averages_and_do_not_change_the_run(tmp_path, monkeypatch):
@@ -26,6 +27,21 @@ def test_sheets_show_the_averages_and_do_not_change_the_run(tmp_path, monkeypatc
     assert state == without[1]
     for key, value in without[0].items():
         assert torch.equal(tensors[key], value), key
+
+
+def test_pictures_are_decoded_and_scored_in_full_precision(tmp_path, monkeypatch):
+    """In fp16, SDXL's VAE overflows."""
+    config, base, seen = set_up(tmp_path, steps=1, precision="bf16", sheet_every=1), TinyBase(), []
+    decode = base.vae.decode
+
+    def record(latents):
+        seen.append((torch.is_autocast_enabled("cpu"), latents.dtype))
+        return decode(latents)
+
+    base.vae.decode = record
+    device = SingleDevice(torch.device("cpu"), config)
+    training_run.train(config, base, device)
+    assert set(seen) == {(False, torch.float32)}
 
 
 def test_without_averages_sheets_show_the_weights(tmp_path, monkeypatch):
@@ -67,6 +83,14 @@ def test_scores_are_the_mean_cosines_of_pictures_and_their_references(tmp_path, 
             each.append(100 * sum(float(made @ one) for one in given) / len(given))
             assert f"{kind} {each[-1]:.1f}" in row.results[1].caption
         assert abs(scores[kind] - sum(each) / len(each)) < 1e-3
+    clip, texts = load_clip(folders["clip"]), []
+    images = cache.data_set.index["image"].to_pylist()
+    for row in rows:
+        prompt = f"tag {images.index(row.title)}"
+        a, b = clip.embed_images(row.results[1].picture[None]), clip.embed_texts([prompt])
+        texts.append(100 * float(torch.cosine_similarity(a.double(), b.double())))
+        assert f"CLIP-T {texts[-1]:.1f}" in row.results[1].caption
+    assert abs(scores["CLIP-T"] - sum(texts) / len(texts)) < 1e-3
 
 
 def test_scores_are_logged_beside_the_losses(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def test_all_settings_are_json():
         ({"task": "both", "references": 1}, "references is 1; it must be 2 or more"),
         ({"task": "portraits"}, "task is 'portraits'; it must be 'same character'"),
         ({"lock": "lock_both", "rank": 8}, "rank 8 has no effect with lock_both"),
+        ({"lock": "lock_decoder", "decoder_rank": 8}, "decoder_rank 8 has no effect with lock_dec"),
         ({"preset": "recon-10k"}, "no preset 'recon-10k'; choose from recon-9k"),
         ({"preset": 9000}, "preset is 9000"),
         ({"stepz": 9000}, "no training setting 'stepz'"),

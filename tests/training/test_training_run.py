@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from refusal import sentence
 from tiny_run import TinyBase, read_checkpoint, set_up, train
 
 from retrieval_core import files
+from retrieval_core.errors import RetrievalError
 from retrieval_core.network.controlnet import load
 from retrieval_core.network.unet import SD15
 from retrieval_core.training import training_run
@@ -173,7 +176,7 @@ def test_an_interrupted_run_saves_its_last_step_and_goes_on(tmp_path, whole):
     same(whole[0], read_checkpoint(set_up(tmp_path))[0])
 
 
-def test_two_processes_give_what_one_gives_with_accumulation(tmp_path):
+def test_two_processes_give_what_one_gives_with_accumulation_and_go_on(tmp_path):
     """Bit for bit: each process has in one pass what one process has in two."""
     code, _, err = finish(command(tmp_path / "one", accumulate=2))
     assert code == 0, err
@@ -182,6 +185,12 @@ def test_two_processes_give_what_one_gives_with_accumulation(tmp_path):
     one, two = (read_checkpoint(set_up(tmp_path / name)) for name in ("one", "two"))
     same(one[0], two[0])
     assert one[1] == two[1]
+    (tmp_path / "two" / "run" / "step-00000012.safetensors").unlink()
+    code, _, err = finish(command(tmp_path / "two", processes=2))
+    assert code == 0, err
+    again = read_checkpoint(set_up(tmp_path / "two"))
+    same(two[0], again[0])
+    assert two[1] == again[1]
     run = json.loads((tmp_path / "two" / "run" / "run.json").read_text())
     assert run["samples_per_step"] == 4
 
@@ -197,14 +206,76 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_pictures(tmp_path
         return steps, noise
 
     monkeypatch.setattr(training_run, "draw_noise", broken)
-    config = set_up(tmp_path, accumulate=2, checkpoint_every=2)
+    config = set_up(tmp_path, accumulate=2, checkpoint_every=2, targets=2)
     message = sentence(training_run.train, config, TinyBase())
     items = training_run.make_loader(training_run.plan_cache(
         training_run.open_data_set(config.data), TinyBase(), config), config)  # fmt: skip
-    targets = [names[0] for names in list(items)[9].names]
+    targets = dict.fromkeys(name for names in list(items)[9].names for name in names[:2])
     assert "step 5" in message and f"targets {', '.join(targets)};" in message
     tensors, state = read_checkpoint(config)
     assert state["step"] == 4 and all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_a_loss_that_is_not_finite_names_the_targets_of_all_processes(tmp_path):
+    code, _, err = finish(command(tmp_path, processes=2, learning_rate=1e30, views=1))
+    config = set_up(tmp_path, views=1)
+    step = int(re.search(r"stopped at step (\d+):", err)[1])
+    cache = training_run.plan_cache(training_run.open_data_set(config.data), TinyBase(), config)
+    loaders = [list(training_run.make_loader(cache, config, rank, 2)) for rank in (0, 1)]
+    names = [item[0] for loader in loaders for item in loader[step - 1].names]
+    assert code and f"targets {', '.join(dict.fromkeys(names))};" in err
+
+
+def test_another_run_is_refused_before_its_cache_is_filled(tmp_path, monkeypatch):
+    train(set_up(tmp_path, steps=1))
+    monkeypatch.delattr(training_run, "fill_cache")
+    other = set_up(tmp_path, steps=1, views=1)
+    assert "views = 2, not 1" in sentence(training_run.train, other, TinyBase())
+
+
+def test_a_refused_cache_leaves_the_folder_to_another_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RetrievalError("The VAE gives values that are not finite; choose another VAE.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "fill_cache", fail)
+        sentence(training_run.train, set_up(tmp_path, steps=1), TinyBase())
+    train(set_up(tmp_path, steps=1, views=1))
+
+
+def test_processes_that_share_no_folders_are_refused(tmp_path, monkeypatch):
+    train(set_up(tmp_path, steps=3))
+    monkeypatch.setattr(training_run, "gather", lambda values, world: [*values, 0])
+    words = sentence(training_run.train, set_up(tmp_path, steps=3), TinyBase())
+    assert "checkpoints of the steps 3, 0" in words
+    monkeypatch.setattr(training_run, "fill_cache", lambda *_: None)  # all is another's share
+    words = sentence(training_run.train, set_up(tmp_path / "new"), TinyBase())
+    assert "lacks what other processes" in words
+
+
+def test_the_size_is_the_bases_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(training_run.NATIVE_SIZE, "sd15", 128)
+    config = set_up(tmp_path, steps=1, size=None)
+    training_run.train(config, TinyBase())
+    assert load(config.out / "run.safetensors").card.training["size"] == 128
+
+
+def test_the_decoder_is_stored_in_the_rank_that_the_settings_say_with_its_error(tmp_path):
+    config = set_up(tmp_path, steps=2, ema_decay=None)
+    train(config)
+    whole = load(config.out / "run.safetensors")
+    training_run.train(replace(config, decoder_rank=3), TinyBase())
+    cut = load(config.out / "run.safetensors")
+    lost = total = 0.0
+    for name, weight in whole.decoder.items():
+        total += float(weight.double().square().sum())
+        rows = weight.double().flatten(1) if weight.ndim > 1 else weight
+        if weight.ndim > 1 and 3 * sum(rows.shape) < rows.numel():
+            lost += float(torch.linalg.svdvals(rows)[3:].square().sum())
+            assert torch.linalg.matrix_rank(cut.decoder[name].double().flatten(1), rtol=1e-2) <= 3
+    told = cut.card.training
+    assert told["decoder_rank"] == 3 and "decoder_error" not in whole.card.training
+    assert (lost / total) ** 0.5 == pytest.approx(told["decoder_error"], rel=0.02) and lost
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
