@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -147,42 +147,51 @@ def encode_references(
     results = {key: cache.get(key) for key in keys}
     missing = [i for i, key in enumerate(keys) if results[key] is None and keys.index(key) == i]
     if missing:
-        chosen, progress = {i: prepared[i] for i in missing}, make_progress()
-        done, total = 0, len(missing)
+        chosen, find = {i: prepared[i] for i in missing}, {i for i in missing if found[i]}
         with torch.inference_mode():
-            context, pooled = _encode_text(network, vae, clip, concept)
-            while chosen:
-                latents = _encode_pictures(network, list(chosen.values()), vae)
-                masked = {}
-                for (i, reference), latent in zip(chosen.items(), latents.split(1), strict=True):
-                    progress(done, total, make_thumbnail(reference.image))
-                    features = network.encode(latent, context, pooled, size)
-                    whole = reference is prepared[i]
-                    find = found[i] and whole
-                    subject = network.find_subject(features, reference) if find else None
-                    done += 1
-                    if subject is not None:  # encoded again: this time the background was seen
-                        masked[i] = keep_subject(reference, subject)
-                        total += 1
-                        continue
-                    features = {site: features[site] for site in network.maker.sites}
-                    (one,) = split_features(
-                        features,
-                        latent.shape[2:],
-                        [reference.mask],
-                        concepts=[concept],
-                        least=0.0 if whole else LEAST_COVERED,
-                    )
-                    thumbnail = make_thumbnail(reference.image)
-                    results[keys[i]] = replace(one.to("cpu"), thumbnail=thumbnail)
-                chosen = masked
-            progress(done, total)
+            encoded = _encode_chosen(network, chosen, find, vae, clip, concept, size)
+        results |= {keys[i]: reference for i, reference in encoded.items()}
     for key, reference in results.items():
         cache[key] = reference
         cache.move_to_end(key)
     while sum(reference.nbytes() for reference in cache.values()) > CACHED_BYTES:
         cache.popitem(last=False)
     return tuple(replace(results[key], weight=weight) for key in keys)
+
+
+def _encode_chosen(
+    network: ReferenceNetwork,
+    chosen: Mapping[int, PreparedReference],
+    find: Collection[int],
+    vae: Any,
+    clip: Any,
+    concept: str,
+    size: int,
+) -> dict[int, EncodedReference]:
+    """Encodes references of any numbers; those in `find` again without the background of what is
+    found, which the first time was seen."""
+    encoded, progress = {}, make_progress()
+    done, total, least = 0, len(chosen), 0.0
+    context, pooled = _encode_text(network, vae, clip, concept)
+    while chosen:
+        latents, masked = _encode_pictures(network, list(chosen.values()), vae), {}
+        for (i, reference), latent in zip(chosen.items(), latents.split(1), strict=True):
+            thumbnail = make_thumbnail(reference.image)
+            progress(done, total, thumbnail)
+            features = network.encode(latent, context, pooled, size)
+            subject = network.find_subject(features, reference) if i in find else None
+            done += 1
+            if subject is not None:
+                masked[i] = keep_subject(reference, subject)
+                total += 1
+                continue
+            features = {site: features[site] for site in network.maker.sites}
+            masks, shape = [reference.mask], latent.shape[2:]
+            (one,) = split_features(features, shape, masks, concepts=[concept], least=least)
+            encoded[i] = replace(one.to("cpu"), thumbnail=thumbnail)
+        chosen, find, least = masked, (), LEAST_COVERED
+    progress(done, total)
+    return encoded
 
 
 def draw_references(references: Sequence[EncodedReference]) -> Tensor | None:

@@ -29,11 +29,10 @@ from ..network.controlnet import Card, RetrievalControlNet
 from ..network.unet import UNet, UNetConfig
 from ..sampling.noise_schedule import NoiseSchedule
 from .correspondence import correspondence_loss
-from .latent_cache import LABELS
+from .latent_cache import GIB, LABELS
 from .paper_objective import HALF, PaperObjective
 from .run_config import RunConfig
 
-GIB = 2**30
 # An allowance for workspaces of cuDNN and cuBLAS and for memory lost between allocations.
 WORKSPACE = GIB
 _STATE = {"adamw": 8, "adamw-fused": 8, "adamw-8bit": 2}  # bytes of a trained value
